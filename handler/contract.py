@@ -1,0 +1,287 @@
+"""What both sides of the queue agree on: the job's input, its progress, its result and its failure.
+
+The shim validates a request with `parse_input` before it queues it; the handler validates the same way, so
+a job that reaches RunPod with no shim anywhere meets the same bounds and the same error codes. Every number
+here is one of the API reference's limits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+FPS: Final = 24
+MIN_PROMPT_LENGTH: Final = 10
+MAX_PROMPT_LENGTH: Final = 500
+MIN_DURATION: Final = 5
+MAX_DURATION: Final = 10
+
+#: The name every client may ask for: whatever model this server has loaded.
+DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
+KNOWN_MODELS: Final = (DEFAULT_MODEL,)
+
+
+class Resolution(StrEnum):
+    """An output size a client may ask for."""
+
+    P720 = "720p"
+    P1080 = "1080p"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the delivered video in pixels."""
+        return {Resolution.P720: (1280, 720), Resolution.P1080: (1920, 1080)}[self]
+
+
+def num_frames(duration: int) -> int:
+    """Frames in a video of `duration` seconds: 24 a second and the first one, as 4k+1 latents decode to."""
+    return FPS * duration + 1
+
+
+class ErrorCode(StrEnum):
+    """Every `error_code` a client can meet, in a response or in a failed task's status."""
+
+    INVALID_PROMPT = "INVALID_PROMPT"
+    INVALID_DURATION = "INVALID_DURATION"
+    INVALID_RESOLUTION = "INVALID_RESOLUTION"
+    INVALID_MODEL = "INVALID_MODEL"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
+    UNAUTHORIZED = "UNAUTHORIZED"
+    NOT_FOUND = "NOT_FOUND"
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    TASK_NOT_FOUND = "TASK_NOT_FOUND"
+    VIDEO_NOT_READY = "VIDEO_NOT_READY"
+    RANGE_NOT_SATISFIABLE = "RANGE_NOT_SATISFIABLE"
+    QUEUE_FULL = "QUEUE_FULL"
+    MODEL_NOT_LOADED = "MODEL_NOT_LOADED"
+    QUEUE_UNAVAILABLE = "QUEUE_UNAVAILABLE"
+    STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
+    INTERNAL_ERROR = "INTERNAL_ERROR"
+    OOM_ERROR = "OOM_ERROR"
+    GENERATION_FAILED = "GENERATION_FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class JobFailure(BaseModel):
+    """Why a request or a job failed, in the shape clients read: `{"error": text, "error_code": CODE}`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    error: str
+    error_code: ErrorCode
+
+    @classmethod
+    def from_wire(cls, text: str | None) -> Self:
+        """Read the failure back from RunPod's `error` string.
+
+        Our handler sends its failures as JSON. Anything else (an SDK traceback, a platform's own words) is a
+        GENERATION_FAILED whose details stay in the logs: a client gets no traceback.
+        """
+        try:
+            return cls.model_validate_json(text or "")
+        except ValidationError:
+            return cls(
+                error="Video generation failed; the worker's log has the details",
+                error_code=ErrorCode.GENERATION_FAILED,
+            )
+
+
+class InvalidInputError(ValueError):
+    """The job's input is outside the documented bounds."""
+
+    def __init__(self, failure: JobFailure) -> None:
+        super().__init__(failure.error)
+        self.failure = failure
+
+
+def _known_model(name: str) -> str:
+    if name not in KNOWN_MODELS:
+        raise ValueError("unknown model")
+    return name
+
+
+def _storable_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("NUL character")
+    return text
+
+
+class JobInput(BaseModel):
+    """What to render. The same model checks POST /generate and RunPod's `input`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[
+        str,
+        StringConstraints(
+            strip_whitespace=True, min_length=MIN_PROMPT_LENGTH, max_length=MAX_PROMPT_LENGTH
+        ),
+        AfterValidator(_storable_text),
+    ] = Field(description="Text description of the desired video, 10-500 characters after trimming.")
+    duration: int = Field(
+        default=10, strict=True, ge=MIN_DURATION, le=MAX_DURATION, description="Video length in seconds."
+    )
+    resolution: Resolution = Field(default=Resolution.P1080, description="Output resolution.")
+    model: Annotated[str, AfterValidator(_known_model)] = Field(
+        default=DEFAULT_MODEL,
+        description="Model version to use.",
+        json_schema_extra={"enum": list(KNOWN_MODELS)},
+    )
+
+
+def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
+    """Validate a request body (JSON bytes) or RunPod's decoded `input`.
+
+    Raises:
+        InvalidInputError: with the documented code of the first field that is wrong, and what it takes.
+    """
+    try:
+        if isinstance(raw, bytes):
+            return JobInput.model_validate_json(raw)
+        return JobInput.model_validate(raw)
+    except ValidationError as exc:
+        raise InvalidInputError(_failure(exc.errors(include_url=False, include_context=False)[0])) from exc
+
+
+_FIELD_RULES: Final[Mapping[str, tuple[ErrorCode, str]]] = {
+    "prompt": (
+        ErrorCode.INVALID_PROMPT,
+        f"prompt must be text of {MIN_PROMPT_LENGTH}-{MAX_PROMPT_LENGTH} characters after trimming",
+    ),
+    "duration": (
+        ErrorCode.INVALID_DURATION,
+        f"duration must be an integer from {MIN_DURATION} to {MAX_DURATION} (seconds)",
+    ),
+    "resolution": (
+        ErrorCode.INVALID_RESOLUTION,
+        "resolution must be one of " + ", ".join(f'"{resolution}"' for resolution in Resolution),
+    ),
+    "model": (
+        ErrorCode.INVALID_MODEL,
+        "model must be one of " + ", ".join(f'"{name}"' for name in KNOWN_MODELS),
+    ),
+}
+
+
+def _failure(error: ErrorDetails) -> JobFailure:
+    field = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(JobInput.model_fields)
+        return JobFailure(
+            error=f"unknown field {_shown(field)}; known fields are {known}",
+            error_code=ErrorCode.INVALID_REQUEST,
+        )
+    if field in _FIELD_RULES:
+        code, rule = _FIELD_RULES[field]
+        return JobFailure(error=f"{rule}; {_what_came(error)}", error_code=code)
+    if error["type"] == "json_invalid":
+        return JobFailure(error="the body is not valid JSON", error_code=ErrorCode.INVALID_REQUEST)
+    return JobFailure(error="the body must be a JSON object", error_code=ErrorCode.INVALID_REQUEST)
+
+
+def _what_came(error: ErrorDetails) -> str:
+    match error["type"], error["input"]:
+        case "missing", _:
+            return "it is missing"
+        case "string_too_short" | "string_too_long", str() as text:
+            return f"got {len(text.strip())}"
+        case _, value:
+            return f"got {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    """`value` as JSON, cut to a length that fits an error message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Stage(StrEnum):
+    """Where a job is, in the order it passes through them."""
+
+    QUEUED = "queued"
+    ENCODING_PROMPT = "encoding_prompt"
+    DENOISING = "denoising"
+    DECODING = "decoding"
+    STORING = "storing"
+
+
+class Progress(BaseModel):
+    """How far a running job is. `progress` is a percentage and never falls; 100 is only ever said by a result."""
+
+    model_config = ConfigDict(frozen=True)
+
+    progress: int = Field(ge=0, le=99)
+    stage: Stage
+    elapsed_time: float = Field(default=0.0, ge=0, description="Seconds since the worker took the job.")
+
+
+class Manifest(BaseModel):
+    """The finished video, as stored beside it in the bucket. Where a manifest is, the video is complete."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    task_id: str
+    status: Literal["completed"] = "completed"
+    input: JobInput
+    model: str = Field(description='The model that rendered, for example "demo".')
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    fps: int = FPS
+    file_size: int = Field(description="Bytes.")
+    sha256: str
+    created_at: datetime
+    timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and in all as `total`.")
+    version: str = Field(description="Version of the service that rendered.")
+
+
+class JobResult(Manifest):
+    """What a job returns: the manifest, and presigned URLs for callers who have no shim to ask."""
+
+    video_url: str
+    poster_url: str
+
+
+class WorkerState(StrEnum):
+    """Where a worker process is in its life. A load that failed stays observable."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Gpu(BaseModel):
+    """One GPU as its worker sees it. Memory in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    memory_total: int
+    memory_free: int
+
+
+class WorkerReport(BaseModel):
+    """What a worker says of itself, so that the shim can answer /health for a GPU it does not see."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    state: WorkerState
+    model: str
+    gpu: Gpu | None = None
+    error: str | None = None
+    load_seconds: float | None = None

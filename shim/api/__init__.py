@@ -1,0 +1,1 @@
+"""The faces of the REST server, one module each."""

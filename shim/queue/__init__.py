@@ -1,0 +1,1 @@
+"""Where jobs wait: our own SQL queue, or RunPod's."""

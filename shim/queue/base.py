@@ -1,0 +1,118 @@
+"""The job queue as the shim sees it, whoever keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from handler.contract import JobFailure, JobInput, JobResult, Stage, WorkerReport
+
+
+class QueueError(Exception):
+    """The queue could not do what was asked."""
+
+
+class QueueFullError(QueueError):
+    """As many jobs wait as may wait."""
+
+
+class QueueUnavailableError(QueueError):
+    """The queue's server did not answer, or answered that it can't just now."""
+
+
+class ModelNotLoadedError(QueueError):
+    """No worker has the model loaded; the message says why."""
+
+
+class JobState(StrEnum):
+    """A job's life. Only the last three are terminal."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing will happen to the job any more."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as of now.
+
+    `progress` is a percentage that never falls, at most 99 before COMPLETED. `elapsed_time` is in seconds since
+    the job was submitted, up to its end. `queue_position` is 1 for the next job to start, None once it runs or
+    where the queue does not tell. A COMPLETED job has a `result`, a FAILED or CANCELLED one a `failure`.
+    """
+
+    task_id: str
+    state: JobState
+    progress: int = 0
+    stage: Stage = Stage.QUEUED
+    elapsed_time: float = 0.0
+    queue_position: int | None = None
+    result: JobResult | None = None
+    failure: JobFailure | None = None
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """The work ahead of a new job: one input for each waiting and running job, None where the queue hides it."""
+
+    waiting: Sequence[JobInput | None]
+    running: Sequence[JobInput | None]
+    workers: int
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers that are alive, as /health tells of them.
+
+    `ready` have the model loaded. `reports` are what workers said of themselves; empty where the queue hides it.
+    """
+
+    ready: int
+    loading: int
+    failed: int
+    reports: Sequence[WorkerReport] = ()
+
+
+class JobQueue(Protocol):
+    """Submit, look up, cancel. Implementations are safe to use from many asyncio tasks at once.
+
+    Every method may raise QueueUnavailableError.
+    """
+
+    async def submit(self, job_input: JobInput) -> Job:
+        """Queue a job.
+
+        Raises:
+            QueueFullError: as many jobs wait as may wait; nothing was queued.
+            ModelNotLoadedError: no worker could run it now; nothing was queued.
+        """
+        ...
+
+    async def get(self, task_id: str) -> Job | None:
+        """The job as of now; None if the queue has never known it or has forgotten it."""
+        ...
+
+    async def cancel(self, task_id: str) -> Job | None:
+        """Stop a waiting or running job; a finished one stays as it is. None for one the queue does not know."""
+        ...
+
+    async def backlog(self) -> Backlog:
+        """What is waiting and running."""
+        ...
+
+    async def workers(self) -> Workers:
+        """Who is there to work."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...

@@ -1,0 +1,1 @@
+"""The bucket: where videos, posters and manifests live."""

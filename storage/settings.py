@@ -1,0 +1,88 @@
+"""Bucket settings, under the names RunPod's users know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, HttpUrl, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENVIRONMENT = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+
+
+class BucketSettings(BaseSettings):
+    """Where the bucket is and how to sign for it.
+
+    Raises:
+        pydantic.ValidationError: naming each environment variable that is missing or wrong.
+    """
+
+    model_config = ENVIRONMENT
+
+    endpoint_url: HttpUrl = Field(
+        validation_alias="BUCKET_ENDPOINT_URL", description="Address of the S3 server, without the bucket."
+    )
+    access_key_id: str = Field(validation_alias="BUCKET_ACCESS_KEY_ID", description="Access key.")
+    secret_access_key: SecretStr = Field(
+        validation_alias="BUCKET_SECRET_ACCESS_KEY", description="Secret key. Never logged."
+    )
+    name: str = Field(
+        default="hunyuan-videos", min_length=3, validation_alias="BUCKET_NAME", description="Name of the bucket."
+    )
+    region: str = Field(
+        default="us-east-1", validation_alias="BUCKET_REGION", description="Region that signatures name."
+    )
+    public_endpoint_url: HttpUrl | None = Field(
+        default=None,
+        validation_alias="BUCKET_PUBLIC_ENDPOINT_URL",
+        description="Where clients reach the same store, if not under BUCKET_ENDPOINT_URL. "
+        "The presigned URLs in job results carry it.",
+    )
+    url_expires_in: int = Field(
+        default=86_400,
+        ge=1,
+        le=604_800,
+        validation_alias="BUCKET_URL_EXPIRES_IN",
+        description="Life in seconds of the presigned URLs in job results; S3 allows up to 7 days.",
+    )
+
+
+class JobBucketSettings(BucketSettings):
+    """One job's own bucket. The environment has no say: our credentials are never sent to a caller's endpoint."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings fixes the signature
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read what the job gave and nothing else."""
+        return (init_settings,)
+
+    @classmethod
+    def from_s3_config(cls, config: Mapping[str, Any]) -> JobBucketSettings:
+        """Read RunPod's `s3Config {accessId, accessSecret, bucketName, endpointUrl}`.
+
+        Source: RunPod's documentation of job requests, "S3-compatible storage".
+
+        Raises:
+            pydantic.ValidationError: a field is missing or malformed.
+        """
+        given = {
+            "BUCKET_ENDPOINT_URL": config.get("endpointUrl"),
+            "BUCKET_ACCESS_KEY_ID": config.get("accessId"),
+            "BUCKET_SECRET_ACCESS_KEY": config.get("accessSecret"),
+            "BUCKET_NAME": config.get("bucketName"),
+        }
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def explain(exc: ValidationError) -> str:
+    """A line for each setting that is missing or wrong: its variable and what it takes, never its value."""
+    return "\n".join(
+        f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
+        for error in exc.errors(include_url=False, include_input=False)
+    )
