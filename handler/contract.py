@@ -127,9 +127,7 @@ class JobInput(BaseModel):
 
     prompt: Annotated[
         str,
-        StringConstraints(
-            strip_whitespace=True, min_length=MIN_PROMPT_LENGTH, max_length=MAX_PROMPT_LENGTH
-        ),
+        StringConstraints(strip_whitespace=True, min_length=MIN_PROMPT_LENGTH, max_length=MAX_PROMPT_LENGTH),
         AfterValidator(_storable_text),
     ] = Field(description="Text description of the desired video, 10-500 characters after trimming.")
     duration: int = Field(

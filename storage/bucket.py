@@ -96,9 +96,7 @@ class Bucket:
             with self._translated("the bucket"):
                 self._client.create_bucket(Bucket=self.name)
 
-    def put_file(
-        self, path: Path, key: str, *, content_type: str, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def put_file(self, path: Path, key: str, *, content_type: str, metadata: Mapping[str, str] | None = None) -> None:
         """Upload the file at `path`; the object appears whole or not at all."""
         extra = {"ContentType": content_type, "Metadata": dict(metadata or {})}
         with self._translated(key):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from handler.contract import JobFailure, JobInput, JobResult, Stage, WorkerReport
+from handler.contract import JobFailure, JobInput, JobResult, Manifest, Stage, WorkerReport
+
+#: Looks for a finished job in the bucket by its task id: what a job whose result never reached the queue left there.
+FindResult = Callable[[str], Awaitable[JobResult | None]]
 
 
 class QueueError(Exception):
@@ -56,7 +59,7 @@ class Job:
     stage: Stage = Stage.QUEUED
     elapsed_time: float = 0.0
     queue_position: int | None = None
-    result: JobResult | None = None
+    result: Manifest | None = None
     failure: JobFailure | None = None
 
 
