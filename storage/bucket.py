@@ -6,7 +6,7 @@ threads); every failure leaves as one of `storage.errors`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,6 @@ class ObjectHead:
     size: int
     etag: str
     content_type: str
-    metadata: Mapping[str, str]
 
 
 class Bucket:
@@ -96,11 +95,12 @@ class Bucket:
             with self._translated("the bucket"):
                 self._client.create_bucket(Bucket=self.name)
 
-    def put_file(self, path: Path, key: str, *, content_type: str, metadata: Mapping[str, str] | None = None) -> None:
+    def put_file(self, path: Path, key: str, *, content_type: str) -> None:
         """Upload the file at `path`; the object appears whole or not at all."""
-        extra = {"ContentType": content_type, "Metadata": dict(metadata or {})}
         with self._translated(key):
-            self._client.upload_file(str(path), self.name, key, ExtraArgs=extra, Config=_TRANSFER_CONFIG)
+            self._client.upload_file(
+                str(path), self.name, key, ExtraArgs={"ContentType": content_type}, Config=_TRANSFER_CONFIG
+            )
 
     def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
         """Write a small object."""
@@ -126,19 +126,14 @@ class Bucket:
             yield from body.iter_chunks(chunk_size)
 
     def head(self, key: str) -> ObjectHead:
-        """Size, ETag, type and metadata of an object.
+        """Size, ETag and type of an object.
 
         Raises:
             ObjectNotFoundError: there is none.
         """
         with self._translated(key):
             answer = self._client.head_object(Bucket=self.name, Key=key)
-        return ObjectHead(
-            size=answer["ContentLength"],
-            etag=answer["ETag"],
-            content_type=answer["ContentType"],
-            metadata=answer["Metadata"],
-        )
+        return ObjectHead(answer["ContentLength"], answer["ETag"], answer["ContentType"])
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is removed already."""

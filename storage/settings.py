@@ -8,8 +8,6 @@ from typing import Any
 from pydantic import Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-ENVIRONMENT = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
-
 
 class BucketSettings(BaseSettings):
     """Where the bucket is and how to sign for it.
@@ -18,7 +16,7 @@ class BucketSettings(BaseSettings):
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
     """
 
-    model_config = ENVIRONMENT
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
     endpoint_url: HttpUrl = Field(
         validation_alias="BUCKET_ENDPOINT_URL", description="Address of the S3 server, without the bucket."

@@ -1,0 +1,71 @@
+# Needs python3 (3.11 or newer), make and git; everything else is set up in .venv on first use.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+PROMPT ?= A red fox walks through fresh snow at dawn, cinematic, soft light
+DURATION ?= 5
+RESOLUTION ?= 720p
+export PROMPT
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: $(VENV)/.local ## Render demo.mp4 end to end with the demo model (PROMPT=... DURATION=5..10 RESOLUTION=720p|1080p)
+	$(BIN)/hunyuan demo "$$PROMPT" --duration '$(DURATION)' --resolution '$(RESOLUTION)' --output demo.mp4
+
+.PHONY: serve
+serve: $(VENV)/.local ## Start the server on HUNYUAN_PORT (8000) with HUNYUAN_MODEL_PATH, else the demo model
+	exec $(BIN)/hunyuan serve
+
+.PHONY: test
+test: lint ## Lint, type-check and run every test
+	$(BIN)/pytest -n auto --dist loadgroup
+
+.PHONY: unit
+unit: $(VENV)/.dev ## Run the tests that need no server and no model
+	$(BIN)/pytest tests/unit
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/.dev ## Format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: constraints
+constraints: ## Renew constraints.txt from the newest releases that pyproject.toml admits (keeps torch)
+	rm -rf $(VENV)/renew && $(PYTHON) -m venv $(VENV)/renew
+	$(VENV)/renew/bin/pip install --quiet '$(shell grep ^torch== constraints.txt)' '.[dev]'
+	$(VENV)/renew/bin/pip freeze --all | grep -vE '^(pip|setuptools|hunyuan-video-service)\b' | sed -E 's/\+[a-z0-9]+$$//' > constraints.txt
+	rm -rf $(VENV)/renew
+
+.PHONY: clean
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache dist demo.mp4
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed; name one with make PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.local: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Setting up $(VENV) (once, a minute or so) ...'
+	$(PIP) --editable '.[local]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Setting up $(VENV) for development (once, a minute or two) ...'
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.local

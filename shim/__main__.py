@@ -1,0 +1,219 @@
+"""The `hunyuan` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from handler.contract import DEFAULT_MODEL, Resolution
+from shim.client import Answer, Client, ClientError, RefusedError, TaskFailedError, UnreachableError
+from shim.settings import ClientSettings, ShimSettings
+from storage.settings import explain
+
+
+class ExitCode(IntEnum):
+    """What the command's exit says. Documented in the README."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    NOT_FOUND = 4
+    BUSY = 5
+
+
+app = typer.Typer(
+    name="hunyuan",
+    help="Text in, MP4 out: serve HunyuanVideo-1.5 and use a server of it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Server = Annotated[str | None, typer.Option(help="Address of the server; else HUNYUAN_SERVER.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to save; else TASK_ID.mp4.")]
+Prompt = Annotated[str, typer.Argument(help="What the video shows, 10-500 characters.")]
+Duration = Annotated[int, typer.Option(help="Length in seconds, 5-10.")]
+Size = Annotated[Resolution, typer.Option(help="Output size.")]
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; else HUNYUAN_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; else HUNYUAN_PORT.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint or `demo`; else HUNYUAN_MODEL_PATH.")] = None,
+) -> None:
+    """Start the REST server, with its bucket and workers where the environment names none."""
+    from shim import server
+
+    given = {"host": host, "port": port, "model_path": model}
+    with _settings_explained():
+        settings = ShimSettings(**{name: value for name, value in given.items() if value is not None})
+    try:
+        server.run(settings)
+    except server.StartError as exc:
+        _fail(str(exc), ExitCode.USAGE)
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    duration: Duration = 5,
+    resolution: Size = Resolution.P720,
+    model: Annotated[str, typer.Option(help="Model to use.")] = DEFAULT_MODEL,
+    output: Output = None,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate a video, show how far it is, and save it."""
+    with _client(server) as client:
+        _generate(client, prompt, duration, resolution, model, output, as_json)
+
+
+@app.command()
+def status(task_id: str, server: Server = None, as_json: AsJson = False) -> None:
+    """Show how far a task is."""
+    with _client(server) as client:
+        answer = client.status(task_id)
+    _print(answer, as_json)
+    if answer["status"] == "failed":
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command()
+def download(task_id: str, output: Output = None, server: Server = None, as_json: AsJson = False) -> None:
+    """Save a finished task's video."""
+    with _client(server) as client:
+        _download(client, task_id, output, as_json)
+
+
+@app.command()
+def health(server: Server = None, as_json: AsJson = False) -> None:
+    """Show the server's health; fails while no model is loaded."""
+    with _client(server) as client:
+        answer = client.health()
+    _print(answer, as_json)
+    if not answer["model_loaded"]:
+        raise typer.Exit(ExitCode.BUSY)
+
+
+@app.command()
+def demo(
+    prompt: Prompt = "A red fox walks through fresh snow at dawn, cinematic, soft light",
+    duration: Duration = 5,
+    resolution: Size = Resolution.P720,
+    output: Output = Path("demo.mp4"),
+) -> None:
+    """Start a server of its own with the demo model, generate one video end to end, and stop it."""
+    from shim import demo_server
+
+    try:
+        with demo_server.running() as address, _client(address) as client:
+            _generate(client, prompt, duration, resolution, DEFAULT_MODEL, output, as_json=False)
+    except demo_server.DemoError as exc:
+        _fail(str(exc), ExitCode.FAILED)
+
+
+def _generate(
+    client: Client,
+    prompt: str,
+    duration: int,
+    resolution: Resolution,
+    model: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    task_id = client.generate(prompt=prompt, duration=duration, resolution=resolution, model=model)
+    typer.echo(f"task {task_id}", err=True)
+    with tqdm(total=100, unit="%", bar_format="{desc:<16}|{bar}| {n:3.0f} % [{elapsed}]", file=sys.stderr) as bar:
+
+        def show(answer: Answer) -> None:
+            stage = str(answer.get("stage", answer["status"])).replace("_", " ")
+            bar.set_description_str(stage, refresh=False)
+            bar.update(max(answer.get("progress", 100 if answer["status"] == "completed" else 0) - bar.n, 0))
+            bar.refresh()
+
+        client.wait(task_id, show)
+    _download(client, task_id, output, as_json)
+
+
+def _download(client: Client, task_id: str, output: Path | None, as_json: bool) -> None:
+    path = output or Path(f"{task_id}.mp4")
+    size = client.download(task_id, path)
+    _print({"task_id": task_id, "output": str(path), "file_size": size}, as_json)
+
+
+def _print(answer: Answer, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    for name, value in answer.items():
+        typer.echo(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+@contextmanager
+def _settings_explained() -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as exc:
+        _fail(explain(exc), ExitCode.USAGE)
+
+
+@contextmanager
+def _client(server: str | None) -> Iterator[Client]:
+    """A client whose errors end the command with what they mean."""
+    with _settings_explained():
+        address = server or str(ClientSettings().server)
+    try:
+        with Client(address) as client:
+            yield client
+    except TaskFailedError as exc:
+        _fail(f"the task failed: {exc}", ExitCode.FAILED)
+    except UnreachableError as exc:
+        _fail(f"{exc}\nIs the server running? Start one with `hunyuan serve`.", ExitCode.UNREACHABLE)
+    except RefusedError as exc:
+        _fail(*_refusal(exc))
+    except (ClientError, OSError) as exc:
+        _fail(str(exc), ExitCode.FAILED)
+    except KeyboardInterrupt:
+        # The task goes on: the server has it.
+        os.write(2, b"\n")
+        raise typer.Exit(130) from None
+
+
+def _refusal(exc: RefusedError) -> tuple[str, ExitCode]:
+    text = f"{exc} ({exc.error_code})"
+    match exc.status:
+        case 404:
+            return text, ExitCode.NOT_FOUND
+        case 503:
+            return f"{text}; try again in {exc.retry_after or 'a few'} s", ExitCode.BUSY
+        case 400 | 413:
+            return text, ExitCode.USAGE
+        case _:
+            return text, ExitCode.FAILED
+
+
+def _fail(text: str, code: ExitCode) -> NoReturn:
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The documented API: POST /generate, GET /status/{task_id}, GET /health; and GET /ready for load balancers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+
+from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
+from shim.api.dependencies import Services, public_url, services
+from shim.errors import ApiError
+from shim.gpu import local_gpus
+from shim.queue.base import Job, QueueUnavailableError, Workers
+
+MAX_BODY: Final = 64 * 1024
+_DRAINED_BODY: Final = 1024 * 1024
+_GIB: Final = 1024**3
+
+router = APIRouter()
+
+
+class GenerateResponse(BaseModel):
+    """The task that was queued."""
+
+    task_id: str
+    status: Literal["processing"] = "processing"
+    estimated_time: int = Field(description="Seconds until the video is expected.")
+
+
+class ProcessingStatus(BaseModel):
+    """A task that waits or runs."""
+
+    task_id: str
+    status: Literal["processing"] = "processing"
+    progress: int = Field(ge=0, le=99, description="Percent; never falls.")
+    elapsed_time: int = Field(description="Seconds since the task was accepted.")
+    stage: Stage
+    queue_position: int | None = Field(description="1 for the next task to start; null once it runs.")
+
+
+class CompletedStatus(BaseModel):
+    """A task whose video is ready."""
+
+    task_id: str
+    status: Literal["completed"] = "completed"
+    video_url: str
+    duration: int = Field(description="Seconds.")
+    resolution: Resolution
+    file_size: int = Field(description="Bytes.")
+
+
+class FailedStatus(BaseModel):
+    """A task that ended with no video."""
+
+    task_id: str
+    status: Literal["failed"] = "failed"
+    error: str
+    error_code: ErrorCode
+
+
+class QueueFigures(BaseModel):
+    """How many tasks wait and run."""
+
+    waiting: int
+    running: int
+
+
+class WorkerFigures(BaseModel):
+    """How many workers there are in each state."""
+
+    ready: int
+    loading: int
+    failed: int
+
+
+class Health(BaseModel):
+    """The server, its workers and its GPU."""
+
+    status: Literal["healthy", "degraded"] = Field(description='"degraded" while the queue can\'t be asked.')
+    model_loaded: bool
+    gpu_available: bool
+    vram_free: str = Field(description='Of the GPU that has most free, as "18.5 GB"; "0.0 GB" without one.')
+    version: str
+    model: str | None = Field(description="The model that workers have loaded.")
+    workers: WorkerFigures
+    queue: QueueFigures
+
+
+class Ready(BaseModel):
+    """The server takes tasks."""
+
+    status: Literal["ready"] = "ready"
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for the error statuses of a route."""
+    return {status: {"model": JobFailure} for status in statuses}
+
+
+async def limited_body(request: Request) -> bytes:
+    """The request's body, at most 64 KiB of it in memory.
+
+    Raises:
+        ApiError: INVALID_REQUEST for a body that is not declared to be JSON, REQUEST_TOO_LARGE for a larger one.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(ErrorCode.INVALID_REQUEST, "Content-Type must be application/json")
+    body = bytearray()
+    size = 0
+    # A client that is still sending would not see the answer: what is somewhat too large is read to its end.
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > _DRAINED_BODY:
+            break
+        if size <= MAX_BODY:
+            body += chunk
+    if size > MAX_BODY:
+        raise ApiError(ErrorCode.REQUEST_TOO_LARGE, f"the body is larger than {MAX_BODY // 1024} KiB")
+    return bytes(body)
+
+
+@router.post(
+    "/generate",
+    status_code=202,
+    responses=error_responses(400, 413, 500, 503),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": JobInput.model_json_schema()}},
+        }
+    },
+)
+async def generate(
+    body: Annotated[bytes, Depends(limited_body)], use: Annotated[Services, Depends(services)]
+) -> GenerateResponse:
+    """Generate a video from a text prompt."""
+    accepted = await use.tasks.submit(parse_input(body))
+    return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
+
+
+@router.get("/status/{task_id}", responses=error_responses(404, 500, 503))
+async def status(
+    task_id: str, request: Request, use: Annotated[Services, Depends(services)]
+) -> ProcessingStatus | CompletedStatus | FailedStatus:
+    """Check the status of a video generation task."""
+    job = await use.tasks.find(task_id)
+    if job.result is not None:
+        return CompletedStatus(
+            task_id=task_id,
+            video_url=f"{public_url(request, use)}/videos/{task_id}.mp4",
+            duration=job.result.input.duration,
+            resolution=job.result.input.resolution,
+            file_size=job.result.file_size,
+        )
+    if job.failure is not None:
+        return FailedStatus(task_id=task_id, error=job.failure.error, error_code=job.failure.error_code)
+    return _processing(job)
+
+
+def _processing(job: Job) -> ProcessingStatus:
+    return ProcessingStatus(
+        task_id=job.task_id,
+        progress=min(job.progress, 99),
+        elapsed_time=int(job.elapsed_time),
+        stage=job.stage,
+        queue_position=job.queue_position,
+    )
+
+
+@router.get("/health", responses=error_responses(500))
+async def health(use: Annotated[Services, Depends(services)]) -> Health:
+    """Check if the API server is running, and what its workers and GPU are at. Always 200 while it runs."""
+    try:
+        workers = await use.queue.workers()
+        backlog = await use.queue.backlog()
+        queue = QueueFigures(waiting=len(backlog.waiting), running=len(backlog.running))
+        state: Literal["healthy", "degraded"] = "healthy"
+    except QueueUnavailableError:
+        workers, queue, state = Workers(ready=0, loading=0, failed=0), QueueFigures(waiting=0, running=0), "degraded"
+    gpus = local_gpus() or [report.gpu for report in workers.reports if report.gpu is not None]
+    return Health(
+        status=state,
+        model_loaded=workers.ready > 0,
+        gpu_available=bool(gpus),
+        vram_free=_vram_free(gpus),
+        version=use.version,
+        model=next((report.model for report in workers.reports if report.state is WorkerState.READY), None),
+        workers=WorkerFigures(ready=workers.ready, loading=workers.loading, failed=workers.failed),
+        queue=queue,
+    )
+
+
+def _vram_free(gpus: list[Gpu]) -> str:
+    most = max((gpu.memory_free for gpu in gpus), default=0)
+    return f"{most / _GIB:.1f} GB"
+
+
+@router.get("/ready", responses=error_responses(500, 503))
+async def ready(use: Annotated[Services, Depends(services)]) -> Ready:
+    """Whether a task posted now would be taken and its video kept: 200 or 503."""
+    await use.queue.check_ready()
+    await use.check_bucket()
+    return Ready()

@@ -1,0 +1,228 @@
+"""GET and HEAD /videos/{task_id}.mp4: the bucket's bytes, streamed in constant memory.
+
+`curl -O` follows no redirect, so the bytes pass through here: a presigned URL is read with httpx and handed on
+chunk by chunk. Conditional and range requests are decided here, from the manifest (size, sha256), because S3
+servers differ in which of them they honour. RFC 9110, sections 13 (conditional requests) and 14 (ranges).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+import httpx
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+
+from handler.contract import ErrorCode, Manifest
+from shim.api.dependencies import Services, services
+from shim.api.documented import error_responses
+from shim.errors import ApiError
+from storage import layout
+
+#: Life of a presigned URL that never leaves this process; a slow client keeps its connection, not its URL.
+_URL_EXPIRES_IN: Final = 900
+_CHUNK: Final = 256 * 1024
+_ATTEMPTS: Final = 3
+
+log = logging.getLogger(__name__)
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes `start` to `end`, both included."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """How many bytes."""
+        return self.end - self.start + 1
+
+
+class UnsatisfiableRangeError(ValueError):
+    """The range lies behind the end."""
+
+
+def parse_range(header: str, size: int) -> ByteRange | None:
+    """The one range that a Range header asks for in `size` bytes; None where it is to be ignored.
+
+    A server may ignore Range: we do where it is malformed, in another unit, or asks for several ranges.
+
+    Raises:
+        UnsatisfiableRangeError: answer 416.
+    """
+    match = re.fullmatch(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", header, re.ASCII | re.IGNORECASE)
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        start, end = max(size - int(last), 0), size - 1
+        satisfiable = int(last) > 0 and size > 0
+    else:
+        start, end = int(first), min(int(last), size - 1) if last else size - 1
+        if last and int(last) < start:
+            return None
+        satisfiable = start < size
+    if not satisfiable:
+        raise UnsatisfiableRangeError(header)
+    return ByteRange(start, end)
+
+
+def etag_of(manifest: Manifest) -> str:
+    """A strong validator: the content's own hash, the same from every server and store."""
+    return f'"{manifest.sha256}"'
+
+
+_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {"video/mp4": {}}, "description": "The video."},
+    206: {"content": {"video/mp4": {}}, "description": "The range asked for."},
+    304: {"description": "The client has it already."},
+    **error_responses(404, 416, 500, 503),
+}
+
+
+@router.head("/videos/{file_name}", operation_id="head_video", response_class=Response, responses=_RESPONSES)
+@router.get("/videos/{file_name}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
+async def video(file_name: str, request: Request, use: Annotated[Services, Depends(services)]) -> Response:
+    """Download the generated video file."""
+    task_id, dot, extension = file_name.rpartition(".")
+    if not dot or extension != "mp4":
+        raise ApiError(ErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
+    manifest = await _finished(task_id, use)
+    etag = etag_of(manifest)
+    headers = {
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
+        "Cache-Control": "private, no-cache",
+        "Content-Disposition": f'inline; filename="{task_id}.mp4"',
+    }
+    if _lists(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    wanted = _range(request, etag, manifest.file_size)
+    status = 200 if wanted is None else 206
+    whole = ByteRange(0, manifest.file_size - 1)
+    if wanted is not None:
+        headers["Content-Range"] = f"bytes {wanted.start}-{wanted.end}/{manifest.file_size}"
+    headers["Content-Length"] = str((wanted or whole).length)
+    source = StoredVideo(use, task_id)
+    if request.method == "HEAD":
+        await source.check()
+        return Response(status_code=status, headers=headers, media_type="video/mp4")
+    body = await source.open(wanted or whole)
+    return StreamingResponse(body, status_code=status, headers=headers, media_type="video/mp4")
+
+
+async def _finished(task_id: str, use: Services) -> Manifest:
+    job = await use.tasks.find(task_id)
+    if job.result is not None:
+        return job.result
+    if job.failure is not None:
+        raise ApiError(ErrorCode.VIDEO_NOT_READY, f"The task failed, there is no video: {job.failure.error}")
+    raise ApiError(ErrorCode.VIDEO_NOT_READY, f"The video is not ready: {job.progress} % done")
+
+
+def _lists(header: str | None, etag: str) -> bool:
+    """Whether an If-None-Match header names `etag`, compared weakly."""
+    if header is None:
+        return False
+    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+    return "*" in tags or etag in tags
+
+
+def _range(request: Request, etag: str, size: int) -> ByteRange | None:
+    header = request.headers.get("range")
+    condition = request.headers.get("if-range")
+    if header is None or (condition is not None and condition.strip() != etag):
+        return None  # the client's part is of another file: it gets the whole new one
+    try:
+        return parse_range(header, size)
+    except UnsatisfiableRangeError as exc:
+        raise ApiError(
+            ErrorCode.RANGE_NOT_SATISFIABLE, f"the video has {size} bytes", {"Content-Range": f"bytes */{size}"}
+        ) from exc
+
+
+class StoredVideo:
+    """One video in the bucket, read through presigned URLs."""
+
+    def __init__(self, use: Services, task_id: str) -> None:
+        self._store = use.store
+        self._bucket = use.bucket
+        self._key = layout.video_key(task_id)
+
+    async def check(self) -> None:
+        """Raise ApiError unless the video can be read now."""
+        url = self._bucket.presign(self._key, method="HEAD", expires_in=_URL_EXPIRES_IN, public=False)
+        try:
+            self._raise_for_status(await self._store.head(url))
+        except httpx.HTTPError as exc:
+            raise _unavailable() from exc
+
+    async def open(self, wanted: ByteRange) -> AsyncIterator[bytes]:
+        """Start reading. Once this returns, the store has said yes and the bytes follow.
+
+        Raises:
+            ApiError: the store does not have them or does not answer.
+        """
+        try:
+            response = await self._request(wanted)
+        except httpx.HTTPError as exc:
+            raise _unavailable() from exc
+        return self._chunks(response, wanted)
+
+    async def _request(self, wanted: ByteRange) -> httpx.Response:
+        url = self._bucket.presign(self._key, expires_in=_URL_EXPIRES_IN, public=False)
+        headers = {"Range": f"bytes={wanted.start}-{wanted.end}", "Accept-Encoding": "identity"}
+        response = await self._store.send(self._store.build_request("GET", url, headers=headers), stream=True)
+        try:
+            self._raise_for_status(response)
+        except ApiError:
+            await response.aclose()
+            raise
+        return response
+
+    async def _chunks(self, response: httpx.Response, wanted: ByteRange) -> AsyncIterator[bytes]:
+        """The bytes of `wanted`; a connection that breaks is taken up again where it broke.
+
+        Raises:
+            httpx.HTTPError: it broke for good; the server then cuts the client's connection, so that what it has
+                can't pass for the whole.
+        """
+        sent = 0
+        for attempt in range(1, _ATTEMPTS + 1):
+            # Some stores (rclone) ignore the Range of a presigned request: what lies before it is passed over.
+            skip = wanted.start + sent if response.status_code == 200 else 0
+            try:
+                async for chunk in response.aiter_raw(_CHUNK):
+                    part = chunk[skip : skip + wanted.length - sent]
+                    skip = max(skip - len(chunk), 0)
+                    if part:
+                        yield part
+                        sent += len(part)
+                    if sent == wanted.length:
+                        return
+                raise httpx.RemoteProtocolError(f"the store sent {sent} of {wanted.length} bytes")
+            except httpx.HTTPError as exc:
+                if attempt == _ATTEMPTS:
+                    raise
+                log.warning("%s: reading on at byte %d after %s", self._key, wanted.start + sent, type(exc).__name__)
+            finally:
+                await response.aclose()
+            response = await self._request(ByteRange(wanted.start + sent, wanted.end))
+
+    def _raise_for_status(self, response: httpx.Response) -> None:
+        if response.status_code == 404:
+            raise ApiError(ErrorCode.VIDEO_NOT_READY, "The video is no longer in the bucket")
+        if response.status_code not in (200, 206):
+            log.error("%s: the store answered %d", self._key, response.status_code)
+            raise _unavailable()
+
+
+def _unavailable() -> ApiError:
+    return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")

@@ -1,0 +1,30 @@
+"""The GPUs this machine shows, by NVML: live figures without a CUDA context."""
+
+from __future__ import annotations
+
+import pynvml
+
+from handler.contract import Gpu
+
+
+def local_gpus() -> list[Gpu]:
+    """Every GPU that NVML sees, as of now; empty where there is no driver.
+
+    Source: NVML API reference, nvmlDeviceGetMemoryInfo.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(index: int) -> Gpu:
+    device = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    return Gpu(name=pynvml.nvmlDeviceGetName(device), memory_total=memory.total, memory_free=memory.free)

@@ -1,0 +1,280 @@
+"""`hunyuan serve`: from settings to a listening server with its bucket and workers, and back down with no orphan."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import anyio.to_thread
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from shim.app import create_app
+from shim.gpu import local_gpus
+from shim.local import EmbeddedBucket, Launch, LocalError, Supervised, secret_file
+from shim.platform import Platform, worker_environment
+from shim.queue.runpod import RunPodQueue
+from shim.queue.sql import SqlQueue
+from shim.settings import DEMO_MODEL, ShimSettings, bucket_settings, child_environment
+from shim.tasks import Manifests
+from storage.bucket import Bucket
+from storage.errors import StorageDeniedError, StorageError
+from storage.settings import BucketSettings, explain
+
+#: The endpoint id of our own platform: `/v2/local/run` and so on.
+ENDPOINT_ID: Final = "local"
+#: What a worker exits with when its settings are wrong: starting it again would change nothing.
+_BAD_SETTINGS: Final = 2
+_GATEWAY_GRACE: Final = 10.0
+#: Seconds that open downloads get when the server stops.
+_CONNECTION_GRACE: Final = 10
+
+log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The server can't start; the message names the setting and what it takes."""
+
+
+def run(settings: ShimSettings) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        StartError: a setting is wrong, the port is taken, or another server uses the same data.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, and ours are presigned
+    uvloop.run(_serve(settings))
+
+
+@dataclass(frozen=True)
+class _Store:
+    """The bucket, and how a worker that we start reaches it."""
+
+    bucket: Bucket
+    environment: Mapping[str, str]
+
+
+async def _serve(settings: ShimSettings) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    try:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_data_directory(settings))
+            listener = stack.enter_context(_listener(settings))
+            store = await stack.enter_async_context(_store(settings))
+            if settings.runpod_endpoint_id is not None:
+                await _serve_runpod(settings, listener, store, stopping)
+            else:
+                await _serve_local(settings, listener, store, stopping)
+    except LocalError as exc:
+        raise StartError(str(exc)) from exc
+
+
+async def _serve_runpod(
+    settings: ShimSettings, listener: socket.socket, store: _Store, stopping: asyncio.Event
+) -> None:
+    """The shim alone: RunPod keeps the queue and runs the workers."""
+    endpoint_id, api_key = settings.runpod_endpoint()
+    queue = RunPodQueue(
+        endpoint_id=endpoint_id,
+        api_key=api_key.get_secret_value(),
+        base_url=str(settings.runpod_base_url),
+        max_queue_size=settings.max_queue_size,
+    )
+    try:
+        log.info("jobs go to RunPod endpoint %s", endpoint_id)
+        app = create_app(queue, store.bucket, public_url=_public_url(settings))
+        async with _listening(app, listener) as server:
+            await _until(stopping, [server])
+    finally:
+        await queue.close()
+
+
+async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _Store, stopping: asyncio.Event) -> None:
+    """The shim, its queue, and the workers of this machine."""
+    if settings.model_path is None:
+        log.warning(
+            "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
+            "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
+        )
+    token = _token(settings)
+    queue = await SqlQueue.open(
+        f"sqlite+aiosqlite:///{settings.directory}/queue.sqlite3",
+        max_queue_size=settings.max_queue_size,
+        find_result=Manifests(store.bucket).find_result,
+    )
+    try:
+        await queue.forget_all_workers()
+        platform = Platform(queue, endpoint_id=ENDPOINT_ID, token=token)
+        app = create_app(queue, store.bucket, public_url=_public_url(settings), routers=[platform.router])
+        launches = [
+            partial(_worker_launch, index, settings, store, queue, f"http://{_reachable(listener)}/v2", token)
+            for index in range(settings.workers)
+        ]
+        workers = [Supervised(f"worker {index}", launch) for index, launch in enumerate(launches)]
+        async with _listening(app, listener) as server:
+            keepers = [asyncio.create_task(worker.run()) for worker in workers]
+            sweeper = asyncio.create_task(platform.sweep_forever())
+            try:
+                await _until(stopping, [server, sweeper, *keepers])
+            finally:
+                platform.drain()
+                await asyncio.gather(*(worker.stop(settings.shutdown_grace) for worker in workers))
+                await asyncio.gather(*keepers, return_exceptions=True)
+                sweeper.cancel()
+    finally:
+        await queue.close()
+
+
+def _worker_launch(
+    index: int, settings: ShimSettings, store: _Store, queue: SqlQueue, base_url: str, token: str
+) -> Launch:
+    """One life of worker number `index`, under an id of its own: its predecessor's jobs are not its jobs."""
+    worker_id = f"{ENDPOINT_ID}-{index}-{secrets.token_hex(4)}"
+    environment = {
+        **worker_environment(base_url, ENDPOINT_ID, worker_id, token),
+        **store.environment,
+        "HUNYUAN_MODEL_PATH": settings.model_path or DEMO_MODEL,
+        "PYTHONUNBUFFERED": "1",
+    }
+    gpus = len(local_gpus())
+    if settings.workers > 1 and gpus > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+
+    async def ended(code: int) -> None:
+        await queue.forget_worker(worker_id)
+        if code == _BAD_SETTINGS:
+            raise StartError("the worker refused its settings; its lines above name them")
+
+    return Launch([sys.executable, "-m", "handler"], child_environment(**environment), ended)
+
+
+@contextmanager
+def _data_directory(settings: ShimSettings) -> Iterator[None]:
+    """Hold the data directory: one server at a time owns its queue and its bucket."""
+    try:
+        settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (settings.directory / "lock").open("w")
+    except OSError as exc:
+        raise StartError(f"HUNYUAN_DATA_DIR: {settings.directory} can't be used: {exc.strerror}") from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise StartError(f"HUNYUAN_DATA_DIR: another server uses {settings.directory}") from exc
+        yield
+
+
+def _listener(settings: ShimSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as exc:
+        where = f"HUNYUAN_HOST {settings.host}, HUNYUAN_PORT {settings.port}"
+        raise StartError(f"{where}: can't listen there: {exc.strerror or exc}") from exc
+
+
+def _reachable(listener: socket.socket) -> str:
+    """host:port under which this machine's own processes reach the listener."""
+    host, port, *_ = listener.getsockname()
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - recognised, not bound
+    return f"{loopback.get(host, f'[{host}]' if ':' in host else host)}:{port}"
+
+
+@asynccontextmanager
+async def _store(settings: ShimSettings) -> AsyncIterator[_Store]:
+    """The bucket that the environment names, else the embedded one for as long as the server runs."""
+    try:
+        named = bucket_settings()
+    except ValidationError as exc:
+        raise StartError(explain(exc)) from exc
+    if named is not None:
+        yield _Store(await _checked(named), {})
+        return
+    if settings.runpod_endpoint_id is not None:
+        raise StartError("BUCKET_ENDPOINT_URL: needed with RUNPOD_ENDPOINT_ID, and the same bucket as the endpoint's")
+    embedded = EmbeddedBucket(settings.directory / "bucket")
+    await embedded.format()
+    gateway = Supervised("S3 gateway", embedded.launch)
+    keeper = asyncio.create_task(gateway.run())
+    try:
+        await embedded.wait_until_listening()
+        bucket = Bucket(embedded.settings)
+        await anyio.to_thread.run_sync(bucket.create)
+        yield _Store(bucket, embedded.environment())
+    finally:
+        await gateway.stop(_GATEWAY_GRACE)
+        await keeper
+
+
+async def _checked(named: BucketSettings) -> Bucket:
+    """The bucket, asked once: wrong keys stop the start, a store that is away does not."""
+    bucket = Bucket(named)
+    try:
+        await anyio.to_thread.run_sync(bucket.check)
+    except StorageDeniedError as exc:
+        raise StartError(f"BUCKET_ENDPOINT_URL {named.endpoint_url}, BUCKET_NAME {named.name}: {exc}") from exc
+    except StorageError as exc:
+        log.error("the bucket does not answer; going on without it until it does: %s", exc)
+    return bucket
+
+
+def _token(settings: ShimSettings) -> str:
+    """The key of the endpoints under /v2: as set, else made once and kept."""
+    if settings.platform_token is not None:
+        return settings.platform_token.get_secret_value()
+    return secret_file(settings.directory / "platform-token", lambda: secrets.token_urlsafe(32))
+
+
+def _public_url(settings: ShimSettings) -> str | None:
+    return str(settings.public_url) if settings.public_url is not None else None
+
+
+class _HttpServer(uvicorn.Server):
+    """Uvicorn without its signal handlers: when to stop is decided here, after the workers have ended."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def _listening(app: FastAPI, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+    """Serve `app` until the block ends; requests under way are finished within their grace."""
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CONNECTION_GRACE
+    )
+    server = _HttpServer(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    log.info("listening on http://%s", _reachable(listener))
+    try:
+        yield task
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def _until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for the signal to stop, or for a task that ends before it, whose error is raised."""
+    signalled = asyncio.create_task(stopping.wait())
+    try:
+        done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        signalled.cancel()
+    log.info("stopping")

@@ -1,0 +1,92 @@
+"""Tasks: what the REST API calls a job. The queue knows it while it lives, the bucket for as long as it is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import anyio.to_thread
+
+from handler.contract import JobInput, JobResult, Manifest, Stage
+from shim.estimates import estimated_time
+from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError
+from storage import layout
+from storage.bucket import Bucket
+from storage.errors import ObjectNotFoundError
+
+
+class TaskNotFoundError(LookupError):
+    """No task has that id."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A task that was queued. `estimated_time` in seconds."""
+
+    task_id: str
+    estimated_time: int
+
+
+class Manifests:
+    """Finished videos, by what stands beside them in the bucket."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    async def find(self, task_id: str) -> Manifest | None:
+        """The manifest of a finished task, None if there is none.
+
+        Raises:
+            StorageError: the bucket can't be asked.
+        """
+        try:
+            body = await anyio.to_thread.run_sync(self._bucket.get_bytes, layout.manifest_key(task_id))
+        except ObjectNotFoundError:
+            return None
+        return Manifest.model_validate_json(body)
+
+    async def find_result(self, task_id: str) -> JobResult | None:
+        """What the job would have returned, had its result not been lost on the way (a `FindResult`)."""
+        manifest = await self.find(task_id)
+        if manifest is None:
+            return None
+        return JobResult(
+            **dict(manifest),
+            video_url=self._bucket.presign(layout.video_key(task_id)),
+            poster_url=self._bucket.presign(layout.poster_key(task_id)),
+        )
+
+
+class Tasks:
+    """Submit and look up tasks over a queue and a bucket; the truth stays with those two."""
+
+    def __init__(self, queue: JobQueue, manifests: Manifests) -> None:
+        self._queue = queue
+        self._manifests = manifests
+
+    async def submit(self, job_input: JobInput) -> Accepted:
+        """Queue a job and say when it will be done. Raises what `JobQueue.submit` raises."""
+        backlog = await self._queue.backlog()
+        observed = await self._queue.render_times()
+        job = await self._queue.submit(job_input)
+        return Accepted(job.task_id, estimated_time(job_input, backlog, observed))
+
+    async def find(self, task_id: str) -> Job:
+        """The task as of now. A finished one that the queue has forgotten, or can't tell of, is in the bucket.
+
+        Raises:
+            TaskNotFoundError: nobody knows it.
+            QueueUnavailableError, StorageError: whoever may know it can't be asked.
+        """
+        if not layout.is_task_id(task_id):
+            raise TaskNotFoundError(task_id)
+        unavailable: QueueUnavailableError | None = None
+        try:
+            job = await self._queue.get(task_id)
+        except QueueUnavailableError as exc:
+            job, unavailable = None, exc
+        if job is not None:
+            return job
+        manifest = await self._manifests.find(task_id)
+        if manifest is not None:
+            return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
+        raise unavailable or TaskNotFoundError(task_id)

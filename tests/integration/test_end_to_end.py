@@ -1,0 +1,177 @@
+"""The whole service as its users start it: shim, SDK worker, S3 gateway, ffmpeg; nothing faked but the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.mp4 import probe
+from tests.service import RENDER_SECONDS, Service, eventually, running_service
+
+pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def test_health_names_the_model_and_the_documented_fields(service: Service) -> None:
+    health = service.http.get("/health").json()
+    assert health["status"] == "healthy"
+    assert health["model_loaded"] is True
+    assert health["version"] == "1.5.0"
+    assert health["model"] == "demo"
+    if not health["gpu_available"]:
+        assert health["vram_free"] == "0.0 GB"
+
+
+def test_a_prompt_becomes_a_video(service: Service, tmp_path: Path) -> None:
+    task_id = service.generate(duration=5, resolution="720p")
+    seen: list[dict[str, Any]] = []
+
+    def look() -> dict[str, Any] | None:
+        seen.append(service.status(task_id))
+        return seen[-1] if seen[-1]["status"] != "processing" else None
+
+    completed = eventually("completion", look, RENDER_SECONDS)
+    assert completed == {
+        "task_id": task_id,
+        "status": "completed",
+        "video_url": f"{service.address}/videos/{task_id}.mp4",
+        "duration": 5,
+        "resolution": "720p",
+        "file_size": completed["file_size"],
+    }
+    progress = [status["progress"] for status in seen[:-1]]
+    assert progress == sorted(progress)
+    assert max(progress) <= 99
+    assert len(set(progress)) > 2, "progress moved"
+    elapsed = [status["elapsed_time"] for status in seen[:-1]]
+    assert elapsed == sorted(elapsed)
+
+    response = service.http.get(completed["video_url"])
+    assert response.headers["content-type"] == "video/mp4"
+    assert len(response.content) == completed["file_size"]
+    path = tmp_path / "video.mp4"
+    path.write_bytes(response.content)
+    video = probe(path)
+    assert (video.codec, video.pixel_format) == ("h264", "yuv420p")
+    assert (video.width, video.height, video.fps, video.num_frames) == (1280, 720, 24.0, 121)
+    assert "bt709" in video.color
+    assert video.is_faststart
+    assert response.headers["etag"] == f'"{hashlib.sha256(response.content).hexdigest()}"'
+
+
+def test_runpods_own_client_drives_a_job(service: Service) -> None:
+    """`runpod.Endpoint(...).run()` against our /v2: a process of its own, since the SDK keeps global state."""
+    token = (service.directory / "data" / "platform-token").read_text()
+    script = f"""
+import json, sys, time, runpod
+runpod.endpoint_url_base = "{service.address}/v2"
+job = runpod.Endpoint("local", api_key=sys.argv[1]).run(
+    {{"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}}
+)
+states = []
+while not states or states[-1] in ("IN_QUEUE", "IN_PROGRESS"):
+    states.append(job.status())
+    time.sleep(0.2)
+print(json.dumps({{"id": job.job_id, "states": states, "output": job.output()}}))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, token], capture_output=True, text=True, timeout=RENDER_SECONDS, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["states"][-1] == "COMPLETED"
+    output = answer["output"]
+    assert output["task_id"] == answer["id"]
+    assert output["model"] == "demo"
+    video = service.http.get(output["video_url"]).content
+    assert hashlib.sha256(video).hexdigest() == output["sha256"]
+    assert service.http.get(output["poster_url"]).content[:2] == b"\xff\xd8"
+    assert service.status(answer["id"])["status"] == "completed", "REST knows the same job"
+
+
+def test_the_platform_lets_nobody_in_without_its_key(service: Service) -> None:
+    for key in ("", "Bearer wrong", "wrong"):
+        headers = {"Authorization": key} if key else {}
+        assert service.http.get("/v2/local/health", headers=headers).status_code == 401
+        assert service.http.get("/v2/local/job-take/w?a=b", headers=headers).status_code == 401
+
+
+def test_a_bad_job_sent_past_the_shim_fails_with_the_documented_code(service: Service) -> None:
+    token = (service.directory / "data" / "platform-token").read_text()
+    headers = {"Authorization": f"Bearer {token}"}
+    task_id = service.http.post("/v2/local/run", headers=headers, json={"input": {"prompt": "short"}}).json()["id"]
+    failed = service.finished(task_id)
+    assert failed["status"] == "failed"
+    assert failed["error_code"] == "INVALID_PROMPT"
+    assert "10-500" in failed["error"]
+
+
+def test_a_worker_killed_in_mid_render_costs_no_task(service: Service) -> None:
+    task_id = service.generate(duration=5, resolution="720p")
+    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
+    victim = service.worker()
+    family = [victim, *victim.children(recursive=True)]
+    victim.kill()
+    assert service.finished(task_id)["status"] == "completed"
+    assert service.worker().pid != victim.pid
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, "the dead worker left no process behind"
+    assert gone
+
+
+def test_a_killed_server_loses_no_task_and_leaves_no_orphan(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    try:
+        service.start()
+        finished = service.generate(duration=5, resolution="720p")
+        before = service.finished(finished)
+        running, *waiting = [service.generate(duration=5, resolution="720p") for _ in range(3)]
+        eventually("the render's start", lambda: service.status(running)["progress"] > 0, RENDER_SECONDS)
+        children = service.descendants()
+        service.kill()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive, "the server's children died with it"
+
+        service.start()
+        assert service.status(finished) == before
+        assert service.http.get(before["video_url"]).status_code == 200
+        for task_id in (running, *waiting):
+            assert service.finished(task_id)["status"] == "completed"
+    finally:
+        if service.process is not None:
+            service.stop()
+        service.http.close()
+
+
+def test_a_stopped_server_gives_its_running_task_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    service = Service(tmp_path, HUNYUAN_SHUTDOWN_GRACE="0")
+    try:
+        service.start()
+        task_id = service.generate(duration=10, resolution="1080p")
+        eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
+        children = service.descendants()
+        started = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - started < 20
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        service.start()
+        assert service.finished(task_id)["status"] == "completed"
+    finally:
+        if service.process is not None:
+            service.stop()
+        service.http.close()

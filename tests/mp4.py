@@ -1,0 +1,60 @@
+"""What an MP4 holds, read with the ffmpeg that we ship (imageio-ffmpeg carries no ffprobe)."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio_ffmpeg
+
+
+@dataclass(frozen=True)
+class Video:
+    codec: str
+    pixel_format: str
+    color: str
+    width: int
+    height: int
+    fps: float
+    num_frames: int
+    boxes: tuple[str, ...]
+
+    @property
+    def is_faststart(self) -> bool:
+        return self.boxes.index("moov") < self.boxes.index("mdat")
+
+
+def probe(path: Path) -> Video:
+    """Decode the whole file; fails on any decoding error."""
+    run = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-xerror", "-i", str(path), "-map", "0:v", "-f", "null", "-"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    stream = re.search(r"Video: (\w+).*?, (\w+)(?:\(([^)]*)\))?, (\d+)x(\d+).*?, ([\d.]+) fps", run.stderr)
+    frames = re.findall(r"frame=\s*(\d+)", run.stderr)
+    assert stream is not None, run.stderr
+    codec, pixel_format, color, width, height, fps = stream.groups()
+    return Video(codec, pixel_format, color or "", int(width), int(height), float(fps), int(frames[-1]), _boxes(path))
+
+
+def _boxes(path: Path) -> tuple[str, ...]:
+    """Types of the top-level boxes, in order (ISO/IEC 14496-12)."""
+    boxes = []
+    with path.open("rb") as file:
+        while header := file.read(8):
+            size, kind = struct.unpack(">I4s", header)
+            read = 8
+            if size == 1:
+                (size,) = struct.unpack(">Q", file.read(8))
+                read = 16
+            boxes.append(kind.decode())
+            if size == 0:
+                break
+            file.seek(size - read, 1)
+    return tuple(boxes)

@@ -1,0 +1,48 @@
+"""Where a bucket's settings come from, and what they never show."""
+
+import pytest
+from pydantic import ValidationError
+
+from storage.settings import BucketSettings, JobBucketSettings, explain
+
+SECRET = "hush-hush-secret"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", "http://127.0.0.1:9000")
+    monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", SECRET)
+    return monkeypatch
+
+
+def test_runpods_names_are_read(environment: pytest.MonkeyPatch) -> None:
+    settings = BucketSettings()
+    assert str(settings.endpoint_url) == "http://127.0.0.1:9000/"
+    assert settings.secret_access_key.get_secret_value() == SECRET
+
+
+def test_the_secret_is_never_shown(environment: pytest.MonkeyPatch) -> None:
+    assert SECRET not in repr(BucketSettings())
+
+
+def test_a_missing_variable_is_named(environment: pytest.MonkeyPatch) -> None:
+    environment.delenv("BUCKET_ACCESS_KEY_ID")
+    with pytest.raises(ValidationError) as caught:
+        BucketSettings()
+    assert "BUCKET_ACCESS_KEY_ID: Field required" in explain(caught.value)
+
+
+def test_a_wrong_variable_is_named_and_its_value_is_not_repeated(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("BUCKET_ENDPOINT_URL", f"ftp://{SECRET}")
+    with pytest.raises(ValidationError) as caught:
+        BucketSettings()
+    text = explain(caught.value)
+    assert text.startswith("BUCKET_ENDPOINT_URL: ")
+    assert SECRET not in text
+
+
+def test_our_keys_never_go_to_a_callers_endpoint(environment: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobBucketSettings.from_s3_config({"endpointUrl": "http://127.0.0.1:6666"})
+    assert "BUCKET_SECRET_ACCESS_KEY: Field required" in explain(caught.value)

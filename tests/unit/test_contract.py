@@ -1,0 +1,128 @@
+"""The bounds and codes of the job's input, as REST and RunPod meet them."""
+
+import json
+
+import pytest
+
+from handler.contract import (
+    DEFAULT_MODEL,
+    ErrorCode,
+    InvalidInputError,
+    JobFailure,
+    JobInput,
+    Progress,
+    Resolution,
+    Stage,
+    num_frames,
+    parse_input,
+)
+
+PROMPT = "A paper boat on a rainy street"
+
+
+def refusal(raw: object) -> JobFailure:
+    with pytest.raises(InvalidInputError) as caught:
+        parse_input(raw)
+    return caught.value.failure
+
+
+def body(**fields: object) -> bytes:
+    return json.dumps({"prompt": PROMPT, **fields}).encode()
+
+
+def test_a_prompt_alone_gets_the_documented_defaults() -> None:
+    job_input = parse_input(json.dumps({"prompt": PROMPT}).encode())
+    assert job_input == JobInput(prompt=PROMPT, duration=10, resolution=Resolution.P1080, model=DEFAULT_MODEL)
+
+
+def test_the_prompt_is_trimmed_before_it_is_counted_and_kept() -> None:
+    assert parse_input(body(prompt=f" \n\t{'x' * 10}　 ")).prompt == "x" * 10
+    assert refusal(body(prompt=f"{' ' * 20}{'x' * 9}{' ' * 20}")).error_code is ErrorCode.INVALID_PROMPT
+
+
+@pytest.mark.parametrize("length", [10, 11, 499, 500])
+@pytest.mark.parametrize("character", ["x", "é", "漢", "🦊"])
+def test_prompts_of_10_to_500_characters_are_taken(length: int, character: str) -> None:
+    assert len(parse_input(body(prompt=character * length)).prompt) == length
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "   ", "x" * 9, "x" * 501, "🦊" * 9, None, 12, ["a prompt in a list"], {}, True]
+)
+def test_any_other_prompt_is_invalid_prompt(prompt: object) -> None:
+    failure = refusal(body(prompt=prompt))
+    assert failure.error_code is ErrorCode.INVALID_PROMPT
+    assert "10-500 characters" in failure.error
+
+
+def test_a_missing_prompt_is_invalid_prompt() -> None:
+    assert refusal(b"{}").error_code is ErrorCode.INVALID_PROMPT
+
+
+def test_a_prompt_that_no_database_can_store_is_refused() -> None:
+    assert refusal(body(prompt="a fox\0jumps over")).error_code is ErrorCode.INVALID_PROMPT
+    assert refusal({"prompt": "half a surrogate pair \ud83e"}).error_code is ErrorCode.INVALID_PROMPT
+
+
+@pytest.mark.parametrize("duration", [5, 6, 7, 8, 9, 10])
+def test_durations_of_5_to_10_seconds_are_taken(duration: int) -> None:
+    assert parse_input(body(duration=duration)).duration == duration
+
+
+@pytest.mark.parametrize("duration", [4, 11, 0, -5, 10**30, "5", 5.0, 5.5, True, False, None, [5], {"s": 5}])
+def test_any_other_duration_is_invalid_duration(duration: object) -> None:
+    assert refusal(body(duration=duration)).error_code is ErrorCode.INVALID_DURATION
+    assert refusal({"prompt": PROMPT, "duration": duration}).error_code is ErrorCode.INVALID_DURATION
+
+
+@pytest.mark.parametrize("resolution", ["480p", "720P", "1080", "", 720, None, True, ["720p"]])
+def test_any_other_resolution_is_invalid_resolution(resolution: object) -> None:
+    failure = refusal(body(resolution=resolution))
+    assert failure.error_code is ErrorCode.INVALID_RESOLUTION
+    assert '"720p"' in failure.error
+    assert '"1080p"' in failure.error
+
+
+@pytest.mark.parametrize("model", ["HunyuanVideo", "hunyuanvideo-1.5", "", 1.5, None])
+def test_an_unknown_model_is_refused_naming_the_known_ones(model: object) -> None:
+    failure = refusal(body(model=model))
+    assert failure.error_code is ErrorCode.INVALID_MODEL
+    assert DEFAULT_MODEL in failure.error
+
+
+def test_an_unknown_field_is_named() -> None:
+    failure = refusal(body(fps=30))
+    assert failure.error_code is ErrorCode.INVALID_REQUEST
+    assert '"fps"' in failure.error
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"[" * 5000, None, 5, []])
+def test_what_is_no_json_object_is_invalid_request(raw: object) -> None:
+    assert refusal(raw).error_code is ErrorCode.INVALID_REQUEST
+
+
+def test_a_long_wrong_value_is_cut_in_the_error() -> None:
+    assert len(refusal(body(resolution="x" * 10_000)).error) < 200
+
+
+def test_there_are_24_frames_a_second_and_one() -> None:
+    assert [num_frames(duration) for duration in range(5, 11)] == [121, 145, 169, 193, 217, 241]
+
+
+def test_progress_never_says_100() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 99"):
+        Progress(progress=100, stage=Stage.STORING)
+
+
+def test_a_failure_survives_the_wire() -> None:
+    failure = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
+    assert JobFailure.from_wire(failure.model_dump_json()) == failure
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "Traceback (most recent call last): ...", '{"error_type": "ValueError"}', "[1]"]
+)
+def test_a_failure_in_foreign_words_shows_a_client_no_traceback(text: str | None) -> None:
+    failure = JobFailure.from_wire(text)
+    assert failure.error_code is ErrorCode.GENERATION_FAILED
+    assert "Traceback" not in failure.error
