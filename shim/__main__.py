@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -62,7 +62,7 @@ def serve(
     """Start the REST server, with its bucket and workers where the environment names none."""
     from shim import server
 
-    given = {"host": host, "port": port, "model_path": model}
+    given: dict[str, Any] = {"host": host, "port": port, "model_path": model}
     with _settings_explained():
         settings = ShimSettings(**{name: value for name, value in given.items() if value is not None})
     try:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Final
 
 from handler.contract import MAX_DURATION, MIN_DURATION, JobInput, Resolution
-from shim.queue.base import Backlog
-
-#: Mean render seconds by (resolution, duration in seconds).
-RenderTimes = Mapping[tuple[Resolution, int], float]
+from shim.queue.base import Backlog, RenderTimes
 
 #: Midpoints of the API reference's table, for 5 and 10 seconds of video.
 _DOCUMENTED: Final = {Resolution.P720: (25.0, 50.0), Resolution.P1080: (37.5, 75.0)}

@@ -38,11 +38,14 @@ class LocalError(Exception):
 
 @dataclass(frozen=True)
 class Launch:
-    """One life of a process: how to start it, where its output goes (None: ours), and whom its end concerns."""
+    """One life of a process: how to start it, where its output goes (None: ours), and whom its end concerns.
+
+    `ended` is given the exit code (negative: the signal) and whether the process was asked to end.
+    """
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    ended: Callable[[int], Awaitable[None]]
+    ended: Callable[[int, bool], Awaitable[None]]
     output: Path | None = None
 
 
@@ -71,7 +74,7 @@ class Supervised:
             launch = self._launch()
             started = time.monotonic()
             code = await self._live(launch)
-            await launch.ended(code)
+            await launch.ended(code, self._stopping.is_set())
             if self._stopping.is_set():
                 return
             failures = 0 if time.monotonic() - started > _SETTLED else failures
@@ -215,7 +218,7 @@ class EmbeddedBucket:
         return f"sqlite3://{self._directory}/meta.db"
 
 
-async def _nobody(_: int) -> None:
+async def _nobody(_: int, __: bool) -> None:
     """The end of this process concerns nobody but its supervisor."""
 
 

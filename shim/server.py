@@ -25,6 +25,8 @@ from shim.app import create_app
 from shim.gpu import local_gpus
 from shim.local import EmbeddedBucket, Launch, LocalError, Supervised, secret_file
 from shim.platform import Platform, worker_environment
+from shim.queue.database import Database
+from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
 from shim.settings import DEMO_MODEL, ShimSettings, bucket_settings, child_environment
@@ -112,17 +114,15 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
             "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
         )
     token = _token(settings)
-    queue = await SqlQueue.open(
-        f"sqlite+aiosqlite:///{settings.directory}/queue.sqlite3",
-        max_queue_size=settings.max_queue_size,
-        find_result=Manifests(store.bucket).find_result,
-    )
+    database = await Database.open(f"sqlite+aiosqlite:///{settings.directory}/queue.sqlite3")
     try:
-        await queue.forget_all_workers()
-        platform = Platform(queue, endpoint_id=ENDPOINT_ID, token=token)
+        queue = SqlQueue(database, max_queue_size=settings.max_queue_size)
+        dispatcher = Dispatcher(database, find_result=Manifests(store.bucket).find_result)
+        await dispatcher.forget_all_workers()
+        platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
         app = create_app(queue, store.bucket, public_url=_public_url(settings), routers=[platform.router])
         launches = [
-            partial(_worker_launch, index, settings, store, queue, f"http://{_reachable(listener)}/v2", token)
+            partial(_worker_launch, index, settings, store, dispatcher, f"http://{_reachable(listener)}/v2", token)
             for index in range(settings.workers)
         ]
         workers = [Supervised(f"worker {index}", launch) for index, launch in enumerate(launches)]
@@ -136,12 +136,13 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
                 await asyncio.gather(*(worker.stop(settings.shutdown_grace) for worker in workers))
                 await asyncio.gather(*keepers, return_exceptions=True)
                 sweeper.cancel()
+                platform.stop()
     finally:
-        await queue.close()
+        await database.close()
 
 
 def _worker_launch(
-    index: int, settings: ShimSettings, store: _Store, queue: SqlQueue, base_url: str, token: str
+    index: int, settings: ShimSettings, store: _Store, dispatcher: Dispatcher, base_url: str, token: str
 ) -> Launch:
     """One life of worker number `index`, under an id of its own: its predecessor's jobs are not its jobs."""
     worker_id = f"{ENDPOINT_ID}-{index}-{secrets.token_hex(4)}"
@@ -155,8 +156,8 @@ def _worker_launch(
     if settings.workers > 1 and gpus > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
 
-    async def ended(code: int) -> None:
-        await queue.forget_worker(worker_id)
+    async def ended(code: int, asked: bool) -> None:
+        await dispatcher.forget_worker(worker_id, blameless=asked)
         if code == _BAD_SETTINGS:
             raise StartError("the worker refused its settings; its lines above name them")
 

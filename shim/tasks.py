@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import anyio.to_thread
@@ -11,7 +12,9 @@ from shim.estimates import estimated_time
 from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError
 from storage import layout
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError
+from storage.errors import ObjectNotFoundError, StorageError
+
+log = logging.getLogger(__name__)
 
 
 class TaskNotFoundError(LookupError):
@@ -46,7 +49,11 @@ class Manifests:
 
     async def find_result(self, task_id: str) -> JobResult | None:
         """What the job would have returned, had its result not been lost on the way (a `FindResult`)."""
-        manifest = await self.find(task_id)
+        try:
+            manifest = await self.find(task_id)
+        except StorageError as exc:
+            log.warning("%s: can't look for its manifest: %s", task_id, exc)
+            return None
         if manifest is None:
             return None
         return JobResult(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from handler.contract import JobFailure, JobInput, JobResult, Manifest, Stage, WorkerReport
+from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resolution, Stage, WorkerReport
 
 #: Looks for a finished job in the bucket by its task id: what a job whose result never reached the queue left there.
+#: It raises nothing: where the bucket can't be asked the answer is None, and the worker asks again before it renders.
 FindResult = Callable[[str], Awaitable[JobResult | None]]
+
+
+#: Mean render seconds by (resolution, duration in seconds).
+RenderTimes = Mapping[tuple[Resolution, int], float]
 
 
 class QueueError(Exception):
@@ -110,6 +115,18 @@ class JobQueue(Protocol):
 
     async def backlog(self) -> Backlog:
         """What is waiting and running."""
+        ...
+
+    async def render_times(self) -> RenderTimes:
+        """What such jobs took lately, where the queue has seen any."""
+        ...
+
+    async def check_ready(self) -> None:
+        """Whether a job submitted now would be taken.
+
+        Raises:
+            ModelNotLoadedError: it would not.
+        """
         ...
 
     async def workers(self) -> Workers:

@@ -1,0 +1,303 @@
+"""The worker side of our own job queue: who renders what, and what becomes of it when its worker is lost.
+
+`shim.platform` speaks RunPod's worker protocol over this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, false, func, insert, select, true, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from handler.contract import ErrorCode, JobFailure, Progress, WorkerReport, WorkerState
+from shim.queue.base import FindResult, JobState
+from shim.queue.database import Database, end, fetch_all, fetch_one
+from shim.queue.schema import jobs, render_times, valid_manifest, workers
+
+#: Seconds after which a stop that the worker has not followed is sent again.
+_STOP_AGAIN: Final = 2.0
+#: The running mean of render times is over about so many jobs.
+_MEAN_OVER: Final = 20
+#: Rows of workers unseen for so many seconds are removed.
+_WORKER_TTL: Final = 3600.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A job as a worker takes it: RunPod's `input`, and beside it what else the job carries (`s3Config`, ...)."""
+
+    task_id: str
+    input: Any
+    extras: Mapping[str, Any]
+
+
+class Dispatcher:
+    """Hands the jobs in `database` to workers.
+
+    A running job belongs to its worker for `lease` seconds after that worker's last sign of life. One whose lease
+    lapses is looked for in the bucket with `find_result`, else queued again at the front; after `max_attempts` it
+    fails.
+    """
+
+    def __init__(
+        self, database: Database, *, find_result: FindResult, max_attempts: int = 3, lease: float = 60.0
+    ) -> None:
+        self._database = database
+        self._find_result = find_result
+        self._max_attempts = max_attempts
+        self._lease = lease
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set when there is something new to take or to stop, in this process. Get it before you look."""
+        return self._database.changed
+
+    async def take(self, worker_id: str) -> Delivery | None:
+        """The job at the front, now this worker's.
+
+        The SDK asks when it is idle. A job that the table says is still with this worker has lost its result, or
+        never reached it: that one is settled first, and usually handed out again.
+        """
+        await self._settle(jobs.c.worker_id == worker_id)
+        async with self._database.read() as connection:
+            if await connection.scalar(_front()) is None and await self._knows_as_ready(connection, worker_id):
+                return None
+        now = self._database.clock()
+        async with self._database.write() as connection:
+            await _save_worker(connection, worker_id, now, WorkerState.READY)
+            await connection.execute(_stopped(worker_id))
+            task_id = await connection.scalar(_front().with_for_update(skip_locked=True))
+            if task_id is None:
+                return None
+            row = (
+                await connection.execute(
+                    update(jobs)
+                    .where(jobs.c.task_id == task_id)
+                    .values(
+                        state=JobState.RUNNING,
+                        worker_id=worker_id,
+                        attempts=jobs.c.attempts + 1,
+                        started_at=now,
+                        lease_expires_at=now + self._lease,
+                    )
+                    .returning(jobs.c.input, jobs.c.extras, jobs.c.attempts)
+                )
+            ).one()
+        log.info("%s: taken by worker %s, attempt %d", task_id, worker_id, row.attempts)
+        return Delivery(task_id, row.input, row.extras or {})
+
+    async def record_progress(self, worker_id: str, task_id: str, progress: Progress) -> None:
+        """Note how far a running job is. What comes late, or after the end, changes nothing."""
+        advances = jobs.c.progress <= progress.progress
+        now = self._database.clock()
+        async with self._database.write() as connection:
+            await connection.execute(
+                update(jobs)
+                .where(*_held(worker_id), jobs.c.task_id == task_id)
+                .values(
+                    progress=case((advances, progress.progress), else_=jobs.c.progress),
+                    stage=case((advances, progress.stage.value), else_=jobs.c.stage),
+                    lease_expires_at=now + self._lease,
+                )
+            )
+
+    async def complete(self, worker_id: str, task_id: str, output: Any) -> bool:
+        """Store a job's output; False if it had ended before. The first end is the one that counts.
+
+        A result is a result, whoever brings it: a worker that was given up for dead may still finish first, and
+        then the one that renders the job again is told to stop.
+        """
+        async with self._database.write() as connection:
+            completed = await end(
+                connection,
+                self._database.clock(),
+                JobState.COMPLETED,
+                jobs.c.task_id == task_id,
+                output=output,
+                progress=100,
+                stop_requested=(jobs.c.state == JobState.RUNNING) & (jobs.c.worker_id != worker_id),
+            )
+            if completed:
+                await _observe(connection, output)
+            await connection.execute(_stopped(worker_id, task_id))
+        self._database.ring()
+        return bool(completed)
+
+    async def fail(self, worker_id: str, task_id: str, failure: JobFailure) -> bool:
+        """Store a job's failure; False if it had ended before or is another worker's by now."""
+        async with self._database.write() as connection:
+            failed = await end(
+                connection,
+                self._database.clock(),
+                JobState.FAILED,
+                *_held(worker_id),
+                jobs.c.task_id == task_id,
+                failure=failure.model_dump(mode="json"),
+            )
+            await connection.execute(_stopped(worker_id, task_id))
+        self._database.ring()
+        return bool(failed)
+
+    async def report(self, worker_id: str, report: WorkerReport) -> None:
+        """Note what a worker says of itself: a sign of life, for its job too."""
+        now = self._database.clock()
+        async with self._database.write() as connection:
+            await _save_worker(connection, worker_id, now, report.state, report.model_dump(mode="json"))
+            await self._extend(connection, worker_id, now)
+
+    async def ping(self, worker_id: str, task_ids: Collection[str]) -> None:
+        """Note the SDK's ping: a sign of life for the jobs that it names.
+
+        The SDK pings from a process of its own, which can outlive the worker: a ping alone makes no worker ready.
+        """
+        now = self._database.clock()
+        if not task_ids:
+            return
+        async with self._database.write() as connection:
+            await self._extend(connection, worker_id, now, jobs.c.task_id.in_(task_ids))
+            await connection.execute(
+                update(workers)
+                .where(
+                    workers.c.worker_id == worker_id,
+                    select(jobs.c.seq).where(*_held(worker_id), jobs.c.task_id.in_(task_ids)).exists(),
+                )
+                .values(last_seen=now)
+            )
+
+    async def stops(self, worker_id: str) -> list[str]:
+        """The jobs that this worker is to stop now; one that it goes on with is named again after 2 seconds."""
+        now = self._database.clock()
+        due = (
+            jobs.c.worker_id == worker_id,
+            jobs.c.stop_requested != false(),
+            func.coalesce(jobs.c.stop_sent_at, 0.0) <= now - _STOP_AGAIN,
+        )
+        async with self._database.read() as connection:
+            if await connection.scalar(select(jobs.c.seq).where(*due).limit(1)) is None:
+                return []
+        async with self._database.write() as connection:
+            rows = await connection.execute(update(jobs).where(*due).values(stop_sent_at=now).returning(jobs.c.task_id))
+            return [row.task_id for row in rows]
+
+    async def forget_worker(self, worker_id: str, *, blameless: bool = False) -> None:
+        """That worker's process is gone: settle what it was at. `blameless` counts no attempt against its job."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(workers).where(workers.c.worker_id == worker_id))
+            await connection.execute(_stopped(worker_id))
+        await self._settle(jobs.c.worker_id == worker_id, blameless=blameless)
+
+    async def forget_all_workers(self) -> None:
+        """No worker of an earlier life is there any more."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(workers))
+        await self._settle(true())
+
+    async def sweep(self) -> None:
+        """Settle the jobs whose lease has lapsed, and drop the rows of workers long unseen."""
+        now = self._database.clock()
+        await self._settle(jobs.c.lease_expires_at < now)
+        async with self._database.write() as connection:
+            await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
+
+    async def _settle(self, which: ColumnElement[bool], *, blameless: bool = False) -> None:
+        """Running jobs that nobody is at: done after all, or queued again, or given up."""
+        async with self._database.read() as connection:
+            lost = await fetch_all(connection, select(jobs).where(jobs.c.state == JobState.RUNNING, which))
+        for row in lost:
+            result = await self._find_result(row.task_id)
+            if result is not None:
+                log.info("%s: its result was lost on the way, its manifest is in the bucket", row.task_id)
+                await self.complete(row.worker_id, row.task_id, result.model_dump(mode="json"))
+            elif row.attempts >= self._max_attempts and not blameless:
+                log.error("%s: given up after %d attempts", row.task_id, row.attempts)
+                text = f"The worker was lost {row.attempts} times while it rendered this task"
+                failure = JobFailure(error=text, error_code=ErrorCode.GENERATION_FAILED)
+                await self.fail(row.worker_id, row.task_id, failure)
+            else:
+                await self._give_back(row, blameless)
+
+    async def _give_back(self, row: Row[Any], blameless: bool) -> None:
+        async with self._database.write() as connection:
+            result = await connection.execute(
+                update(jobs)
+                .where(*_held(row.worker_id), jobs.c.task_id == row.task_id, jobs.c.attempts == row.attempts)
+                .values(
+                    state=JobState.QUEUED,
+                    worker_id=None,
+                    lease_expires_at=None,
+                    attempts=jobs.c.attempts - (1 if blameless else 0),
+                )
+            )
+        if result.rowcount:
+            log.warning("%s: worker %s was lost, the task is queued again", row.task_id, row.worker_id)
+            self._database.ring()
+
+    async def _knows_as_ready(self, connection: AsyncConnection, worker_id: str) -> bool:
+        """Whether the worker's row is fresh enough to spare a write for each time that it asks in vain."""
+        row = await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
+        if row is None or row.state != WorkerState.READY:
+            return False
+        return bool(row.last_seen > self._database.clock() - self._database.worker_timeout / 4)
+
+    async def _extend(
+        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool]
+    ) -> None:
+        await connection.execute(
+            update(jobs).where(*_held(worker_id), *which).values(lease_expires_at=now + self._lease)
+        )
+
+
+def _front() -> Select[str]:
+    return select(jobs.c.task_id).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
+
+
+def _held(worker_id: str) -> tuple[ColumnElement[bool], ...]:
+    return jobs.c.state == JobState.RUNNING, jobs.c.worker_id == worker_id
+
+
+def _stopped(worker_id: str, task_id: str | None = None) -> Update:
+    """The worker is no longer at that job, or at any: it need not be told to stop."""
+    statement = update(jobs).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested != false())
+    if task_id is not None:
+        statement = statement.where(jobs.c.task_id == task_id)
+    return statement.values(stop_requested=False, stop_sent_at=None)
+
+
+async def _save_worker(
+    connection: AsyncConnection, worker_id: str, now: float, state: WorkerState, report: Any = None
+) -> None:
+    """Insert or update a worker's row; with no `report` the last one stays."""
+    values = {"last_seen": now, "state": state} | ({"report": report} if report is not None else {})
+    result = await connection.execute(update(workers).where(workers.c.worker_id == worker_id).values(**values))
+    if result.rowcount == 0:
+        await connection.execute(insert(workers).values(worker_id=worker_id, **values))
+
+
+async def _observe(connection: AsyncConnection, output: Any) -> None:
+    """Let a finished job's render time into the mean of its kind."""
+    manifest = valid_manifest(output)
+    if manifest is None:
+        return
+    seconds = manifest.timings.get("total", 0.0)
+    kind = (
+        render_times.c.resolution == manifest.input.resolution,
+        render_times.c.duration == manifest.input.duration,
+    )
+    row = await fetch_one(connection, select(render_times).where(*kind))
+    if row is None:
+        await connection.execute(
+            insert(render_times).values(
+                resolution=manifest.input.resolution, duration=manifest.input.duration, mean=seconds, samples=1
+            )
+        )
+        return
+    samples = min(row.samples + 1, _MEAN_OVER)
+    mean = row.mean + (seconds - row.mean) / samples
+    await connection.execute(update(render_times).where(*kind).values(mean=mean, samples=samples))

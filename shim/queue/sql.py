@@ -1,0 +1,221 @@
+"""The REST side of our own job queue, in a SQL database: SQLite in WAL mode on one machine."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from handler.contract import (
+    ErrorCode,
+    InvalidInputError,
+    JobFailure,
+    JobInput,
+    Resolution,
+    Stage,
+    WorkerReport,
+    WorkerState,
+    parse_input,
+)
+from shim.queue.base import Backlog, Job, JobState, ModelNotLoadedError, QueueFullError, Workers
+from shim.queue.database import Database, end, fetch_all, fetch_one
+from shim.queue.schema import jobs, outcomes, render_times, valid_manifest, workers
+
+
+class SqlQueue:
+    """A `JobQueue` over `database`, which is the caller's to close. At most `max_queue_size` jobs wait."""
+
+    def __init__(self, database: Database, *, max_queue_size: int = 10) -> None:
+        self._database = database
+        self._max_queue_size = max_queue_size
+
+    async def close(self) -> None:
+        """Let go of the database."""
+        await self._database.close()
+
+    async def submit(self, job_input: JobInput) -> Job:
+        """Queue a job, if a worker has the model loaded and there is room. See `JobQueue.submit`."""
+        async with self._database.write() as connection:
+            await self._check_ready(connection)
+            position = await self._check_room(connection)
+            task_id = await self._insert(connection, job_input.model_dump(mode="json"), {})
+        self._database.ring()
+        return Job(task_id, JobState.QUEUED, queue_position=position)
+
+    async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
+        """Queue a job as RunPod's /run does: any input, whether or not there are workers. Its task_id.
+
+        Raises:
+            QueueFullError: as many jobs wait as may wait.
+        """
+        async with self._database.write() as connection:
+            await self._check_room(connection)
+            task_id = await self._insert(connection, payload, extras)
+        self._database.ring()
+        return task_id
+
+    async def get(self, task_id: str) -> Job | None:
+        """The job as of now."""
+        async with self._database.read() as connection:
+            row = await fetch_one(connection, select(jobs).where(jobs.c.task_id == task_id))
+            if row is None:
+                return None
+            position = await self._position(connection, row) if row.state == JobState.QUEUED else None
+        return self._job(row, position)
+
+    async def output(self, task_id: str) -> Any:
+        """What the job returned, word for word; None before it did."""
+        async with self._database.read() as connection:
+            return await connection.scalar(select(jobs.c.output).where(jobs.c.task_id == task_id))
+
+    async def cancel(self, task_id: str) -> Job | None:
+        """Stop a waiting or running job. The worker of a running one is told through `stops`."""
+        failure = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+        async with self._database.write() as connection:
+            await end(
+                connection,
+                self._database.clock(),
+                JobState.CANCELLED,
+                jobs.c.task_id == task_id,
+                failure=failure.model_dump(mode="json"),
+                stop_requested=jobs.c.state == JobState.RUNNING,
+            )
+        self._database.ring()
+        return await self.get(task_id)
+
+    async def purge(self) -> int:
+        """Cancel every waiting job; how many there were."""
+        failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
+        async with self._database.write() as connection:
+            return await end(
+                connection,
+                self._database.clock(),
+                JobState.CANCELLED,
+                jobs.c.state == JobState.QUEUED,
+                failure=failure.model_dump(mode="json"),
+            )
+
+    async def retry(self, task_id: str) -> bool:
+        """Queue a failed job again, with no attempt counted; False if it has not failed.
+
+        Raises:
+            QueueFullError: as many jobs wait as may wait.
+        """
+        async with self._database.write() as connection:
+            await self._check_room(connection)
+            result = await connection.execute(
+                update(jobs)
+                .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
+                .values(state=JobState.QUEUED, failure=None, attempts=0, progress=0, stage=None, finished_at=None)
+            )
+        self._database.ring()
+        return result.rowcount > 0
+
+    async def backlog(self) -> Backlog:
+        """What is waiting and running, in the order it was submitted."""
+        async with self._database.read() as connection:
+            rows = [
+                await fetch_all(connection, select(jobs.c.input).where(jobs.c.state == state).order_by(jobs.c.seq))
+                for state in (JobState.QUEUED, JobState.RUNNING)
+            ]
+            ready = await connection.scalar(
+                select(func.count())
+                .select_from(workers)
+                .where(self._database.is_alive(), workers.c.state == WorkerState.READY)
+            )
+        waiting, running = ([_valid_input(row.input) for row in part] for part in rows)
+        return Backlog(waiting, running, ready or 0)
+
+    async def render_times(self) -> Mapping[tuple[Resolution, int], float]:
+        """Mean seconds of the last twenty or so renders of each kind."""
+        async with self._database.read() as connection:
+            rows = await fetch_all(connection, select(render_times))
+        return {(Resolution(row.resolution), row.duration): row.mean for row in rows}
+
+    async def check_ready(self) -> None:
+        """Raise ModelNotLoadedError unless a worker has the model loaded."""
+        async with self._database.read() as connection:
+            await self._check_ready(connection)
+
+    async def workers(self) -> Workers:
+        """The workers that were seen lately."""
+        async with self._database.read() as connection:
+            return await self._workers(connection)
+
+    async def ended(self) -> Mapping[JobState, int]:
+        """How many jobs have ended in each way."""
+        async with self._database.read() as connection:
+            rows = await fetch_all(connection, select(outcomes))
+        return {JobState(row.state): row.total for row in rows}
+
+    async def _insert(self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any]) -> str:
+        task_id = str(uuid.uuid4())
+        await connection.execute(
+            insert(jobs).values(
+                task_id=task_id,
+                state=JobState.QUEUED,
+                input=payload,
+                extras=dict(extras) or None,
+                created_at=self._database.clock(),
+            )
+        )
+        return task_id
+
+    async def _check_room(self, connection: AsyncConnection) -> int:
+        """The position that a job submitted now would have."""
+        waiting = await connection.scalar(select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED))
+        if (waiting or 0) >= self._max_queue_size:
+            raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
+        return (waiting or 0) + 1
+
+    async def _check_ready(self, connection: AsyncConnection) -> None:
+        seen = await self._workers(connection)
+        if seen.ready:
+            return
+        if seen.loading:
+            raise ModelNotLoadedError("Model not loaded yet: a worker is loading it")
+        reasons = [report.error for report in seen.reports if report.error]
+        raise ModelNotLoadedError(f"Model not loaded: {reasons[0] if reasons else 'no worker is running'}")
+
+    async def _workers(self, connection: AsyncConnection) -> Workers:
+        rows = await fetch_all(
+            connection, select(workers).where(self._database.is_alive()).order_by(workers.c.worker_id)
+        )
+        states = [row.state for row in rows]
+        return Workers(
+            ready=states.count(WorkerState.READY),
+            loading=states.count(WorkerState.LOADING),
+            failed=states.count(WorkerState.FAILED),
+            reports=[WorkerReport.model_validate(row.report) for row in rows if row.report is not None],
+        )
+
+    async def _position(self, connection: AsyncConnection, row: Row[Any]) -> int:
+        ahead = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED, jobs.c.seq <= row.seq)
+        return await connection.scalar(ahead) or 0
+
+    def _job(self, row: Row[Any], position: int | None) -> Job:
+        state = JobState(row.state)
+        result = valid_manifest(row.output) if state is JobState.COMPLETED else None
+        failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
+        if state is JobState.COMPLETED and result is None:
+            failure = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
+        return Job(
+            task_id=row.task_id,
+            state=state,
+            progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
+            stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
+            elapsed_time=max((row.finished_at or self._database.clock()) - row.created_at, 0.0),
+            queue_position=position,
+            result=result,
+            failure=failure,
+        )
+
+
+def _valid_input(payload: Any) -> JobInput | None:
+    try:
+        return parse_input(payload)
+    except InvalidInputError:
+        return None
