@@ -56,7 +56,7 @@ class Supervised:
     in its process group goes with it. It can't outlive us: see `shim.tether`.
     """
 
-    def __init__(self, name: str, launch: Callable[[], Launch]) -> None:
+    def __init__(self, name: str, launch: Callable[[], Awaitable[Launch]]) -> None:
         self._name = name
         self._launch = launch
         self._stopping = asyncio.Event()
@@ -71,7 +71,7 @@ class Supervised:
         """Keep the process running until `stop`. Raises what `Launch.ended` raises."""
         failures = 0
         while not self._stopping.is_set():
-            launch = self._launch()
+            launch = await self._launch()
             started = time.monotonic()
             code = await self._live(launch)
             await launch.ended(code, self._stopping.is_set())
@@ -175,7 +175,7 @@ class EmbeddedBucket:
         if process.returncode:
             raise LocalError(f"can't use {self._directory} for the embedded bucket:\n{errors.decode()[-2000:]}")
 
-    def launch(self) -> Launch:
+    async def launch(self) -> Launch:
         """One life of the gateway."""
         flags = ("--multi-buckets", "--keep-etag", "--object-meta", "--no-banner", "--backup-meta", "0")
         cache = (

@@ -35,6 +35,8 @@ from shim.queue.sql import SqlQueue
 HOLD: Final = 20.0
 #: How often another process's submissions are looked for meanwhile.
 _LOOK_AGAIN: Final = 1.0
+#: How long while the server stops.
+_DRAIN_HOLD: Final = 0.5
 _SWEEP_INTERVAL: Final = 5.0
 _RUNSYNC_HOLD: Final = 90.0
 #: RunPod's limits, in bytes: what /run takes, and what a job may return.
@@ -100,8 +102,9 @@ class Platform:
             self.router.add_api_route(path, route, methods=[method])
 
     def drain(self) -> None:
-        """Hand out no more jobs. Workers that ask are held, not answered, so that they don't ask in a frenzy."""
+        """Hand out no more jobs. Workers that ask are held shortly: a worker that stops waits for its answer first."""
         self._draining = True
+        self._hold = min(self._hold, _DRAIN_HOLD)
 
     def stop(self) -> None:
         """Let every held question go: the server is about to close its connections."""
@@ -142,12 +145,12 @@ class Platform:
 
     async def _held(self, request: Request, look: Callable[[], Awaitable[Any]]) -> Any:
         """What `look` finds, as soon as it finds something; None at the end of the hold or of the connection."""
-        deadline = time.monotonic() + self._hold
+        started = time.monotonic()
         while not self._stopped.is_set() and not await request.is_disconnected():
             changed = self._dispatcher.changed
             if found := await look():
                 return found
-            remaining = deadline - time.monotonic()
+            remaining = started + self._hold - time.monotonic()
             if remaining <= 0:
                 return None
             waits = [asyncio.create_task(changed.wait()), asyncio.create_task(self._stopped.wait())]

@@ -12,7 +12,6 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 import anyio.to_thread
@@ -29,16 +28,18 @@ from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
-from shim.settings import DEMO_MODEL, ShimSettings, bucket_settings, child_environment
+from shim.settings import DEMO_MODEL, ShimSettings, child_environment
 from shim.tasks import Manifests
 from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError
-from storage.settings import BucketSettings, explain
+from storage.settings import BucketSettings, bucket_settings, explain
 
 #: The endpoint id of our own platform: `/v2/local/run` and so on.
 ENDPOINT_ID: Final = "local"
 #: What a worker exits with when its settings are wrong: starting it again would change nothing.
 _BAD_SETTINGS: Final = 2
+#: What it exits with when its model can't be loaded.
+_NO_MODEL: Final = 3
 _GATEWAY_GRACE: Final = 10.0
 #: Seconds that open downloads get when the server stops.
 _CONNECTION_GRACE: Final = 10
@@ -121,11 +122,9 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
         await dispatcher.forget_all_workers()
         platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
         app = create_app(queue, store.bucket, public_url=_public_url(settings), routers=[platform.router])
-        launches = [
-            partial(_worker_launch, index, settings, store, dispatcher, f"http://{_reachable(listener)}/v2", token)
-            for index in range(settings.workers)
-        ]
-        workers = [Supervised(f"worker {index}", launch) for index, launch in enumerate(launches)]
+        base_url = f"http://{_reachable(listener)}/v2"
+        slots = [_WorkerSlot(i, settings, store, dispatcher, base_url, token) for i in range(settings.workers)]
+        workers = [Supervised(f"worker {index}", slot.launch) for index, slot in enumerate(slots)]
         async with _listening(app, listener) as server:
             keepers = [asyncio.create_task(worker.run()) for worker in workers]
             sweeper = asyncio.create_task(platform.sweep_forever())
@@ -141,27 +140,41 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
         await database.close()
 
 
-def _worker_launch(
-    index: int, settings: ShimSettings, store: _Store, dispatcher: Dispatcher, base_url: str, token: str
-) -> Launch:
-    """One life of worker number `index`, under an id of its own: its predecessor's jobs are not its jobs."""
-    worker_id = f"{ENDPOINT_ID}-{index}-{secrets.token_hex(4)}"
-    environment = {
-        **worker_environment(base_url, ENDPOINT_ID, worker_id, token),
-        **store.environment,
-        "HUNYUAN_MODEL_PATH": settings.model_path or DEMO_MODEL,
-        "PYTHONUNBUFFERED": "1",
-    }
-    gpus = len(local_gpus())
-    if settings.workers > 1 and gpus > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+class _WorkerSlot:
+    """The lives of worker number `index`, each under an id of its own: its predecessor's jobs are not its jobs."""
 
-    async def ended(code: int, asked: bool) -> None:
-        await dispatcher.forget_worker(worker_id, blameless=asked)
+    def __init__(
+        self, index: int, settings: ShimSettings, store: _Store, dispatcher: Dispatcher, base_url: str, token: str
+    ) -> None:
+        self._index = index
+        self._dispatcher = dispatcher
+        self._base_url = base_url
+        self._token = token
+        self._worker_id = ""
+        self._environment = {
+            **store.environment,
+            "HUNYUAN_MODEL_PATH": settings.model_path or DEMO_MODEL,
+            "PYTHONUNBUFFERED": "1",
+        }
+        gpus = len(local_gpus())
+        if settings.workers > 1 and gpus > 1:
+            self._environment["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+
+    async def launch(self) -> Launch:
+        """The next life."""
+        await self._dispatcher.forget_worker(self._worker_id)
+        self._worker_id = f"{ENDPOINT_ID}-{self._index}-{secrets.token_hex(4)}"
+        environment = {
+            **self._environment,
+            **worker_environment(self._base_url, ENDPOINT_ID, self._worker_id, self._token),
+        }
+        return Launch([sys.executable, "-m", "handler"], child_environment(**environment), self._ended)
+
+    async def _ended(self, code: int, asked: bool) -> None:
         if code == _BAD_SETTINGS:
             raise StartError("the worker refused its settings; its lines above name them")
-
-    return Launch([sys.executable, "-m", "handler"], child_environment(**environment), ended)
+        if code != _NO_MODEL:  # else what it said of itself stays to be seen until its next life
+            await self._dispatcher.forget_worker(self._worker_id, blameless=asked)
 
 
 @contextmanager

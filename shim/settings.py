@@ -9,8 +9,6 @@ from typing import Final, Self
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from storage.settings import BucketSettings
-
 #: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU.
 DEMO_MODEL: Final = "demo"
 
@@ -112,19 +110,6 @@ class ClientSettings(BaseSettings):
         validation_alias="HUNYUAN_SERVER",
         description="Server that `hunyuan generate`, `status`, `download` and `health` talk to.",
     )
-
-
-def bucket_settings() -> BucketSettings | None:
-    """The bucket that the environment names; None where it names none and the embedded one serves.
-
-    Raises:
-        pydantic.ValidationError: the bucket is named in part.
-    """
-    if not any(
-        os.environ.get(name) for name in ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
-    ):
-        return None
-    return BucketSettings()
 
 
 def child_environment(**overrides: str) -> dict[str, str]:

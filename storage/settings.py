@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,16 @@ class JobBucketSettings(BucketSettings):
             "BUCKET_NAME": config.get("bucketName"),
         }
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def bucket_settings() -> BucketSettings | None:
+    """The bucket that the environment names; None where it names none.
+
+    Raises:
+        pydantic.ValidationError: it is named in part.
+    """
+    names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
+    return BucketSettings() if any(os.environ.get(name) for name in names) else None
 
 
 def explain(exc: ValidationError) -> str:

@@ -1,0 +1,81 @@
+"""`python -m handler`: settings, the model, then jobs. `--test_input '{"input": {...}}'` runs one job and ends.
+
+Exit codes: 0 stopped by SIGTERM, 1 the test job failed, 2 a setting is wrong, 3 the model can't be loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from importlib.metadata import version
+from typing import Final, NoReturn
+
+from pydantic import ValidationError
+
+from handler.report import Reporter
+from handler.settings import WorkerSettings
+from handler.video_model.base import ModelLoadError, VideoModel
+from storage.bucket import Bucket
+from storage.settings import BucketSettings, bucket_settings, explain
+
+_DISTRIBUTION: Final = "hunyuan-video-service"
+_BAD_SETTINGS: Final = 2
+_NO_MODEL: Final = 3
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run the worker."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Until the SDK takes over, a stop is at once: there is no job to lose.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    settings, bucket = _settings()
+    key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
+    url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "") or None
+    with Reporter(url, key=key, model=settings.model_path) as reporter:
+        model = _load(settings, reporter)
+        from handler import serverless
+        from handler.worker import Worker
+
+        worker = Worker(
+            model, Bucket(bucket) if bucket else None, version=version(_DISTRIBUTION), work_dir=settings.work_dir
+        )
+        serverless.serve(worker, tells_progress=settings.job_url is not None)
+
+
+def _settings() -> tuple[WorkerSettings, BucketSettings | None]:
+    try:
+        return WorkerSettings(), bucket_settings()
+    except ValidationError as exc:
+        _end(explain(exc), _BAD_SETTINGS)
+
+
+def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
+    from handler.video_model.loader import load_model  # torch and diffusers: seconds
+
+    started = time.monotonic()
+    try:
+        model = load_model(settings)
+    except ModelLoadError as exc:
+        reporter.failed(str(exc))
+        _end(str(exc), _NO_MODEL)
+    except Exception as exc:
+        reporter.failed(f"the model can't be loaded ({type(exc).__name__}); the worker's log has the details")
+        raise
+    seconds = time.monotonic() - started
+    log.info("model %s loaded in %.1f s", model.name, seconds)
+    reporter.ready(model.name, seconds, model.gpu)
+    return model
+
+
+def _end(text: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {text}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

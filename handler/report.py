@@ -1,0 +1,79 @@
+"""The worker's own sign of life: what it is at, told to its platform's `worker-report` from the main process.
+
+RunPod's pings come from a process of their own that can outlive the worker, and say nothing of a model that loads
+or failed to load. On RunPod itself no HUNYUAN_WORKER_REPORT_URL is set, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Final, Self
+
+import httpx
+
+from handler.contract import Gpu, WorkerReport, WorkerState
+
+_INTERVAL: Final = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells `url` of the worker's state every 5 s and at each change. With no url it keeps silent."""
+
+    def __init__(self, url: str | None, *, key: str, model: str) -> None:
+        self._url = url
+        self._http = httpx.Client(headers={"Authorization": key}, timeout=httpx.Timeout(5, connect=3.05))
+        self._report = WorkerReport(state=WorkerState.LOADING, model=model)
+        self._gpu: Callable[[], Gpu | None] = lambda: None
+        self._changed = threading.Event()
+        self._closed = False
+        self._silenced = False
+        self._thread = threading.Thread(target=self._run, name="report", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._changed.set()
+        if self._url is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Send what has not been sent, and end."""
+        self._closed = True
+        self._changed.set()
+        if self._url is not None:
+            self._thread.join()
+        self._http.close()
+
+    def ready(self, model: str, load_seconds: float, gpu: Callable[[], Gpu | None]) -> None:
+        """The model is loaded; `gpu` is asked for each report."""
+        self._gpu = gpu
+        self._report = WorkerReport(state=WorkerState.READY, model=model, load_seconds=round(load_seconds, 3))
+        self._changed.set()
+
+    def failed(self, error: str) -> None:
+        """The model can't be loaded."""
+        self._report = self._report.model_copy(update={"state": WorkerState.FAILED, "error": error})
+        self._changed.set()
+
+    def _run(self) -> None:
+        while True:
+            changed = self._changed.wait(_INTERVAL)
+            self._changed.clear()
+            if changed or not self._closed:
+                self._send()
+            if self._closed:
+                return
+
+    def _send(self) -> None:
+        report = self._report.model_copy(update={"gpu": self._gpu()})
+        try:
+            self._http.post(str(self._url), json=report.model_dump(mode="json")).raise_for_status()
+        except httpx.HTTPError as exc:
+            if not self._silenced:
+                log.warning("the platform takes no report just now: %s", exc)
+            self._silenced = True
+        else:
+            self._silenced = False

@@ -1,0 +1,71 @@
+"""The worker's settings. The environment is read here and in `storage.settings`, nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU.
+DEMO_MODEL: Final = "demo"
+
+
+class WorkerSettings(BaseSettings):
+    """What `python -m handler` needs to know, beside its bucket.
+
+    Raises:
+        pydantic.ValidationError: naming each environment variable that is missing or wrong.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+
+    model_path: str = Field(
+        default="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+        validation_alias="HUNYUAN_MODEL_PATH",
+        description="Checkpoint in diffusers' layout: its directory, or one that holds just it; a hub id; or `demo`.",
+    )
+    cache_dir: Path | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_CACHE_DIR",
+        description="Where checkpoints from the hub are kept. Else the hub's own default.",
+    )
+    enable_flash_attn: bool = Field(
+        default=True,
+        validation_alias="HUNYUAN_ENABLE_FLASH_ATTN",
+        description="Use flash-attn where it is installed, else PyTorch's fastest attention kernel.",
+    )
+    enable_sage_attn: bool = Field(
+        default=False,
+        validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
+        description="Use sageattention (8-bit, approximate) where it is installed; goes before flash-attn.",
+    )
+    offload_cpu: bool = Field(
+        default=False,
+        validation_alias="HUNYUAN_OFFLOAD_CPU",
+        description="Keep in GPU memory only the part of the model that is at work: slower, for small GPUs.",
+    )
+    work_dir: Path | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_WORK_DIR",
+        description="Where a video lies until it is stored. Else the system's directory for temporary files.",
+    )
+    report_url: str | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_WORKER_REPORT_URL",
+        description="Where the worker reports its state; `$RUNPOD_POD_ID` stands for its id. Set by `hunyuan serve`.",
+    )
+    worker_id: str | None = Field(
+        default=None, validation_alias="RUNPOD_POD_ID", description="The worker's id. Set by the platform."
+    )
+    platform_key: SecretStr | None = Field(
+        default=None,
+        validation_alias="RUNPOD_AI_API_KEY",
+        description="The worker's key to its platform. Set by the platform. Never logged.",
+    )
+    job_url: str | None = Field(
+        default=None,
+        validation_alias="RUNPOD_WEBHOOK_GET_JOB",
+        description="Where the worker asks for jobs. Set by the platform; without it one test job is run.",
+    )

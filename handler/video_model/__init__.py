@@ -1,0 +1,1 @@
+"""The model: torch, diffusers and transformers live here and nowhere else."""

@@ -1,0 +1,265 @@
+"""One job from start to finish: look whether it is done already, render, encode, store, and the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
+
+from handler.contract import (
+    ErrorCode,
+    InvalidInputError,
+    JobFailure,
+    JobInput,
+    JobResult,
+    Manifest,
+    Progress,
+    Stage,
+    num_frames,
+    parse_input,
+)
+from handler.encode import EncodeError, Target, encode
+from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
+from storage import layout
+from storage.bucket import Bucket
+from storage.errors import ObjectNotFoundError, StorageError, StorageUnavailableError
+from storage.settings import JobBucketSettings, explain
+
+#: Percent at which each stage begins and ends. The model decodes before frames flow; both are DECODING.
+_SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
+    Stage.ENCODING_PROMPT: (0, 2),
+    Stage.DENOISING: (2, 80),
+    Stage.DECODING: (80, 90),
+    Stage.STORING: (97, 99),
+}
+_ENCODING_SPAN: Final = (90, 97)
+#: Progress is told at most so often (seconds), and at each change of stage.
+_TELL_EVERY: Final = 1.0
+#: Seconds that a bucket which is away is waited for: a finished render is worth it.
+_STORE_PATIENCE: Final = 120.0
+_STORE_RETRY: Final = 3.0
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class JobError(Exception):
+    """The job failed; the caller is told why by `failure`."""
+
+    def __init__(self, failure: JobFailure) -> None:
+        super().__init__(failure.error)
+        self.failure = failure
+
+    @classmethod
+    def of(cls, code: ErrorCode, error: str) -> JobError:
+        """From a code and what to say."""
+        return cls(JobFailure(error=error, error_code=code))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a queue hands to the worker. `s3_config` is RunPod's, for a job that brings its own bucket."""
+
+    task_id: str
+    input: Any
+    s3_config: Mapping[str, Any] | None = None
+
+
+class Worker:
+    """Runs one job at a time on `model`. Jobs with no `s3_config` go to `bucket`, if there is one."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        bucket: Bucket | None,
+        *,
+        version: str,
+        work_dir: Path | None = None,
+        store_patience: float = _STORE_PATIENCE,
+    ) -> None:
+        self._model = model
+        self._bucket = bucket
+        self._version = version
+        self._work_dir = work_dir
+        self._store_patience = store_patience
+
+    def run(self, job: Job, tell: Callable[[Progress], None], cancelled: Event) -> JobResult:
+        """Render and store the job's video; if its manifest is in the bucket already, that is the result.
+
+        Blocks for as long as it takes. `tell` hears of progress, which never falls.
+
+        Raises:
+            JobError: the job failed, and why.
+            RenderCancelledError: `cancelled` was set, and nothing is left to do.
+        """
+        error: JobError | RenderCancelledError
+        try:
+            return self._run(job, _Meter(tell), cancelled)
+        except JobError:
+            raise
+        except InvalidInputError as exc:
+            raise JobError(exc.failure) from exc
+        except StorageError as exc:
+            log.error("%s: %s", job.task_id, exc)
+            raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, "The video could not be stored") from exc
+        except ModelOutOfMemoryError as exc:
+            log.error("%s: out of memory: %s", job.task_id, exc)
+            error = JobError.of(ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
+        except RenderCancelledError as exc:
+            error = RenderCancelledError(str(exc))
+        except Exception as exc:
+            # Whatever it was, it costs this job and not the worker; the traceback is for the log alone.
+            log.exception("%s: the render failed", job.task_id)
+            text = f"Video generation failed ({type(exc).__name__}); the worker's log has the details"
+            error = JobError.of(ErrorCode.GENERATION_FAILED, text)
+        # Here, where no exception holds on to the render's tensors any more.
+        self._model.release_memory()
+        raise error
+
+    def _run(self, job: Job, meter: _Meter, cancelled: Event) -> JobResult:
+        job_input = parse_input(job.input)
+        bucket = self._bucket_for(job)
+        finished = self._patiently(partial(_stored_manifest, bucket, job.task_id), cancelled)
+        if finished is not None:
+            log.info("%s: done before, its manifest is in the bucket", job.task_id)
+            return _result(finished, bucket)
+        with tempfile.TemporaryDirectory(prefix="hunyuan-", dir=self._work_dir) as directory:
+            video, poster = Path(directory, "video.mp4"), Path(directory, "poster.jpg")
+            width, height = job_input.resolution.size
+            target = Target(video, poster, width, height, num_frames(job_input.duration))
+            seed = _seed(job.task_id)
+            self._render(job_input, seed, target, meter, cancelled)
+            meter.reach(Stage.STORING, 0.0)
+            for path, key, content_type in (
+                (video, layout.video_key(job.task_id), "video/mp4"),
+                (poster, layout.poster_key(job.task_id), "image/jpeg"),
+            ):
+                self._patiently(partial(bucket.put_file, path, key, content_type=content_type), cancelled)
+            manifest = Manifest(
+                task_id=job.task_id,
+                input=job_input,
+                model=self._model.name,
+                seed=seed,
+                width=width,
+                height=height,
+                num_frames=target.num_frames,
+                file_size=video.stat().st_size,
+                sha256=_sha256(video),
+                created_at=datetime.now(UTC),
+                timings=meter.timings(),
+                version=self._version,
+            )
+        body = manifest.model_dump_json().encode()
+        key = layout.manifest_key(job.task_id)
+        self._patiently(partial(bucket.put_bytes, body, key, content_type="application/json"), cancelled)
+        log.info("%s: done in %.1f s, %d bytes", job.task_id, manifest.timings["total"], manifest.file_size)
+        return _result(manifest, bucket)
+
+    def _render(self, job_input: JobInput, seed: int, target: Target, meter: _Meter, cancelled: Event) -> None:
+        frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled)
+        try:
+            encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames))
+        except EncodeError as exc:
+            log.error("encoding failed: %s", exc)
+            raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
+
+    def _bucket_for(self, job: Job) -> Bucket:
+        if job.s3_config is not None:
+            try:
+                return Bucket(JobBucketSettings.from_s3_config(job.s3_config))
+            except ValidationError as exc:
+                wrong = "; ".join(explain(exc).splitlines())
+                raise JobError.of(ErrorCode.INVALID_REQUEST, f"s3Config can't be used: {wrong}") from exc
+        if self._bucket is None:
+            text = "There is no bucket to store the video in: set BUCKET_ENDPOINT_URL and its keys, or send s3Config"
+            raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text)
+        return self._bucket
+
+    def _patiently(self, call: Callable[[], T], cancelled: Event) -> T:
+        """Do it, again and again while the bucket is away, up to the patience that we have."""
+        deadline = time.monotonic() + self._store_patience
+        while True:
+            try:
+                return call()
+            except StorageUnavailableError as exc:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("the bucket is away, trying again: %s", exc)
+            if cancelled.wait(_STORE_RETRY):
+                raise RenderCancelledError("cancelled while the bucket was away")
+
+
+class _Meter:
+    """Turns fractions of stages into one percentage that never falls, and times the stages."""
+
+    def __init__(self, tell: Callable[[Progress], None]) -> None:
+        self._tell = tell
+        self._started = time.monotonic()
+        self._stage = Stage.ENCODING_PROMPT
+        self._percent = 0
+        self._stage_since = self._started
+        self._seconds: dict[str, float] = {}
+        self._told: tuple[float, Stage, int] | None = None
+
+    def reach(self, stage: Stage, fraction: float) -> None:
+        """That much of the stage is done."""
+        self._advance(stage, _SPANS[stage], fraction)
+
+    def encoded(self, fraction: float) -> None:
+        """That much of the video is encoded."""
+        self._advance(Stage.DECODING, _ENCODING_SPAN, fraction)
+
+    def timings(self) -> Mapping[str, float]:
+        """Seconds in each stage so far and in all."""
+        now = time.monotonic()
+        seconds = {**self._seconds, self._stage.value: now - self._stage_since, "total": now - self._started}
+        return {name: round(value, 3) for name, value in seconds.items()}
+
+    def _advance(self, stage: Stage, span: tuple[float, float], fraction: float) -> None:
+        now = time.monotonic()
+        if stage is not self._stage:
+            self._seconds[self._stage.value] = now - self._stage_since
+            self._stage, self._stage_since = stage, now
+        begin, end = span
+        self._percent = max(self._percent, int(begin + (end - begin) * min(fraction, 1.0)))
+        if self._told is not None:
+            told_at, told_stage, told_percent = self._told
+            if stage is told_stage and (self._percent == told_percent or now - told_at < _TELL_EVERY):
+                return
+        self._told = (now, stage, self._percent)
+        self._tell(Progress(progress=self._percent, stage=stage, elapsed_time=round(now - self._started, 3)))
+
+
+def _stored_manifest(bucket: Bucket, task_id: str) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json(bucket.get_bytes(layout.manifest_key(task_id)))
+    except ObjectNotFoundError:
+        return None
+
+
+def _result(manifest: Manifest, bucket: Bucket) -> JobResult:
+    return JobResult(
+        **dict(manifest),
+        video_url=bucket.presign(layout.video_key(manifest.task_id)),
+        poster_url=bucket.presign(layout.poster_key(manifest.task_id)),
+    )
+
+
+def _seed(task_id: str) -> int:
+    """32 bits that look random, and the same again for a task that is rendered again after its worker was lost."""
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
