@@ -55,10 +55,10 @@ def _settings() -> tuple[WorkerSettings, BucketSettings | None]:
 
 
 def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
-    from handler.video_model.loader import load_model  # torch and diffusers: seconds
-
     started = time.monotonic()
     try:
+        from handler.video_model.loader import load_model  # torch and diffusers take seconds to import
+
         model = load_model(settings)
     except ModelLoadError as exc:
         reporter.failed(str(exc))

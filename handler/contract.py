@@ -32,6 +32,8 @@ MAX_DURATION: Final = 10
 #: The name every client may ask for: whatever model this server has loaded.
 DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
 KNOWN_MODELS: Final = (DEFAULT_MODEL,)
+#: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU, and its name in manifests.
+DEMO_MODEL: Final = "demo"
 
 
 class Resolution(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import tempfile
@@ -65,6 +66,8 @@ def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], 
             raise EncodeError(f"ffmpeg ended early: {_text(errors)}") from exc
         finally:
             process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait()
         if process.returncode != 0:
             raise EncodeError(f"ffmpeg ended with code {process.returncode}: {_text(errors)}")

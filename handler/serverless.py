@@ -21,6 +21,7 @@ from threading import Event
 from typing import Any, Final
 
 import runpod
+from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from handler.contract import Progress
 from handler.video_model.base import RenderCancelledError
@@ -38,6 +39,8 @@ RunPodJob = dict[str, Any]
 def serve(worker: Worker, *, tells_progress: bool) -> None:
     """Take jobs from the platform until SIGTERM, or run the one of `--test_input`. Never returns from the latter."""
     os.register_at_fork(after_in_child=_die_with_parent)
+    if RunPodLogger.level in ("TRACE", "DEBUG"):  # the SDK's default, at which it logs jobs with their s3Config
+        RunPodLogger().level = "INFO"
     runpod.serverless.start({"handler": make_handler(worker, tells_progress=tells_progress)})
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
-
-#: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU.
-DEMO_MODEL: Final = "demo"
 
 
 class WorkerSettings(BaseSettings):

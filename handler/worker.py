@@ -72,7 +72,7 @@ class Job:
 
     task_id: str
     input: Any
-    s3_config: Mapping[str, Any] | None = None
+    s3_config: Any = None
 
 
 class Worker:
@@ -176,7 +176,7 @@ class Worker:
     def _bucket_for(self, job: Job) -> Bucket:
         if job.s3_config is not None:
             try:
-                return Bucket(JobBucketSettings.from_s3_config(job.s3_config))
+                return Bucket(JobBucketSettings.model_validate(job.s3_config))
             except ValidationError as exc:
                 wrong = "; ".join(explain(exc).splitlines())
                 raise JobError.of(ErrorCode.INVALID_REQUEST, f"s3Config can't be used: {wrong}") from exc

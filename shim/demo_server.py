@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from handler.contract import DEMO_MODEL
 from shim.client import Client
-from shim.settings import DEMO_MODEL, child_environment
+from shim.settings import child_environment
 
 _START: Final = 120.0
 _STOP: Final = 30.0

@@ -20,6 +20,7 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from handler.contract import DEMO_MODEL
 from shim.app import create_app
 from shim.gpu import local_gpus
 from shim.local import EmbeddedBucket, Launch, LocalError, Supervised, secret_file
@@ -28,7 +29,7 @@ from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
-from shim.settings import DEMO_MODEL, ShimSettings, child_environment
+from shim.settings import ShimSettings, child_environment
 from shim.tasks import Manifests
 from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError

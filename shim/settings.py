@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-
-#: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU.
-DEMO_MODEL: Final = "demo"
 
 
 class ShimSettings(BaseSettings):

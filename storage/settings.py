@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from pydantic import Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -51,7 +49,20 @@ class BucketSettings(BaseSettings):
 
 
 class JobBucketSettings(BucketSettings):
-    """One job's own bucket. The environment has no say: our credentials are never sent to a caller's endpoint."""
+    """One job's own bucket, as RunPod's `s3Config` names it.
+
+    The environment has no say: our credentials are never sent to a caller's endpoint.
+
+    Source: RunPod's documentation of job requests, "S3-compatible storage".
+
+    Raises:
+        pydantic.ValidationError: naming each field that is missing or malformed.
+    """
+
+    endpoint_url: HttpUrl = Field(validation_alias="endpointUrl")
+    access_key_id: str = Field(validation_alias="accessId")
+    secret_access_key: SecretStr = Field(validation_alias="accessSecret")
+    name: str = Field(default="hunyuan-videos", min_length=3, validation_alias="bucketName")
 
     @classmethod
     def settings_customise_sources(
@@ -63,23 +74,6 @@ class JobBucketSettings(BucketSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read what the job gave and nothing else."""
         return (init_settings,)
-
-    @classmethod
-    def from_s3_config(cls, config: Mapping[str, Any]) -> JobBucketSettings:
-        """Read RunPod's `s3Config {accessId, accessSecret, bucketName, endpointUrl}`.
-
-        Source: RunPod's documentation of job requests, "S3-compatible storage".
-
-        Raises:
-            pydantic.ValidationError: a field is missing or malformed.
-        """
-        given = {
-            "BUCKET_ENDPOINT_URL": config.get("endpointUrl"),
-            "BUCKET_ACCESS_KEY_ID": config.get("accessId"),
-            "BUCKET_SECRET_ACCESS_KEY": config.get("accessSecret"),
-            "BUCKET_NAME": config.get("bucketName"),
-        }
-        return cls(**{name: value for name, value in given.items() if value is not None})
 
 
 def bucket_settings() -> BucketSettings | None:

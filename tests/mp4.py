@@ -27,8 +27,8 @@ class Video:
         return self.boxes.index("moov") < self.boxes.index("mdat")
 
 
-def probe(path: Path) -> Video:
-    """Decode the whole file; fails on any decoding error."""
+def probe(path: Path, *, container: bool = True) -> Video:
+    """Decode the whole file; fails on any decoding error. `container`: it is an MP4, whose boxes are read, too."""
     run = subprocess.run(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-xerror", "-i", str(path), "-map", "0:v", "-f", "null", "-"],
         capture_output=True,
@@ -40,7 +40,16 @@ def probe(path: Path) -> Video:
     frames = re.findall(r"frame=\s*(\d+)", run.stderr)
     assert stream is not None, run.stderr
     codec, pixel_format, color, width, height, fps = stream.groups()
-    return Video(codec, pixel_format, color or "", int(width), int(height), float(fps), int(frames[-1]), _boxes(path))
+    return Video(
+        codec,
+        pixel_format,
+        color or "",
+        int(width),
+        int(height),
+        float(fps),
+        int(frames[-1]),
+        _boxes(path) if container else (),
+    )
 
 
 def _boxes(path: Path) -> tuple[str, ...]:

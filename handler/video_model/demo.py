@@ -64,6 +64,9 @@ def build_pipeline() -> HunyuanVideo15Pipeline:
             scheduler=FlowMatchEulerDiscreteScheduler(),
             guider=ClassifierFreeGuidance(),
         )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()  # as `from_pretrained` does: T5 has dropout
     pipeline.system_message = _SYSTEM_MESSAGE
     prefix = tokenizer.apply_chat_template([{"role": "system", "content": _SYSTEM_MESSAGE}], tokenize=True)["input_ids"]
     pipeline.prompt_template_encode_start_idx = len(prefix)
@@ -91,6 +94,8 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLTextModel:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10_000.0,

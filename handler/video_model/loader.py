@@ -12,7 +12,8 @@ import torch
 import transformers
 from diffusers import HunyuanVideo15Pipeline
 
-from handler.settings import DEMO_MODEL, WorkerSettings
+from handler.contract import DEMO_MODEL
+from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import choose_backend, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
@@ -60,7 +61,7 @@ def _from_checkpoint(settings: WorkerSettings, device: str) -> tuple[HunyuanVide
         pipeline = HunyuanVideo15Pipeline.from_pretrained(
             source,
             cache_dir=settings.cache_dir,
-            torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as exc:
         first_line = str(exc).strip().partition("\n")[0]
@@ -88,7 +89,10 @@ def _find(model_path: str) -> str:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or f"no {_INDEX} in it or one level below"
         raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {model_path} must hold one checkpoint in diffusers' layout: {names}")
-    kind = json.loads((found[0] / _INDEX).read_text()).get("_class_name")
+    try:
+        kind = json.loads((found[0] / _INDEX).read_text())["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {found[0] / _INDEX} is no index of a checkpoint") from exc
     if kind != _PIPELINE_CLASS:
         raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {found[0]} is a {kind}, a {_PIPELINE_CLASS} is needed")
     return str(found[0])

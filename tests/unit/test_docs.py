@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from handler.settings import WorkerSettings
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 from handler.contract import ErrorCode
+from handler.settings import WorkerSettings
 from shim.errors import STATUS
 from shim.settings import ClientSettings, ShimSettings
 from storage.settings import BucketSettings
@@ -106,5 +106,5 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 def test_every_make_target_that_the_pages_name_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        named = set(re.findall(r"(?:^|`|\s)make ([a-z-]+)(?=[`\s])(?! and)", page.read_text(), re.M))
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.M))
         assert named <= targets, page

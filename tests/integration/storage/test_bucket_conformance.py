@@ -180,7 +180,7 @@ def test_a_server_that_is_away_is_unavailable(settings: BucketSettings) -> None:
 
 
 def test_a_jobs_own_bucket_serves_like_any_other(settings: BucketSettings) -> None:
-    own = JobBucketSettings.from_s3_config(
+    own = JobBucketSettings.model_validate(
         {
             "endpointUrl": str(settings.endpoint_url),
             "accessId": settings.access_key_id,

@@ -1,0 +1,258 @@
+"""The demo model: diffusers' own classes at a small size, through our whole way from prompt to frames."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+import torch
+from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+
+from handler.contract import JobInput, Stage
+from handler.settings import WorkerSettings
+from handler.video_model import demo
+from handler.video_model.attention import NATIVE, MaskFreeAttnProcessor, use_mask_free_attention
+from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
+from handler.video_model.catalog import Sampling
+from handler.video_model.generate import PipelineModel
+from handler.video_model.loader import load_model
+
+PROMPT = "A paper boat on a rainy street"
+
+
+def job(prompt: str = PROMPT, duration: int = 5) -> JobInput:
+    return JobInput(prompt=prompt, duration=duration)
+
+
+def render(model: VideoModel, prompt: str = PROMPT, seed: int = 1, cancelled: Event | None = None) -> Frames:
+    chunks = model.render(job(prompt), seed=seed, on_progress=lambda *_: None, cancelled=cancelled or Event())
+    return np.concatenate(list(chunks))
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoModel:
+    return load_model(WorkerSettings(model_path="demo"))
+
+
+def test_it_gives_the_promised_frames_and_tells_of_each_stage(model: VideoModel) -> None:
+    told: list[tuple[Stage, float]] = []
+    chunks = list(
+        model.render(job(), seed=1, on_progress=lambda stage, done: told.append((stage, done)), cancelled=Event())
+    )
+    assert {chunk.shape[1:] for chunk in chunks} == {(72, 128, 3)}
+    assert {chunk.dtype for chunk in chunks} == {np.dtype(np.uint8)}
+    assert max(len(chunk) for chunk in chunks) <= 8
+    assert sum(len(chunk) for chunk in chunks) == 121
+    assert told[0] == (Stage.ENCODING_PROMPT, 0.0)
+    denoising = [done for stage, done in told if stage is Stage.DENOISING]
+    assert denoising == [step / 16 for step in range(17)]
+    assert told[-1] == (Stage.DECODING, 1.0)
+
+
+def test_seed_and_prompt_decide_what_is_seen(model: VideoModel) -> None:
+    first = render(model)
+    assert np.array_equal(first, render(model))
+    assert not np.array_equal(first, render(model, seed=2))
+    assert not np.array_equal(first, render(model, prompt="A red fox walks through fresh snow"))
+
+
+def test_the_demo_is_worth_looking_at(model: VideoModel) -> None:
+    """Colour that moves slowly: no noise from pixel to pixel, no stills."""
+    frames = render(model).astype(np.float32)
+    assert frames.std() > 20
+    assert np.abs(np.diff(frames, axis=2)).mean() < frames.std() / 4
+    assert 0.2 < np.abs(np.diff(frames, axis=0)).mean() < 10
+
+
+def test_it_is_the_same_model_each_time_it_is_built() -> None:
+    first, second = (demo.build_pipeline().transformer.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("after", [0.3, 1.0, 2.6])
+def test_a_render_ends_soon_after_it_is_cancelled_whatever_it_is_at(model: VideoModel, after: float) -> None:
+    cancelled = Event()
+    cancelled_at: list[float] = []
+
+    def cancel() -> None:
+        time.sleep(after)
+        cancelled_at.append(time.monotonic())
+        cancelled.set()
+
+    Thread(target=cancel).start()
+    with pytest.raises(RenderCancelledError):
+        render(model, cancelled=cancelled)
+    # One denoising step takes a tenth of a second; the demo's decoder knows one tile, of a few seconds.
+    assert time.monotonic() - cancelled_at[0] < 15
+    assert len(render(model)) == 121
+
+
+def test_cancelled_between_two_steps_no_further_step_is_taken(model: VideoModel) -> None:
+    cancelled = Event()
+    steps: list[float] = []
+
+    def on_progress(stage: Stage, done: float) -> None:
+        if stage is Stage.DENOISING and done:
+            steps.append(done)
+            cancelled.set()
+
+    with pytest.raises(RenderCancelledError):
+        list(model.render(job(), seed=1, on_progress=on_progress, cancelled=cancelled))
+    assert steps == [1 / 16]
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("transformer", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")),
+        ("vae.decoder", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")),
+        ("text_encoder", MemoryError()),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors_and_the_next_render_works(error: Exception, part: str) -> None:
+    pipeline = demo.build_pipeline()
+    model = PipelineModel(pipeline, name="demo", size=demo.SIZE, sampling=Sampling(num_inference_steps=2))
+    module = pipeline
+    for name in part.split("."):
+        module = getattr(module, name)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    hook = module.register_forward_pre_hook(fail)
+    with pytest.raises(ModelOutOfMemoryError):
+        render(model)
+    model.release_memory()
+    hook.remove()
+    assert len(render(model)) == 121
+
+
+def test_another_error_is_left_as_it_is() -> None:
+    pipeline = demo.build_pipeline()
+    model = PipelineModel(pipeline, name="demo", size=demo.SIZE, sampling=Sampling(num_inference_steps=2))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("shape mismatch")
+
+    pipeline.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        render(model)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [PROMPT, 'A shop sign that says "OPEN" and “closed” in the rain', "word " * 99, "雨の通りの紙の船です、とても静か"],
+)
+@pytest.mark.parametrize("guidance_scale", [6.0, 1.0])
+def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float) -> None:
+    """The stock pipeline with its dense masks, and ours, from the same noise."""
+    latents = []
+    for mask_free in (False, True):
+        pipeline = demo.build_pipeline()
+        pipeline.tokenizer_max_length = 640
+        pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
+        pipeline.set_progress_bar_config(disable=True)
+        if mask_free:
+            use_mask_free_attention(pipeline.transformer, NATIVE)
+            pipeline.vision_num_semantic_tokens = 0
+        latents.append(
+            pipeline(
+                prompt=prompt,
+                height=72,
+                width=128,
+                num_frames=25,
+                num_inference_steps=3,
+                generator=torch.Generator().manual_seed(7),
+                output_type="latent",
+            ).frames
+        )
+    stock, ours = latents
+    assert (stock - ours).abs().max() < 1e-4
+    assert stock.std() > 0.1
+
+
+def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernel is watched: of the blocks' calls, the long ones, none has a mask."""
+    masks: list[object] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *arguments: object, **named: object) -> torch.Tensor:
+        if query.shape[-2] > 9 * 16 * 31:
+            masks.append(named.get("attn_mask"))
+        return kernel(query, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = load_model(WorkerSettings(model_path="demo"))
+    render(model)
+    assert len(masks) == 16 * 2 * 2, "steps x guidance x blocks"
+    assert set(masks) == {None}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one checkpoint, small but with the target size of a 480p model."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    pipeline = demo.build_pipeline()
+    pipeline.save_pretrained(directory / "Tiny-480p_t2v")
+    return directory
+
+
+@pytest.mark.parametrize("inside", ["", "Tiny-480p_t2v"])
+def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints: Path, inside: str) -> None:
+    model = load_model(WorkerSettings(model_path=str(checkpoints / inside)))
+    assert model.name == "Tiny-480p_t2v"
+    assert isinstance(model, PipelineModel)
+    assert model._size == (848, 480)
+    assert model._pipeline.scheduler.shift == 5.0
+    assert model._pipeline.guider.guidance_scale == 6.0
+    assert model._pipeline.vae.use_tiling
+    for block in model._pipeline.transformer.transformer_blocks:
+        assert isinstance(block.attn.processor, MaskFreeAttnProcessor)
+
+
+def test_a_loaded_checkpoint_renders_what_the_saved_one_does(checkpoints: Path) -> None:
+    sampling = Sampling(num_inference_steps=2)
+    loaded = HunyuanVideo15Pipeline.from_pretrained(checkpoints / "Tiny-480p_t2v")
+    built = demo.build_pipeline()
+    loaded.system_message = built.system_message
+    loaded.prompt_template_encode_start_idx = built.prompt_template_encode_start_idx
+    loaded.tokenizer_max_length = built.tokenizer_max_length
+    first, second = (
+        render(PipelineModel(pipeline, name="demo", size=demo.SIZE, sampling=sampling)) for pipeline in (built, loaded)
+    )
+    # Weights that are mapped from a file lie at another alignment: the last bit of a float may differ.
+    assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
+
+
+def test_what_can_not_be_loaded_names_the_setting_and_what_is_wrong(tmp_path: Path, checkpoints: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "HunyuanVideo15Pipeline"}')
+    (tmp_path / "garbled").mkdir()
+    (tmp_path / "garbled" / "model_index.json").write_text("{")
+    (tmp_path / "image").mkdir()
+    kind = HunyuanVideo15ImageToVideoPipeline.__name__
+    (tmp_path / "image" / "model_index.json").write_text(f'{{"_class_name": "{kind}"}}')
+    cases = {
+        "absent": "is no directory",
+        "empty": "no model_index.json",
+        "broken": "can't be loaded",
+        "garbled": "model_index.json",
+        "image": "ImageToVideo",
+        "": "one checkpoint",
+    }
+    for name, words in cases.items():
+        with pytest.raises(ModelLoadError, match="HUNYUAN_MODEL_PATH") as caught:
+            load_model(WorkerSettings(model_path=str(tmp_path / name)))
+        assert words in str(caught.value), name
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_that_can_not_be_had_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = WorkerSettings(model_path="nobody/no-such-checkpoint", cache_dir=tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelLoadError, match=r"HUNYUAN_MODEL_PATH: nobody/no-such-checkpoint can't be loaded"):
+        load_model(settings)

@@ -1,0 +1,104 @@
+"""The encoder, with the ffmpeg that we ship."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import psutil
+import pytest
+
+from handler.encode import EncodeError, Target, encode
+from handler.video_model.base import Frames
+from tests.mp4 import probe
+
+
+def target(directory: Path, *, width: int = 1280, height: int = 720, num_frames: int = 25) -> Target:
+    return Target(directory / "video.mp4", directory / "poster.jpg", width, height, num_frames)
+
+
+def flat(color: tuple[int, int, int], frames: int, size: tuple[int, int] = (128, 72)) -> Iterator[Frames]:
+    width, height = size
+    for _ in range(frames):
+        yield np.full((1, height, width, 3), color, dtype=np.uint8)
+
+
+def pixel(path: Path, x: int, y: int, frame: int = 0) -> tuple[int, ...]:
+    """One pixel's RGB as a player shows it, by the file's own tags."""
+    run = subprocess.run(
+        [
+            *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-i", str(path)),
+            *("-vf", f"select=eq(n\\,{frame}),crop=2:2:{x}:{y},format=rgb24", "-frames:v", "1", "-f", "rawvideo", "-"),
+        ],
+        capture_output=True,
+        check=True,
+    )
+    return tuple(run.stdout[:3])
+
+
+def ignore(_: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (1920, 1080)])
+def test_the_file_is_what_players_want(tmp_path: Path, size: tuple[int, int]) -> None:
+    seen: list[int] = []
+    encode(flat((10, 200, 30), 25), target(tmp_path, width=size[0], height=size[1]), seen.append)
+    video = probe(tmp_path / "video.mp4")
+    assert (video.codec, video.pixel_format, video.color) == ("h264", "yuv420p", "tv, bt709, progressive")
+    assert (video.width, video.height, video.fps, video.num_frames) == (*size, 24.0, 25)
+    assert video.is_faststart
+    assert seen == list(range(1, 26))
+
+
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (90, 120, 200)])
+def test_colours_survive_because_bt709_is_converted_to_and_not_only_written_down(
+    tmp_path: Path, color: tuple[int, int, int]
+) -> None:
+    encode(flat(color, 5), target(tmp_path, num_frames=5), ignore)
+    for path, frame in ((tmp_path / "video.mp4", 4), (tmp_path / "poster.jpg", 0)):
+        assert np.allclose(pixel(path, 600, 300, frame), color, atol=4), path.name
+
+
+def test_frames_of_another_shape_are_cropped_evenly_and_not_stretched(tmp_path: Path) -> None:
+    """A square frame on 16:9: its upper and lower parts go, its middle stays where it is."""
+    frame = np.zeros((1, 160, 160, 3), dtype=np.uint8)
+    frame[:, :30] = (255, 0, 0)
+    frame[:, 130:] = (0, 0, 255)
+    frame[:, 70:90, 70:90] = (255, 255, 255)
+    encode(iter([frame] * 5), target(tmp_path, num_frames=5), ignore)
+    assert np.allclose(pixel(tmp_path / "video.mp4", 640, 360), (255, 255, 255), atol=4)
+    assert np.allclose(pixel(tmp_path / "video.mp4", 20, 20), (0, 0, 0), atol=4)
+    assert np.allclose(pixel(tmp_path / "video.mp4", 20, 700), (0, 0, 0), atol=4)
+
+
+def test_the_poster_is_the_middle_frame(tmp_path: Path) -> None:
+    frames = (np.full((1, 72, 128, 3), 10 * index, dtype=np.uint8) for index in range(25))
+    encode(frames, target(tmp_path), ignore)
+    assert np.allclose(pixel(tmp_path / "poster.jpg", 640, 360), (120, 120, 120), atol=3)
+    poster = probe(tmp_path / "poster.jpg", container=False)
+    assert (poster.width, poster.height) == (1280, 720)
+
+
+@pytest.mark.parametrize("frames", [0, 24, 26])
+def test_a_wrong_number_of_frames_is_an_error(tmp_path: Path, frames: int) -> None:
+    with pytest.raises(EncodeError, match="frames"):
+        encode(flat((0, 0, 0), frames), target(tmp_path), ignore)
+
+
+def test_an_ffmpeg_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(EncodeError, match="No such file or directory"):
+        encode(flat((0, 0, 0), 2000), target(tmp_path / "absent", num_frames=2000), ignore)
+
+
+def test_what_the_model_raises_goes_through_and_leaves_no_ffmpeg(tmp_path: Path) -> None:
+    def failing() -> Iterator[Frames]:
+        yield from flat((0, 0, 0), 3)
+        raise RuntimeError("in the model")
+
+    with pytest.raises(RuntimeError, match="in the model"):
+        encode(failing(), target(tmp_path), ignore)
+    assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]

@@ -1,0 +1,251 @@
+"""One job from start to finish, on a real bucket and a real ffmpeg; only the model is scripted."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import httpx
+import pytest
+
+from handler.contract import DEFAULT_MODEL, ErrorCode, JobResult, Manifest, Progress, Resolution, Stage
+from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
+from handler.worker import Job, JobError, Worker
+from storage import layout
+from storage.bucket import Bucket
+from storage.errors import ObjectNotFoundError, StorageUnavailableError
+from storage.settings import BucketSettings
+from tests.mp4 import probe
+from tests.s3_servers import juicefs
+from tests.scripted_model import ScriptedModel
+
+PROMPT = "A paper boat on a rainy street"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+@dataclass
+class Bench:
+    """A worker with its parts, and what it told."""
+
+    bucket: Bucket
+    model: ScriptedModel = field(default_factory=ScriptedModel)
+    told: list[Progress] = field(default_factory=list)
+    cancelled: Event = field(default_factory=Event)
+    patience: float = 0.0
+
+    def run(self, task_id: str = "task-1", s3_config: dict[str, Any] | None = None, **fields: Any) -> JobResult:
+        job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p", **fields}
+        worker = Worker(self.model, self.bucket, version="1.2.3", store_patience=self.patience)
+        return worker.run(Job(task_id, job_input, s3_config), self.told.append, self.cancelled)
+
+    def failure(self, **arguments: Any) -> tuple[ErrorCode, str]:
+        with pytest.raises(JobError) as caught:
+            self.run(**arguments)
+        return caught.value.failure.error_code, caught.value.failure.error
+
+
+@pytest.fixture
+def bench(settings: BucketSettings, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(Bucket(settings))
+    yield bench
+    for task_id in ("task-1", "task-2"):
+        for key in (layout.video_key(task_id), layout.poster_key(task_id), layout.manifest_key(task_id)):
+            bench.bucket.delete(key)
+
+
+def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, tmp_path: Path) -> None:
+    result = bench.run(duration=6, resolution="1080p")
+    manifest = Manifest.model_validate_json(bench.bucket.get_bytes(layout.manifest_key("task-1")))
+    assert Manifest.model_validate(result.model_dump()) == manifest
+    assert manifest.input.prompt == PROMPT
+    assert (manifest.input.duration, manifest.input.resolution) == (6, Resolution.P1080)
+    assert manifest.input.model == DEFAULT_MODEL
+    assert (manifest.width, manifest.height, manifest.num_frames, manifest.fps) == (1920, 1080, 145, 24)
+    assert (manifest.model, manifest.version, manifest.status) == ("scripted", "1.2.3", "completed")
+    video = httpx.get(result.video_url)
+    assert (video.status_code, video.headers["content-type"]) == (200, "video/mp4")
+    assert (len(video.content), hashlib.sha256(video.content).hexdigest()) == (manifest.file_size, manifest.sha256)
+    (tmp_path / "video.mp4").write_bytes(video.content)
+    assert probe(tmp_path / "video.mp4").num_frames == 145
+    poster = httpx.get(result.poster_url)
+    assert (poster.headers["content-type"], poster.content[:2]) == ("image/jpeg", b"\xff\xd8")
+    timings = dict(manifest.timings)
+    assert set(timings) == {"encoding_prompt", "denoising", "decoding", "storing", "total"}
+    assert timings.pop("total") == pytest.approx(sum(timings.values()), abs=0.01)
+
+
+def test_the_manifest_is_written_last(bench: Bench) -> None:
+    written: list[str] = []
+
+    class Recording(Bucket):
+        def put_file(self, path: Path, key: str, *, content_type: str) -> None:
+            super().put_file(path, key, content_type=content_type)
+            written.append(key)
+
+        def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
+            super().put_bytes(body, key, content_type=content_type)
+            written.append(key)
+
+    bench.bucket = Recording(bench.bucket._settings)
+    bench.run()
+    assert written[0] == "videos/task-1.mp4"
+    assert written[-1] == "videos/task-1.json"
+
+
+def test_a_job_that_is_done_already_is_not_rendered_again(bench: Bench) -> None:
+    first = bench.run()
+    second = bench.run()
+    assert len(bench.model.rendered) == 1
+    assert Manifest.model_validate(second.model_dump()) == Manifest.model_validate(first.model_dump())
+    assert httpx.get(second.video_url).status_code == 200
+
+
+def test_progress_goes_through_the_stages_and_never_falls(bench: Bench) -> None:
+    bench.run()
+    percentages = [progress.progress for progress in bench.told]
+    assert percentages == sorted(percentages)
+    assert percentages[-1] <= 99
+    stages = list(dict.fromkeys(progress.stage for progress in bench.told))
+    assert stages == [Stage.ENCODING_PROMPT, Stage.DENOISING, Stage.DECODING, Stage.STORING]
+    assert len(bench.told) < 20, "one a second and one for each stage, not one for each frame"
+
+
+def test_a_task_that_is_rendered_again_has_the_same_seed_and_another_one_another(bench: Bench) -> None:
+    first = bench.run()
+    bench.bucket.delete(layout.manifest_key("task-1"))
+    assert bench.run().seed == first.seed
+    assert bench.run("task-2").seed != first.seed
+
+
+def raising(exc: Exception, at: int = 2) -> Callable[[int], None]:
+    def before_step(step: int) -> None:
+        if step == at:
+            raise exc
+
+    return before_step
+
+
+def test_out_of_memory_is_said_so_and_the_next_job_works(bench: Bench) -> None:
+    bench.model.before_step = raising(ModelOutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"))
+    assert bench.failure() == (ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
+    assert bench.model.released == 1
+    bench.model.before_step = lambda _: None
+    assert bench.run().file_size > 0
+
+
+def test_an_unexpected_error_costs_the_job_and_shows_no_traceback(bench: Bench) -> None:
+    bench.model.before_step = raising(ZeroDivisionError("secret detail"))
+    code, text = bench.failure()
+    assert code is ErrorCode.GENERATION_FAILED
+    assert "secret detail" not in text
+    assert "Traceback" not in text
+    bench.model.before_step = lambda _: None
+    assert bench.run().file_size > 0
+
+
+def test_a_video_that_is_too_short_fails_and_is_not_stored(bench: Bench) -> None:
+    bench.model.missing_frames = 1
+    assert bench.failure()[0] is ErrorCode.GENERATION_FAILED
+    with pytest.raises(ObjectNotFoundError):
+        bench.bucket.head(layout.video_key("task-1"))
+
+
+def test_a_cancelled_job_stops_before_its_next_step_and_stores_nothing(bench: Bench) -> None:
+    steps: list[int] = []
+
+    def before_step(step: int) -> None:
+        steps.append(step)
+        if step == 1:
+            bench.cancelled.set()
+
+    bench.model.before_step = before_step
+    with pytest.raises(RenderCancelledError):
+        bench.run()
+    assert steps == [0, 1]
+    assert bench.model.released == 1
+    with pytest.raises(ObjectNotFoundError):
+        bench.bucket.head(layout.video_key("task-1"))
+    bench.cancelled.clear()
+    bench.model.before_step = lambda _: None
+    assert bench.run().file_size > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"prompt": "short"}, ErrorCode.INVALID_PROMPT),
+        ({"duration": 11}, ErrorCode.INVALID_DURATION),
+        ({"resolution": "4k"}, ErrorCode.INVALID_RESOLUTION),
+        ({"model": "other"}, ErrorCode.INVALID_MODEL),
+        ({"colour": "red"}, ErrorCode.INVALID_REQUEST),
+    ],
+)
+def test_bad_input_is_refused_with_its_documented_code(bench: Bench, fields: dict[str, Any], code: ErrorCode) -> None:
+    assert bench.failure(**fields)[0] is code
+    assert bench.model.rendered == []
+
+
+def test_a_job_with_an_s3_config_goes_to_that_bucket(
+    bench: Bench, settings: BucketSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="handler")
+    other = Bucket(settings.model_copy(update={"name": "other-videos"}))
+    other.create()
+    secret = settings.secret_access_key.get_secret_value()
+    config = {
+        "accessId": settings.access_key_id,
+        "accessSecret": secret,
+        "bucketName": "other-videos",
+        "endpointUrl": str(settings.endpoint_url),
+    }
+    result = bench.run(s3_config=config)
+    assert other.head(layout.video_key("task-1")).size == result.file_size
+    assert "/other-videos/" in result.video_url
+    with pytest.raises(ObjectNotFoundError):
+        bench.bucket.head(layout.video_key("task-1"))
+    assert secret not in caplog.text
+
+
+def test_an_s3_config_that_lacks_something_says_what(bench: Bench) -> None:
+    code, text = bench.failure(s3_config={"accessId": "id", "accessSecret": "hidden"})
+    assert code is ErrorCode.INVALID_REQUEST
+    assert "endpointUrl" in text
+    assert "hidden" not in text
+
+
+def test_with_no_bucket_at_all_the_job_says_what_to_set() -> None:
+    with pytest.raises(JobError, match="BUCKET_ENDPOINT_URL"):
+        Worker(ScriptedModel(), None, version="1").run(Job("task-1", {"prompt": PROMPT}), lambda _: None, Event())
+
+
+def test_a_bucket_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:
+    class AwayAtFirst(Bucket):
+        refusals = 2
+
+        def put_file(self, path: Path, key: str, *, content_type: str) -> None:
+            if self.refusals:
+                self.refusals -= 1
+                raise StorageUnavailableError("away")
+            super().put_file(path, key, content_type=content_type)
+
+    bench.bucket = AwayAtFirst(bench.bucket._settings)
+    bench.patience = 30.0
+    assert bench.run().file_size > 0
+    assert len(bench.model.rendered) == 1, "the finished render was kept"
+
+
+def test_a_bucket_that_stays_away_fails_the_job_with_its_code(settings: BucketSettings) -> None:
+    nowhere = settings.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})
+    bench = Bench(Bucket(nowhere))
+    assert bench.failure()[0] is ErrorCode.STORAGE_UNAVAILABLE
+    assert bench.model.rendered == [], "nothing is rendered that could not be stored"
