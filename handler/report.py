@@ -28,21 +28,22 @@ class Reporter:
         self._http = httpx.Client(headers={"Authorization": key}, timeout=httpx.Timeout(5, connect=3.05))
         self._report = WorkerReport(state=WorkerState.LOADING, model=model)
         self._gpu: Callable[[], Gpu | None] = lambda: None
-        self._changed = threading.Event()
+        self._unsent = True
         self._closed = False
+        self._wake = threading.Event()
         self._silenced = False
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
 
     def __enter__(self) -> Self:
-        self._changed.set()
         if self._url is not None:
+            self._wake.set()
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Send what has not been sent, and end."""
         self._closed = True
-        self._changed.set()
+        self._wake.set()
         if self._url is not None:
             self._thread.join()
         self._http.close()
@@ -51,20 +52,26 @@ class Reporter:
         """The model is loaded; `gpu` is asked for each report."""
         self._gpu = gpu
         self._report = WorkerReport(state=WorkerState.READY, model=model, load_seconds=round(load_seconds, 3))
-        self._changed.set()
+        self._say()
 
     def failed(self, error: str) -> None:
         """The model can't be loaded."""
         self._report = self._report.model_copy(update={"state": WorkerState.FAILED, "error": error})
-        self._changed.set()
+        self._say()
+
+    def _say(self) -> None:
+        self._unsent = True
+        self._wake.set()
 
     def _run(self) -> None:
         while True:
-            changed = self._changed.wait(_INTERVAL)
-            self._changed.clear()
-            if changed or not self._closed:
+            self._wake.wait(_INTERVAL)
+            self._wake.clear()
+            closing = self._closed
+            if self._unsent or not closing:
+                self._unsent = False
                 self._send()
-            if self._closed:
+            if closing:
                 return
 
     def _send(self) -> None:

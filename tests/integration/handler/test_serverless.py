@@ -1,0 +1,232 @@
+"""Our handler as the SDK calls it, and `python -m handler` as its users do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from handler.contract import Gpu, WorkerState
+from handler.report import Reporter
+from handler.serverless import make_handler
+from handler.video_model.base import ModelOutOfMemoryError
+from handler.worker import Worker
+from storage import layout
+from storage.bucket import Bucket
+from storage.errors import ObjectNotFoundError
+from storage.settings import BucketSettings
+from tests.s3_servers import juicefs
+from tests.scripted_model import ScriptedModel
+from tests.service import eventually
+
+INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+def handler_of(model: ScriptedModel, settings: BucketSettings) -> Callable[[dict[str, Any]], Any]:
+    return make_handler(Worker(model, Bucket(settings), version="1"), tells_progress=False)
+
+
+async def test_it_returns_plain_json_with_presigned_urls(settings: BucketSettings) -> None:
+    output = await handler_of(ScriptedModel(), settings)({"id": "job-1", "input": INPUT})
+    assert json.loads(json.dumps(output)) == output
+    assert output["task_id"] == "job-1"
+    async with httpx.AsyncClient() as store:
+        assert (await store.get(output["video_url"])).status_code == 200
+
+
+async def test_a_failure_is_a_short_json_string(settings: BucketSettings) -> None:
+    handler = handler_of(ScriptedModel(), settings)
+    output = await handler({"id": "job-2", "input": {"prompt": "short"}})
+    assert set(output) == {"error"}
+    failure = json.loads(output["error"])
+    assert failure["error_code"] == "INVALID_PROMPT"
+    malformed: Any
+    for malformed in (None, [], "text", 3):
+        failure = json.loads((await handler({"id": "job-2", "input": malformed}))["error"])
+        assert failure["error_code"] == "INVALID_REQUEST"
+
+
+async def test_out_of_memory_then_a_job_that_works(settings: BucketSettings) -> None:
+    def no_memory(_: int) -> None:
+        raise ModelOutOfMemoryError("CUDA out of memory")
+
+    model = ScriptedModel(before_step=no_memory)
+    handler = handler_of(model, settings)
+    assert json.loads((await handler({"id": "job-3", "input": INPUT}))["error"])["error_code"] == "OOM_ERROR"
+    model.before_step = lambda _: None
+    assert (await handler({"id": "job-3", "input": INPUT}))["status"] == "completed"
+
+
+async def test_a_cancelled_job_has_ended_when_the_next_one_starts(settings: BucketSettings) -> None:
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def before_step(step: int) -> None:
+        in_step.set()
+        assert go_on.wait(20)
+
+    model = ScriptedModel(before_step=before_step)
+    handler = handler_of(model, settings)
+    job = asyncio.ensure_future(handler({"id": "job-4", "input": INPUT}))
+    await asyncio.to_thread(in_step.wait)
+    job.cancel()
+    done, _ = await asyncio.wait([job], timeout=0.2)
+    assert not done, "the render thread is still at it"
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    with pytest.raises(ObjectNotFoundError):
+        Bucket(settings).head(layout.video_key("job-4"))
+    assert (await handler({"id": "job-5", "input": INPUT}))["status"] == "completed"
+
+
+async def test_each_test_job_has_an_id_of_its_own(settings: BucketSettings) -> None:
+    handler = handler_of(ScriptedModel(), settings)
+    first, second = [await handler({"id": "local_test", "input": INPUT}) for _ in range(2)]
+    assert first["task_id"] != second["task_id"]
+
+
+class Platform(HTTPServer):
+    """Takes reports, and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), PlatformRequest)
+        self.reports: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/worker-report/w1"
+
+    def states(self) -> list[str]:
+        return [report["state"] for report in self.reports]
+
+
+class PlatformRequest(BaseHTTPRequestHandler):
+    server: Platform
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.keys.add(self.headers["Authorization"])
+        self.server.reports.append(json.loads(body))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def platform() -> Iterator[Platform]:
+    with Platform() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_reporter_tells_of_each_state_at_once(platform: Platform) -> None:
+    with Reporter(platform.url, key="the-key", model="demo") as reporter:
+        eventually("the first report", lambda: platform.states() == [WorkerState.LOADING], 3)
+        reporter.ready("demo", 1.5, lambda: Gpu(name="H100", memory_total=80, memory_free=70))
+        eventually("the second report", lambda: platform.states()[-1] == WorkerState.READY, 3)
+    assert platform.reports[-1] == {
+        "state": "ready",
+        "model": "demo",
+        "gpu": {"name": "H100", "memory_total": 80, "memory_free": 70},
+        "error": None,
+        "load_seconds": 1.5,
+    }
+    assert platform.keys == {"the-key"}
+
+
+def test_a_load_that_failed_is_told_before_the_worker_ends(platform: Platform) -> None:
+    with Reporter(platform.url, key="", model="x") as reporter:
+        reporter.failed("no such checkpoint")
+    assert platform.reports[-1]["state"] == "failed"
+    assert platform.reports[-1]["error"] == "no such checkpoint"
+
+
+def test_a_platform_that_is_away_does_not_trouble_the_worker() -> None:
+    started = time.monotonic()
+    with Reporter("http://127.0.0.1:9/", key="", model="x") as reporter:
+        reporter.ready("x", 1.0, lambda: None)
+    assert time.monotonic() - started < 3
+
+
+def run_worker(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "handler", *arguments],
+        env={**clean, "HUNYUAN_MODEL_PATH": "demo", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_one_test_job_renders_with_no_queue_and_no_shim(settings: BucketSettings) -> None:
+    secret = settings.secret_access_key.get_secret_value()
+    run = run_worker(
+        "--test_input",
+        json.dumps({"input": INPUT}),
+        BUCKET_ENDPOINT_URL=str(settings.endpoint_url),
+        BUCKET_ACCESS_KEY_ID=settings.access_key_id,
+        BUCKET_SECRET_ACCESS_KEY=secret,
+        BUCKET_NAME=settings.name,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    match = re.search(r"'video_url': '([^']+)'", run.stdout)
+    assert match is not None, run.stdout
+    video = httpx.get(match[1])
+    assert video.status_code == 200
+    assert video.content[4:8] == b"ftyp"
+    assert secret not in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HUNYUAN_OFFLOAD_CPU", "perhaps"),
+        ("HUNYUAN_ENABLE_FLASH_ATTN", "3"),
+        ("BUCKET_ENDPOINT_URL", "not a url"),
+        ("BUCKET_ACCESS_KEY_ID", "alone"),
+    ],
+)
+def test_a_bad_setting_stops_the_start_and_is_named(variable: str, value: str) -> None:
+    run = run_worker(**{variable: value})
+    assert run.returncode == 2
+    assert ("BUCKET_SECRET_ACCESS_KEY" if variable == "BUCKET_ACCESS_KEY_ID" else variable) in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_model_that_can_not_be_loaded_is_named_and_reported(platform: Platform, tmp_path: Path) -> None:
+    run = run_worker(HUNYUAN_MODEL_PATH=str(tmp_path), HUNYUAN_WORKER_REPORT_URL=platform.url)
+    assert run.returncode == 3
+    assert run.stderr.strip().startswith("error: HUNYUAN_MODEL_PATH")
+    assert platform.states()[-1] == "failed"
+    assert "HUNYUAN_MODEL_PATH" in platform.reports[-1]["error"]
