@@ -1,0 +1,180 @@
+"""What every `JobQueue` promises: our SQL queue, and RunPod's over HTTP (against our own platform)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from handler.contract import ErrorCode, JobFailure, Progress, Stage
+from shim.queue.base import JobState, QueueFullError
+from tests.queues import BENCHES, JOB, Bench, result
+
+
+@pytest.fixture(params=BENCHES)
+async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
+    async with BENCHES[request.param](tmp_path) as made:
+        await made.worker()
+        yield made
+
+
+async def test_a_submitted_job_waits(bench: Bench) -> None:
+    job = await bench.queue.submit(JOB)
+    assert (job.state, job.progress, job.stage) == (JobState.QUEUED, 0, Stage.QUEUED)
+    again = await bench.queue.get(job.task_id)
+    assert again is not None
+    assert (again.task_id, again.state) == (job.task_id, JobState.QUEUED)
+    assert again.queue_position in (1, None)
+    assert again.result is None
+    assert again.failure is None
+
+
+async def test_an_unknown_job_is_none(bench: Bench) -> None:
+    assert await bench.queue.get("no-such-job") is None
+    assert await bench.queue.cancel("no-such-job") is None
+
+
+async def test_jobs_are_taken_in_the_order_they_came(bench: Bench) -> None:
+    first, second = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
+    assert await bench.take("w1") == first
+    assert await bench.take("w2") == second
+
+
+async def test_progress_is_seen_and_never_falls(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    for sent, shown in ((10, 10), (40, 40), (30, 40), (41, 41)):
+        progress = Progress(progress=sent, stage=Stage.DENOISING, elapsed_time=1.0)
+        await bench.dispatcher.record_progress("w1", task_id, progress)
+        bench.later()
+        job = await bench.queue.get(task_id)
+        assert job is not None
+        assert (job.state, job.progress, job.stage) == (JobState.RUNNING, shown, Stage.DENOISING)
+        assert job.queue_position is None
+
+
+async def test_time_passes_for_a_job_until_it_ends(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    times = []
+    for _ in range(2):
+        bench.later(5)
+        job = await bench.queue.get(task_id)
+        assert job is not None
+        times.append(job.elapsed_time)
+    assert 4 <= times[0] < times[1]
+    await bench.take()
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    bench.later()
+    ended = await bench.queue.get(task_id)
+    bench.later(100)
+    later = await bench.queue.get(task_id)
+    assert ended is not None
+    assert later is not None
+    assert later.elapsed_time == ended.elapsed_time
+
+
+async def test_a_completed_job_has_its_manifest(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    bench.later()
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    assert (job.state, job.progress, job.failure) == (JobState.COMPLETED, 100, None)
+    assert job.result is not None
+    assert (job.result.task_id, job.result.input, job.result.file_size) == (task_id, JOB, 1000)
+    times = await bench.queue.render_times()
+    assert times == {(JOB.resolution, JOB.duration): 30.0}
+
+
+async def test_a_failed_job_has_its_reason(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    failure = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
+    await bench.dispatcher.fail("w1", task_id, failure)
+    bench.later()
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    assert (job.state, job.failure, job.result) == (JobState.FAILED, failure, None)
+
+
+async def test_an_output_that_is_no_result_of_ours_is_a_failure(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    await bench.dispatcher.complete("w1", task_id, {"anything": "else"})
+    bench.later()
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    assert job.result is None
+    assert job.failure is not None
+    assert job.failure.error_code is ErrorCode.GENERATION_FAILED
+
+
+async def test_a_waiting_job_can_be_cancelled(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    job = await bench.queue.cancel(task_id)
+    assert job is not None
+    assert job.state is JobState.CANCELLED
+    assert job.failure is not None
+    assert job.failure.error_code is ErrorCode.CANCELLED
+    assert await bench.dispatcher.take("w1") is None
+
+
+async def test_a_running_job_can_be_cancelled_and_its_worker_hears_of_it(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    job = await bench.queue.cancel(task_id)
+    assert job is not None
+    assert job.state is JobState.CANCELLED
+    assert await bench.dispatcher.stops("w1") == [task_id]
+
+
+async def test_a_finished_job_stays_as_it_is(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    await bench.dispatcher.record_progress("w1", task_id, Progress(progress=50, stage=Stage.DENOISING))
+    await bench.dispatcher.fail("w1", task_id, JobFailure(error="late", error_code=ErrorCode.OOM_ERROR))
+    bench.later()
+    job = await bench.queue.cancel(task_id)
+    assert job is not None
+    assert (job.state, job.progress) == (JobState.COMPLETED, 100)
+
+
+async def test_a_full_queue_takes_no_more_and_loses_none(bench: Bench) -> None:
+    task_ids = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
+    with pytest.raises(QueueFullError, match="3"):
+        await bench.queue.submit(JOB)
+    assert [await bench.take(f"w{index}") for index in range(3)] == task_ids
+    assert (await bench.queue.submit(JOB)).state is JobState.QUEUED
+
+
+async def test_the_bound_holds_for_requests_at_the_same_moment(bench: Bench) -> None:
+    outcomes = await asyncio.gather(*(bench.queue.submit(JOB) for _ in range(12)), return_exceptions=True)
+    assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) == 9
+    bench.later()
+    assert len((await bench.queue.backlog()).waiting) == 3
+
+
+async def test_the_backlog_counts_what_waits_and_runs(bench: Bench) -> None:
+    for _ in range(3):
+        await bench.queue.submit(JOB)
+    await bench.take()
+    backlog = await bench.queue.backlog()
+    assert (len(backlog.waiting), len(backlog.running), backlog.workers) == (2, 1, 1)
+    assert set(backlog.waiting) <= {JOB, None}
+
+
+async def test_many_pollers_see_the_same(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    bench.later()
+    jobs = await asyncio.gather(*(bench.queue.get(task_id) for _ in range(50)))
+    assert {job.state if job else None for job in jobs} == {JobState.QUEUED}
+
+
+async def test_workers_are_counted_and_it_is_ready(bench: Bench) -> None:
+    workers = await bench.queue.workers()
+    assert (workers.ready, workers.loading, workers.failed) == (1, 0, 0)
+    await bench.queue.check_ready()

@@ -1,0 +1,134 @@
+"""Both job queues with the worker's side at hand, and the time in the test's hands."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import HttpUrl, SecretStr
+
+from handler.contract import JobInput, JobResult, Resolution, WorkerReport, WorkerState, num_frames
+from shim.app import create_app
+from shim.platform import Platform
+from shim.queue.base import FindResult, JobQueue
+from shim.queue.database import Database
+from shim.queue.dispatch import Dispatcher
+from shim.queue.runpod import RunPodQueue
+from shim.queue.sql import SqlQueue
+from storage.bucket import Bucket
+from storage.settings import BucketSettings
+from tests.http_server import serving
+
+TOKEN = "a-token-of-the-tests"
+JOB = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+
+#: Nobody listens there: for apps whose bucket is not asked.
+NOWHERE = BucketSettings(
+    endpoint_url=HttpUrl("http://127.0.0.1:9"), access_key_id="id", secret_access_key=SecretStr("secret")
+)
+
+
+def result(task_id: str, seconds: float = 30.0) -> JobResult:
+    width, height = JOB.resolution.size
+    return JobResult(
+        task_id=task_id,
+        input=JOB,
+        model="scripted",
+        seed=1,
+        width=width,
+        height=height,
+        num_frames=num_frames(JOB.duration),
+        file_size=1000,
+        sha256="0" * 64,
+        created_at=datetime.now(UTC),
+        timings={"total": seconds},
+        version="1",
+        video_url="http://127.0.0.1:9/video.mp4",
+        poster_url="http://127.0.0.1:9/poster.jpg",
+    )
+
+
+@dataclass
+class Clock:
+    """Seconds since some epoch, as far as the test has let them pass."""
+
+    now: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def find_nothing(_: str) -> JobResult | None:
+    return None
+
+
+@dataclass
+class Bench:
+    """A queue under test over a database, and the dispatcher that a worker would talk to."""
+
+    queue: JobQueue
+    database: Database
+    dispatcher: Dispatcher
+    clock: Clock
+    address: str = ""
+
+    def later(self, seconds: float = 2.0) -> None:
+        self.clock.now += seconds
+
+    async def worker(self, worker_id: str = "w1", state: WorkerState = WorkerState.READY, **fields: Any) -> None:
+        await self.dispatcher.report(worker_id, WorkerReport(state=state, model="scripted", **fields))
+        self.later()
+
+    async def take(self, worker_id: str = "w1") -> str:
+        delivery = await self.dispatcher.take(worker_id)
+        assert delivery is not None
+        self.later()
+        return delivery.task_id
+
+
+@asynccontextmanager
+async def sql_bench(directory: Path, *, find_result: FindResult = find_nothing, **limits: Any) -> AsyncIterator[Bench]:
+    clock = Clock()
+    database = await Database.open(f"sqlite+aiosqlite:///{directory}/queue.sqlite3", clock=clock)
+    try:
+        queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3))
+        yield Bench(queue, database, Dispatcher(database, find_result=find_result, **limits), clock)
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def platform_bench(directory: Path, *, hold: float = 0.3) -> AsyncIterator[Bench]:
+    """The SQL queue behind our platform, on a real port."""
+    async with sql_bench(directory) as bench:
+        assert isinstance(bench.queue, SqlQueue)
+        platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=hold)
+        app = create_app(bench.queue, Bucket(NOWHERE), routers=[platform.router])
+        async with serving(app) as bench.address:
+            yield bench
+            platform.stop()
+
+
+@asynccontextmanager
+async def runpod_bench(directory: Path) -> AsyncIterator[Bench]:
+    """`RunPodQueue` over HTTP to our platform."""
+    async with platform_bench(directory) as bench:
+        queue = RunPodQueue(
+            endpoint_id="local",
+            api_key=TOKEN,
+            base_url=f"{bench.address}/v2",
+            max_queue_size=3,
+            clock=bench.clock,
+        )
+        bench.queue = queue
+        try:
+            yield bench
+        finally:
+            await queue.close()
+
+
+BENCHES: dict[str, Callable[[Path], AbstractAsyncContextManager[Bench]]] = {"sql": sql_bench, "runpod": runpod_bench}
