@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, false, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from handler.contract import ErrorCode, JobFailure, Progress, WorkerReport, WorkerState
@@ -67,7 +67,7 @@ class Dispatcher:
         """
         await self._settle(jobs.c.worker_id == worker_id)
         async with self._database.read() as connection:
-            if await connection.scalar(_front()) is None and await self._knows_as_ready(connection, worker_id):
+            if not await self._has_news(connection, worker_id):
                 return None
         now = self._database.clock()
         async with self._database.write() as connection:
@@ -176,7 +176,7 @@ class Dispatcher:
         now = self._database.clock()
         due = (
             jobs.c.worker_id == worker_id,
-            jobs.c.stop_requested != false(),
+            jobs.c.stop_requested == true(),
             func.coalesce(jobs.c.stop_sent_at, 0.0) <= now - _STOP_AGAIN,
         )
         async with self._database.read() as connection:
@@ -239,12 +239,14 @@ class Dispatcher:
             log.warning("%s: worker %s was lost, the task is queued again", row.task_id, row.worker_id)
             self._database.ring()
 
-    async def _knows_as_ready(self, connection: AsyncConnection, worker_id: str) -> bool:
-        """Whether the worker's row is fresh enough to spare a write for each time that it asks in vain."""
+    async def _has_news(self, connection: AsyncConnection, worker_id: str) -> bool:
+        """Whether there is anything to write for a worker that asks; mostly there is not."""
+        to_stop = select(jobs.c.task_id).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested == true())
+        if await connection.scalar(_front()) is not None or await connection.scalar(to_stop.limit(1)) is not None:
+            return True
         row = await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
-        if row is None or row.state != WorkerState.READY:
-            return False
-        return bool(row.last_seen > self._database.clock() - self._database.worker_timeout / 4)
+        fresh = self._database.clock() - self._database.worker_timeout / 4
+        return row is None or row.state != WorkerState.READY or row.last_seen <= fresh
 
     async def _extend(
         self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool]
@@ -264,7 +266,7 @@ def _held(worker_id: str) -> tuple[ColumnElement[bool], ...]:
 
 def _stopped(worker_id: str, task_id: str | None = None) -> Update:
     """The worker is no longer at that job, or at any: it need not be told to stop."""
-    statement = update(jobs).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested != false())
+    statement = update(jobs).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested == true())
     if task_id is not None:
         statement = statement.where(jobs.c.task_id == task_id)
     return statement.values(stop_requested=False, stop_sent_at=None)

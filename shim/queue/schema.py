@@ -18,7 +18,6 @@ from sqlalchemy import (
     String,
     Table,
     event,
-    false,
     func,
     insert,
     select,
@@ -55,13 +54,10 @@ jobs = Table(
     Column("stop_sent_at", Float),
 )
 
-# Partial indexes: what waits, runs or must be stopped is found at the same cost however many jobs have ended.
-for _name, _columns, _where in (
-    ("jobs_queued", ("seq",), jobs.c.state == JobState.QUEUED.value),
-    ("jobs_running", ("worker_id", "lease_expires_at"), jobs.c.state == JobState.RUNNING.value),
-    ("jobs_to_stop", ("worker_id",), jobs.c.stop_requested != false()),
-):
-    Index(_name, *(jobs.c[column] for column in _columns), sqlite_where=_where, postgresql_where=_where)
+# What waits, runs or must be stopped is found at the same cost however many jobs have ended.
+Index("jobs_by_state", jobs.c.state, jobs.c.seq)
+Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
+Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 
 workers = Table(
     "workers",

@@ -1,0 +1,288 @@
+"""What only our own queue promises: leases, lost workers and results, restarts, and a flat cost."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, insert, text
+
+from handler.contract import ErrorCode, JobFailure, JobResult, Progress, Stage, WorkerState
+from shim.queue.base import JobState, ModelNotLoadedError, QueueError, QueueUnavailableError
+from shim.queue.database import Database
+from shim.queue.schema import schema_version
+from shim.queue.sql import SqlQueue
+from tests.queues import JOB, Bench, result, sql_bench
+
+
+@pytest.fixture
+def found() -> dict[str, JobResult]:
+    """What is in the bucket, by task id."""
+    return {}
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, found: dict[str, JobResult]) -> AsyncIterator[Bench]:
+    async def find_result(task_id: str) -> JobResult | None:
+        return found.get(task_id)
+
+    async with sql_bench(tmp_path, find_result=find_result) as made:
+        await made.worker()
+        yield made
+
+
+async def state(bench: Bench, task_id: str) -> JobState:
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    return job.state
+
+
+async def test_positions_count_down(bench: Bench) -> None:
+    first, second = await bench.queue.submit(JOB), await bench.queue.submit(JOB)
+    assert (first.queue_position, second.queue_position) == (1, 2)
+    await bench.take()
+    job = await bench.queue.get(second.task_id)
+    assert job is not None
+    assert job.queue_position == 1
+
+
+async def test_nothing_is_taken_before_a_worker_is_ready(tmp_path: Path) -> None:
+    async with sql_bench(tmp_path) as bench:
+        with pytest.raises(ModelNotLoadedError, match="no worker"):
+            await bench.queue.submit(JOB)
+        await bench.worker(state=WorkerState.LOADING)
+        with pytest.raises(ModelNotLoadedError, match="loading"):
+            await bench.queue.submit(JOB)
+        await bench.worker(state=WorkerState.FAILED, error="no such checkpoint")
+        with pytest.raises(ModelNotLoadedError, match="no such checkpoint"):
+            await bench.queue.submit(JOB)
+        await bench.worker(state=WorkerState.READY)
+        await bench.queue.submit(JOB)
+        bench.later(61)
+        with pytest.raises(ModelNotLoadedError, match="no worker"):
+            await bench.queue.submit(JOB)
+
+
+async def test_a_worker_that_goes_silent_loses_its_job_to_the_front(bench: Bench) -> None:
+    first, second = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
+    await bench.take("w1")
+    bench.later(50)
+    await bench.dispatcher.sweep()
+    assert await state(bench, first) is JobState.RUNNING, "its lease still holds"
+    bench.later(20)
+    await bench.dispatcher.sweep()
+    assert await state(bench, first) is JobState.QUEUED
+    assert await bench.take("w2") == first
+    assert await bench.take("w3") == second
+
+
+@pytest.mark.parametrize("sign", ["progress", "report", "ping"])
+async def test_each_sign_of_life_keeps_the_lease(bench: Bench, sign: str) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    for _ in range(5):
+        bench.later(40)
+        match sign:
+            case "progress":
+                progress = Progress(progress=5, stage=Stage.DENOISING)
+                await bench.dispatcher.record_progress("w1", task_id, progress)
+            case "report":
+                await bench.worker("w1")
+            case "ping":
+                await bench.dispatcher.ping("w1", [task_id])
+        await bench.dispatcher.sweep()
+    assert await state(bench, task_id) is JobState.RUNNING
+
+
+async def test_a_ping_that_names_another_job_or_comes_from_another_worker_keeps_nothing(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    for _ in range(2):
+        bench.later(40)
+        await bench.dispatcher.ping("w1", ["other"])
+        await bench.dispatcher.ping("w2", [task_id])
+        await bench.dispatcher.sweep()
+    assert await state(bench, task_id) is JobState.QUEUED
+
+
+async def test_a_lost_result_is_found_in_the_bucket(bench: Bench, found: dict[str, JobResult]) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    found[task_id] = result(task_id)
+    assert await bench.dispatcher.take("w1") is None, "the worker asks for more: it is done with that one"
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    assert job.state is JobState.COMPLETED
+    assert job.result is not None
+
+
+async def test_a_job_that_its_worker_forgot_is_handed_out_again(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    assert await bench.take("w1") == task_id
+
+
+async def test_a_job_that_kills_its_workers_is_given_up_after_three_attempts(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    for worker_id in ("w1", "w2", "w3"):
+        assert await state(bench, task_id) is JobState.QUEUED
+        await bench.take(worker_id)
+        await bench.dispatcher.forget_worker(worker_id)
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    assert job.failure is not None
+    assert job.failure.error_code is ErrorCode.GENERATION_FAILED
+    assert "3 times" in job.failure.error
+
+
+async def test_a_worker_that_was_asked_to_stop_costs_no_attempt(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    for number in range(5):
+        await bench.take(f"w{number}")
+        await bench.dispatcher.forget_worker(f"w{number}", blameless=True)
+    assert await state(bench, task_id) is JobState.QUEUED
+
+
+async def test_the_first_result_counts_and_the_other_worker_is_stopped(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    bench.later(61)
+    await bench.dispatcher.sweep()
+    await bench.take("w2")
+    assert await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    assert await state(bench, task_id) is JobState.COMPLETED
+    assert await bench.dispatcher.stops("w2") == [task_id]
+    assert not await bench.dispatcher.complete("w2", task_id, {"late": True})
+
+
+async def test_a_failure_from_a_worker_that_lost_the_job_is_not_its_end(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    bench.later(61)
+    await bench.dispatcher.sweep()
+    await bench.take("w2")
+    failure = JobFailure(error="late", error_code=ErrorCode.GENERATION_FAILED)
+    assert not await bench.dispatcher.fail("w1", task_id, failure)
+    assert await state(bench, task_id) is JobState.RUNNING
+
+
+async def test_a_stop_is_sent_again_until_it_is_followed(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    await bench.queue.cancel(task_id)
+    assert await bench.dispatcher.stops("w1") == [task_id]
+    assert await bench.dispatcher.stops("w1") == []
+    bench.later(2.5)
+    assert await bench.dispatcher.stops("w1") == [task_id]
+    assert await bench.dispatcher.take("w1") is None
+    bench.later(2.5)
+    assert await bench.dispatcher.stops("w1") == [], "a worker that asks for more has stopped"
+
+
+async def test_a_failed_job_can_be_retried_and_another_one_not(bench: Bench) -> None:
+    assert isinstance(bench.queue, SqlQueue)
+    task_id = (await bench.queue.submit(JOB)).task_id
+    assert not await bench.queue.retry(task_id)
+    await bench.take("w1")
+    await bench.dispatcher.fail("w1", task_id, JobFailure(error="bad luck", error_code=ErrorCode.OOM_ERROR))
+    assert await bench.queue.retry(task_id)
+    assert await bench.take("w1") == task_id
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    assert not await bench.queue.retry(task_id)
+
+
+async def test_keys_that_a_job_brings_reach_its_worker_and_are_wiped_at_its_end(bench: Bench) -> None:
+    assert isinstance(bench.queue, SqlQueue)
+    extras = {"s3Config": {"accessSecret": "very-secret"}}
+    task_id = await bench.queue.enqueue(JOB.model_dump(mode="json"), extras)
+    delivery = await bench.dispatcher.take("w1")
+    assert delivery is not None
+    assert delivery.extras == extras
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    async with bench.database.read() as connection:
+        rows = await connection.execute(text("SELECT * FROM jobs"))
+        assert "very-secret" not in str(rows.all())
+
+
+async def test_a_restart_forgets_no_job(tmp_path: Path) -> None:
+    async with sql_bench(tmp_path) as bench:
+        await bench.worker()
+        done, running, waiting = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
+        await bench.take("w1")
+        await bench.dispatcher.complete("w1", done, result(done).model_dump(mode="json"))
+        await bench.take("w1")
+    async with sql_bench(tmp_path) as bench:
+        await bench.dispatcher.forget_all_workers()
+        assert await state(bench, done) is JobState.COMPLETED
+        assert await bench.take("w9") == running
+        assert await bench.take("w8") == waiting
+
+
+async def test_two_workers_never_get_the_same_job(tmp_path: Path) -> None:
+    async with sql_bench(tmp_path, max_queue_size=40) as bench:
+        await bench.worker()
+        for _ in range(40):
+            await bench.queue.submit(JOB)
+        deliveries = await asyncio.gather(*(bench.dispatcher.take(f"w{index}") for index in range(40)))
+        assert len({delivery.task_id for delivery in deliveries if delivery is not None}) == 40
+
+
+async def test_render_times_are_a_running_mean(bench: Bench) -> None:
+    for seconds in (20.0, 40.0):
+        task_id = (await bench.queue.submit(JOB)).task_id
+        await bench.take("w1")
+        await bench.dispatcher.complete("w1", task_id, result(task_id, seconds).model_dump(mode="json"))
+    assert await bench.queue.render_times() == {(JOB.resolution, JOB.duration): 30.0}
+
+
+async def test_a_database_that_does_not_answer_is_said_so(bench: Bench) -> None:
+    async with bench.database.write() as connection:
+        await connection.execute(text("DROP TABLE workers"))
+    with pytest.raises(QueueUnavailableError):
+        await bench.queue.submit(JOB)
+
+
+async def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    async with sql_bench(tmp_path) as bench, bench.database.write() as connection:
+        await connection.execute(insert(schema_version).values(version=99))
+    with pytest.raises(QueueError, match="upgrade"):
+        await Database.open(f"sqlite+aiosqlite:///{tmp_path}/queue.sqlite3")
+
+
+async def test_no_statement_of_a_jobs_life_reads_the_jobs_that_have_ended(bench: Bench) -> None:
+    """Each statement that the queue and the dispatcher send is explained by SQLite as it was sent."""
+    sent: list[tuple[str, Any]] = []
+
+    @event.listens_for(bench.database._engine.sync_engine, "before_cursor_execute")
+    def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        sent.append((statement, parameters))
+
+    failure = JobFailure(error="bad luck", error_code=ErrorCode.OOM_ERROR)
+    first, second, third = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
+    await bench.queue.get(third)
+    await bench.queue.backlog()
+    await bench.take("w1")
+    await bench.dispatcher.record_progress("w1", first, Progress(progress=1, stage=Stage.DENOISING))
+    await bench.dispatcher.ping("w1", [first])
+    await bench.worker("w1")
+    await bench.dispatcher.complete("w1", first, result(first).model_dump(mode="json"))
+    await bench.take("w1")
+    await bench.dispatcher.fail("w1", second, failure)
+    await bench.take("w1")
+    await bench.queue.cancel(third)
+    await bench.dispatcher.stops("w1")
+    await bench.dispatcher.sweep()
+    await bench.dispatcher.take("w1")
+    await bench.dispatcher.forget_worker("w1")
+
+    statements = [(sql, parameters) for sql, parameters in sent if "jobs" in sql and not sql.startswith("INSERT")]
+    assert len(statements) > 30
+    async with bench.database.read() as connection:
+        for sql, parameters in statements:
+            plan = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", parameters)
+            for step in plan:
+                assert not re.match(r"SCAN (TABLE )?jobs(?! USING)", step.detail), sql

@@ -1,0 +1,209 @@
+"""What only RunPod's cloud does: states of its own, refusals, outages, and forgetting."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from handler.contract import ErrorCode, JobFailure
+from shim.queue.base import JobState, QueueFullError, QueueUnavailableError
+from shim.queue.runpod import RunPodQueue
+from tests.queues import JOB, Clock, result
+
+KEY = "rpa_a-secret-key"
+HEALTH = {"jobs": {"inQueue": 0, "inProgress": 0}, "workers": {"idle": 1, "running": 0}}
+Answer = tuple[int, Any] | Exception
+
+
+class Cloud:
+    """Answers each path with what the test put there: the next of a list, or always the same."""
+
+    def __init__(self, **answers: list[Answer] | Answer) -> None:
+        self.answers = {"health": (200, HEALTH), **answers}
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        answer = self.answers[request.url.path.split("/")[3]]
+        if isinstance(answer, list):
+            answer = answer.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        status, body = answer
+        content = body if isinstance(body, str) else json.dumps(body)
+        return httpx.Response(status, content=content, headers={"Retry-After": "0"} if status == 429 else {})
+
+    def paths(self, word: str) -> list[str]:
+        return [request.url.path for request in self.requests if request.url.path.split("/")[3] == word]
+
+
+def queue_on(cloud: Callable[[httpx.Request], httpx.Response], clock: Clock | None = None) -> RunPodQueue:
+    return RunPodQueue(
+        endpoint_id="ep", api_key=KEY, transport=httpx.MockTransport(cloud), clock=clock or Clock(), max_queue_size=2
+    )
+
+
+def job_status(status: str, **fields: Any) -> Answer:
+    return 200, {"id": "job-1", "status": status, **fields}
+
+
+async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
+    cloud = Cloud(run=(200, {"id": "job-1", "status": "IN_QUEUE"}))
+    job = await queue_on(cloud).submit(JOB)
+    assert (job.task_id, job.state) == ("job-1", JobState.QUEUED)
+    run = cloud.requests[-1]
+    assert str(run.url) == "https://api.runpod.ai/v2/ep/run"
+    assert run.headers["authorization"] == f"Bearer {KEY}"
+    body = json.loads(run.content)
+    assert body["input"] == JOB.model_dump(mode="json")
+    assert body["policy"]["executionTimeout"] >= 600_000
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "code"),
+    [
+        ("TIMED_OUT", JobState.FAILED, ErrorCode.GENERATION_FAILED),
+        ("CANCELLED", JobState.CANCELLED, ErrorCode.CANCELLED),
+        ("RUNNING", JobState.RUNNING, None),
+        ("SOME_NEW_WORD", JobState.RUNNING, None),
+    ],
+)
+async def test_the_clouds_own_states(status: str, state: JobState, code: ErrorCode | None) -> None:
+    job = await queue_on(Cloud(status=job_status(status))).get("job-1")
+    assert job is not None
+    assert job.state is state
+    assert (job.failure.error_code if job.failure else None) is code
+
+
+async def test_our_failures_come_through_and_a_traceback_does_not() -> None:
+    failure = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
+    traceback = json.dumps({"error_type": "<class 'KeyError'>", "error_traceback": "Traceback: secret path"})
+    for error, expected in ((failure.model_dump_json(), failure), (traceback, None), (None, None), ({"a": 1}, None)):
+        job = await queue_on(Cloud(status=job_status("FAILED", error=error))).get("job-1")
+        assert job is not None
+        assert job.failure is not None
+        if expected is not None:
+            assert job.failure == expected
+        else:
+            assert job.failure.error_code is ErrorCode.GENERATION_FAILED
+            assert "secret path" not in job.failure.error
+
+
+async def test_a_job_that_runpod_has_forgotten_is_none() -> None:
+    assert await queue_on(Cloud(status=(404, {"error": "not found"}))).get("job-1") is None
+
+
+@pytest.mark.parametrize("refusal", [(429, "slow down"), (500, "oops"), (502, "bad gateway"), (503, "")])
+async def test_a_refusal_is_tried_again(refusal: Answer) -> None:
+    cloud = Cloud(status=[refusal, refusal, job_status("IN_PROGRESS")])
+    job = await queue_on(cloud).get("job-1")
+    assert job is not None
+    assert job.state is JobState.RUNNING
+    assert len(cloud.paths("status")) == 3
+
+
+async def test_a_cloud_that_stays_away_is_said_so_after_a_bounded_number_of_tries() -> None:
+    cloud = Cloud(status=httpx.ConnectError("no route"))
+    with pytest.raises(QueueUnavailableError) as caught:
+        await queue_on(cloud).get("job-1")
+    assert len(cloud.paths("status")) == 5
+    assert KEY not in str(caught.value)
+
+
+async def test_a_submission_that_may_have_arrived_is_not_sent_twice() -> None:
+    cloud = Cloud(run=httpx.ReadTimeout("no answer"))
+    with pytest.raises(QueueUnavailableError):
+        await queue_on(cloud).submit(JOB)
+    assert len(cloud.paths("run")) == 1
+
+
+async def test_a_submission_that_can_not_have_arrived_is_sent_again() -> None:
+    cloud = Cloud(run=[httpx.ConnectError("no route"), (429, ""), (200, {"id": "job-1", "status": "IN_QUEUE"})])
+    assert (await queue_on(cloud).submit(JOB)).task_id == "job-1"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refused_key_is_not_tried_again_and_not_shown(status: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="shim")
+    cloud = Cloud(status=(status, "denied"))
+    with pytest.raises(QueueUnavailableError, match="RUNPOD_API_KEY") as caught:
+        await queue_on(cloud).get("job-1")
+    assert len(cloud.paths("status")) == 1
+    assert KEY not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize("answer", [(200, "no json"), (200, [1]), (400, {"error": "bad"})])
+async def test_an_answer_that_makes_no_sense_is_an_outage(answer: Answer) -> None:
+    with pytest.raises(QueueUnavailableError):
+        await queue_on(Cloud(status=answer)).get("job-1")
+
+
+async def test_pollers_share_one_request_a_second() -> None:
+    cloud, clock = Cloud(status=job_status("IN_PROGRESS")), Clock()
+    queue = queue_on(cloud, clock)
+    await asyncio.gather(*(queue.get("job-1") for _ in range(200)))
+    await queue.get("job-1")
+    assert len(cloud.paths("status")) == 1
+    clock.now += 1.1
+    await asyncio.gather(*(queue.get("job-1") for _ in range(200)))
+    assert len(cloud.paths("status")) == 2
+
+
+async def test_a_poller_that_leaves_does_not_end_the_others_request() -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(_: httpx.Request) -> httpx.Response:
+        started.set()
+        await go_on.wait()
+        return httpx.Response(200, json={"id": "job-1", "status": "IN_QUEUE"})
+
+    queue = RunPodQueue(endpoint_id="ep", api_key=KEY, transport=httpx.MockTransport(slow))
+    first, second = asyncio.create_task(queue.get("job-1")), asyncio.create_task(queue.get("job-1"))
+    await started.wait()
+    first.cancel()
+    go_on.set()
+    job = await second
+    assert job is not None
+    assert job.state is JobState.QUEUED
+
+
+async def test_a_finished_job_is_not_asked_for_again() -> None:
+    cloud, clock = Cloud(status=job_status("COMPLETED", output=result("job-1").model_dump(mode="json"))), Clock()
+    queue = queue_on(cloud, clock)
+    for _ in range(3):
+        clock.now += 60
+        job = await queue.get("job-1")
+        assert job is not None
+        assert job.result is not None
+    assert len(cloud.paths("status")) == 1
+
+
+async def test_progress_that_comes_out_of_order_never_falls() -> None:
+    clock = Clock()
+    outputs = [{"progress": percent, "stage": "denoising", "elapsed_time": 1} for percent in (30, 20, 45)]
+    cloud = Cloud(status=[job_status("IN_PROGRESS", output=output) for output in outputs])
+    queue = queue_on(cloud, clock)
+    shown = []
+    for _ in outputs:
+        clock.now += 2
+        job = await queue.get("job-1")
+        assert job is not None
+        shown.append(job.progress)
+    assert shown == [30, 30, 45]
+
+
+async def test_jobs_are_taken_at_zero_workers_and_refused_when_too_many_wait() -> None:
+    idle = {"jobs": {"inQueue": 0, "inProgress": 0}, "workers": {"idle": 0, "running": 0, "initializing": 0}}
+    accepted = (200, {"id": "job-1", "status": "IN_QUEUE"})
+    queue = queue_on(Cloud(health=(200, idle), run=accepted))
+    await queue.check_ready()
+    await queue.submit(JOB)
+    busy = {**HEALTH, "jobs": {"inQueue": 2, "inProgress": 1}}
+    with pytest.raises(QueueFullError):
+        await queue_on(Cloud(health=(200, busy), run=accepted)).submit(JOB)
