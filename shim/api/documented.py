@@ -140,7 +140,7 @@ async def generate(
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id}", responses=error_responses(404, 500, 503))
+@router.get("/status/{task_id:path}", responses=error_responses(404, 500, 503))
 async def status(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:

@@ -87,8 +87,8 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@router.head("/videos/{file_name}", operation_id="head_video", response_class=Response, responses=_RESPONSES)
-@router.get("/videos/{file_name}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
+@router.head("/videos/{file_name:path}", operation_id="head_video", response_class=Response, responses=_RESPONSES)
+@router.get("/videos/{file_name:path}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
 async def video(file_name: str, request: Request, use: Annotated[Services, Depends(services)]) -> Response:
     """Download the generated video file."""
     task_id, dot, extension = file_name.rpartition(".")

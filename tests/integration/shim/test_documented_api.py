@@ -1,0 +1,500 @@
+"""The API reference through HTTP: every status code, error code and limit, on a real queue and a real bucket."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from handler.contract import ErrorCode, Gpu, JobFailure, Progress, Stage, WorkerState
+from shim.app import create_app
+from storage import layout
+from storage.bucket import Bucket
+from storage.settings import BucketSettings
+from tests.http_server import serving
+from tests.queues import JOB, NOWHERE, Bench, result, sql_bench
+from tests.s3_servers import juicefs
+
+REQUEST = JOB.model_dump(mode="json")
+VIDEO = bytes(range(256)) * 40
+
+
+@pytest.fixture(scope="module")
+def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+@dataclass
+class Server:
+    """The server, its queue with a ready worker, its bucket, and a client."""
+
+    bench: Bench
+    bucket: Bucket
+    http: httpx.AsyncClient
+    app: Any
+
+    async def generate(self, **fields: Any) -> httpx.Response:
+        return await self.http.post("/generate", json={**REQUEST, **fields})
+
+    async def task(self) -> str:
+        response = await self.generate()
+        assert response.status_code == 202, response.text
+        task_id: str = response.json()["task_id"]
+        return task_id
+
+    async def status(self, task_id: str) -> dict[str, Any]:
+        response = await self.http.get(f"/status/{task_id}")
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def finished(self, video: bytes = VIDEO) -> str:
+        """A task whose video is in the bucket."""
+        task_id = await self.task()
+        await self.bench.take()
+        output = result(task_id).model_copy(
+            update={"file_size": len(video), "sha256": hashlib.sha256(video).hexdigest()}
+        )
+        await asyncio.to_thread(self.bucket.put_bytes, video, layout.video_key(task_id), content_type="video/mp4")
+        body = output.model_dump_json().encode()
+        await asyncio.to_thread(
+            self.bucket.put_bytes, body, layout.manifest_key(task_id), content_type="application/json"
+        )
+        await self.bench.dispatcher.complete("w1", task_id, output.model_dump(mode="json"))
+        return task_id
+
+
+@pytest.fixture
+async def server(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
+    async with running(tmp_path, Bucket(bucket_settings)) as made:
+        await made.bench.worker()
+        yield made
+
+
+@asynccontextmanager
+async def running(directory: Path, bucket: Bucket, **options: Any) -> AsyncIterator[Server]:
+    async with sql_bench(directory, max_queue_size=10) as bench:
+        app = create_app(bench.queue, bucket, **options)
+        async with serving(app) as address, httpx.AsyncClient(base_url=address, timeout=30) as http:
+            yield Server(bench, bucket, http, app)
+
+
+def assert_error(response: httpx.Response, status: int, code: ErrorCode, *words: str) -> None:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error", "error_code"}
+    assert response.json()["error_code"] == code
+    for word in words:
+        assert word in response.json()["error"]
+
+
+# 202 and what it holds
+
+
+async def test_a_task_is_accepted_with_an_estimate(server: Server) -> None:
+    response = await server.generate(duration=10, resolution="1080p")
+    assert response.status_code == 202
+    body = response.json()
+    assert set(body) == {"task_id", "status", "estimated_time"}
+    assert body["status"] == "processing"
+    assert 60 <= body["estimated_time"] <= 90, "the reference's figure for 1080p and 10 s"
+    second = (await server.generate(duration=10, resolution="1080p")).json()
+    assert second["estimated_time"] > body["estimated_time"], "it waits behind the first"
+
+
+async def test_only_the_prompt_is_needed(server: Server) -> None:
+    assert (await server.http.post("/generate", json={"prompt": "x" * 10})).status_code == 202
+    delivery = await server.bench.dispatcher.take("w1")
+    assert delivery is not None
+    assert delivery.input == {
+        "prompt": "x" * 10,
+        "duration": 10,
+        "resolution": "1080p",
+        "model": "HunyuanVideo-1.5",
+    }
+
+
+async def test_the_prompt_is_trimmed(server: Server) -> None:
+    assert (await server.generate(prompt="  \n" + "y" * 500 + "  ")).status_code == 202
+    delivery = await server.bench.dispatcher.take("w1")
+    assert delivery is not None
+    assert delivery.input["prompt"] == "y" * 500
+
+
+# 400, one code for each field
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        *(({"prompt": prompt}, "INVALID_PROMPT") for prompt in ("", " " * 40, "x" * 9, "x" * 501, "é" * 501, 3, None)),
+        *(({"prompt": prompt}, "INVALID_PROMPT") for prompt in (["a list of words"], "nul\0inside the prompt", True)),
+        *(
+            ({"duration": value}, "INVALID_DURATION")
+            for value in (4, 11, 0, -5, "5", 5.0, 5.5, True, None, [5], 10**30)
+        ),
+        *(({"resolution": value}, "INVALID_RESOLUTION") for value in ("480p", "", "1080P", 1080, None, ["720p"])),
+        *(({"model": value}, "INVALID_MODEL") for value in ("HunyuanVideo-2", "", 1.5, None)),
+        ({"seed_": 1}, "INVALID_REQUEST"),
+    ],
+)
+async def test_invalid_parameters_are_400_with_their_code(server: Server, fields: dict[str, Any], code: str) -> None:
+    response = await server.generate(**fields)
+    assert_error(response, 400, ErrorCode(code))
+    if code == "INVALID_REQUEST":
+        assert "seed_" in response.json()["error"]
+    if code == "INVALID_MODEL":
+        assert "HunyuanVideo-1.5" in response.json()["error"]
+    assert (await server.bench.queue.backlog()).waiting == []
+
+
+async def test_a_missing_prompt_is_an_invalid_prompt(server: Server) -> None:
+    assert_error(await server.http.post("/generate", json={}), 400, ErrorCode.INVALID_PROMPT)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"text"', b"null", b"3", b"\xff\xfe", b"[" * 60_000, b'{"prompt": "\xff"}']
+)
+async def test_a_body_that_is_no_json_object_is_an_invalid_request(server: Server, body: bytes) -> None:
+    response = await server.http.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert_error(response, 400, ErrorCode.INVALID_REQUEST)
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_a_body_that_is_not_declared_as_json_is_an_invalid_request(server: Server, media_type: str) -> None:
+    headers = {"Content-Type": media_type} if media_type else {}
+    response = await server.http.post("/generate", content=json.dumps(REQUEST).encode(), headers=headers)
+    assert_error(response, 400, ErrorCode.INVALID_REQUEST, "application/json")
+
+
+# 413
+
+
+@pytest.mark.parametrize("size", [64 * 1024 + 1, 900_000, 5_000_000])
+async def test_a_body_over_64_kib_is_413(server: Server, size: int) -> None:
+    body = json.dumps({**REQUEST, "prompt": "x" * size}).encode()
+    try:
+        response = await server.http.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    except httpx.WriteError:
+        assert size > 1_000_000, "a client that sends far too much may be cut off"
+    else:
+        assert_error(response, 413, ErrorCode.REQUEST_TOO_LARGE)
+
+
+async def test_64_kib_exactly_is_read(server: Server) -> None:
+    body = json.dumps(REQUEST).encode().ljust(64 * 1024)
+    response = await server.http.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 202
+
+
+# 503
+
+
+async def test_the_eleventh_waiting_task_is_refused(server: Server) -> None:
+    for _ in range(10):
+        assert (await server.generate()).status_code == 202
+    response = await server.generate()
+    assert_error(response, 503, ErrorCode.QUEUE_FULL, "10")
+    assert int(response.headers["retry-after"]) > 0
+    await server.bench.take()
+    assert (await server.generate()).status_code == 202, "one runs, ten wait"
+
+
+async def test_before_the_model_is_loaded_tasks_are_refused(tmp_path: Path, bucket_settings: BucketSettings) -> None:
+    async with running(tmp_path, Bucket(bucket_settings)) as server:
+        response = await server.generate()
+        assert_error(response, 503, ErrorCode.MODEL_NOT_LOADED)
+        assert int(response.headers["retry-after"]) > 0
+        await server.bench.worker(state=WorkerState.LOADING)
+        assert_error(await server.generate(), 503, ErrorCode.MODEL_NOT_LOADED, "loading")
+        assert (await server.http.get("/ready")).status_code == 503
+        await server.bench.worker(state=WorkerState.FAILED, error="no such checkpoint")
+        assert_error(await server.generate(), 503, ErrorCode.MODEL_NOT_LOADED, "no such checkpoint")
+        assert (await server.http.get("/health")).json()["model_loaded"] is False
+        await server.bench.worker(state=WorkerState.READY)
+        assert (await server.generate()).status_code == 202
+        assert (await server.http.get("/ready")).json() == {"status": "ready"}
+
+
+# GET /status
+
+
+async def test_a_waiting_and_a_running_task_are_processing(server: Server) -> None:
+    task_id = await server.task()
+    assert await server.status(task_id) == {
+        "task_id": task_id,
+        "status": "processing",
+        "progress": 0,
+        "elapsed_time": 0,
+        "stage": "queued",
+        "queue_position": 1,
+    }
+    await server.bench.take()
+    await server.bench.dispatcher.record_progress("w1", task_id, Progress(progress=65, stage=Stage.DENOISING))
+    server.bench.later(28)
+    assert await server.status(task_id) == {
+        "task_id": task_id,
+        "status": "processing",
+        "progress": 65,
+        "elapsed_time": 30,
+        "stage": "denoising",
+        "queue_position": None,
+    }
+
+
+async def test_a_completed_task_has_its_video(server: Server) -> None:
+    task_id = await server.finished()
+    assert await server.status(task_id) == {
+        "task_id": task_id,
+        "status": "completed",
+        "video_url": f"{server.http.base_url}/videos/{task_id}.mp4".replace("//videos", "/videos"),
+        "duration": 5,
+        "resolution": "720p",
+        "file_size": len(VIDEO),
+    }
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        JobFailure(error="Out of memory: reduce resolution or duration", error_code=ErrorCode.OOM_ERROR),
+        JobFailure(error="Video generation failed", error_code=ErrorCode.GENERATION_FAILED),
+        JobFailure(error="The video could not be stored", error_code=ErrorCode.STORAGE_UNAVAILABLE),
+    ],
+)
+async def test_a_failed_task_is_200_with_its_error(server: Server, failure: JobFailure) -> None:
+    task_id = await server.task()
+    await server.bench.take()
+    await server.bench.dispatcher.fail("w1", task_id, failure)
+    assert await server.status(task_id) == {
+        "task_id": task_id,
+        "status": "failed",
+        "error": failure.error,
+        "error_code": failure.error_code,
+    }
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY, failure.error)
+
+
+async def test_a_cancelled_task_has_failed(server: Server) -> None:
+    task_id = await server.task()
+    await server.bench.queue.cancel(task_id)
+    assert (await server.status(task_id))["error_code"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    ["uuid-1234-5678", "00000000-0000-0000-0000-000000000000", "..%2f..%2fetc", "a" * 300, "%00", "a.b", "é", "%ff"],
+)
+async def test_an_unknown_or_malformed_id_is_404(server: Server, task_id: str) -> None:
+    assert_error(await server.http.get(f"/status/{task_id}"), 404, ErrorCode.TASK_NOT_FOUND)
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.TASK_NOT_FOUND)
+
+
+async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
+    server: Server, tmp_path: Path, bucket_settings: BucketSettings
+) -> None:
+    task_id = await server.finished()
+    before = await server.status(task_id)
+    (tmp_path / "other").mkdir()
+    async with running(tmp_path / "other", Bucket(bucket_settings)) as other:
+        after = await other.status(task_id)
+        assert {**after, "video_url": ""} == {**before, "video_url": ""}
+        assert (await other.http.get(after["video_url"])).content == VIDEO
+
+
+async def test_video_url_follows_the_request_or_the_setting(
+    server: Server, tmp_path: Path, bucket_settings: BucketSettings
+) -> None:
+    task_id = await server.finished()
+    response = await server.http.get(f"/status/{task_id}", headers={"Host": "videos.example:8443"})
+    assert response.json()["video_url"] == f"http://videos.example:8443/videos/{task_id}.mp4"
+    (tmp_path / "other").mkdir()
+    bucket = Bucket(bucket_settings)
+    async with running(tmp_path / "other", bucket, public_url="https://films.example/api/") as other:
+        assert (await other.status(task_id))["video_url"] == f"https://films.example/api/videos/{task_id}.mp4"
+
+
+# GET /videos
+
+
+async def test_the_video_comes_whole_and_as_itself(server: Server) -> None:
+    task_id = await server.finished()
+    response = await server.http.get(f"/videos/{task_id}.mp4")
+    assert response.status_code == 200
+    assert response.content == VIDEO
+    headers = response.headers
+    assert headers["content-type"] == "video/mp4"
+    assert headers["content-length"] == str(len(VIDEO))
+    assert headers["accept-ranges"] == "bytes"
+    assert headers["etag"] == f'"{hashlib.sha256(VIDEO).hexdigest()}"'
+    assert f'filename="{task_id}.mp4"' in headers["content-disposition"]
+    head = await server.http.head(f"/videos/{task_id}.mp4")
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-type", "content-length", "accept-ranges", "etag", "content-disposition"):
+        assert head.headers[name] == headers[name]
+
+
+SIZE = len(VIDEO)
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "end"),
+    [
+        ("bytes=0-0", 0, 0),
+        ("bytes=0-99", 0, 99),
+        ("bytes=100-", 100, SIZE - 1),
+        ("bytes=-100", SIZE - 100, SIZE - 1),
+        (f"bytes=5-{SIZE * 2}", 5, SIZE - 1),
+        (f"bytes=-{SIZE * 2}", 0, SIZE - 1),
+        (f"bytes={SIZE - 1}-", SIZE - 1, SIZE - 1),
+    ],
+)
+async def test_a_part_can_be_asked_for(server: Server, asked: str, start: int, end: int) -> None:
+    task_id = await server.finished()
+    response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
+    assert response.status_code == 206
+    assert response.content == VIDEO[start : end + 1]
+    assert response.headers["content-range"] == f"bytes {start}-{end}/{SIZE}"
+    assert response.headers["content-length"] == str(end - start + 1)
+
+
+@pytest.mark.parametrize("asked", [f"bytes={SIZE}-", f"bytes={SIZE + 5}-{SIZE + 9}", "bytes=-0"])
+async def test_a_part_behind_the_end_is_416_with_the_size(server: Server, asked: str) -> None:
+    task_id = await server.finished()
+    response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
+    assert_error(response, 416, ErrorCode.RANGE_NOT_SATISFIABLE)
+    assert response.headers["content-range"] == f"bytes */{SIZE}"
+
+
+@pytest.mark.parametrize("asked", ["bytes=9-5", "bytes=a-b", "lines=0-5", "bytes=0-1,5-6", "bytes=-", ""])
+async def test_a_range_that_makes_no_sense_is_passed_over(server: Server, asked: str) -> None:
+    task_id = await server.finished()
+    response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
+    assert (response.status_code, response.content) == (200, VIDEO)
+
+
+async def test_what_the_client_has_already_is_not_sent_again(server: Server) -> None:
+    task_id = await server.finished()
+    etag = (await server.http.head(f"/videos/{task_id}.mp4")).headers["etag"]
+    for tags in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        response = await server.http.get(f"/videos/{task_id}.mp4", headers={"If-None-Match": tags})
+        assert (response.status_code, response.content) == (304, b"")
+        assert response.headers["etag"] == etag
+    response = await server.http.get(f"/videos/{task_id}.mp4", headers={"If-None-Match": '"other"'})
+    assert response.status_code == 200
+
+
+async def test_a_part_of_another_file_is_not_continued(server: Server) -> None:
+    task_id = await server.finished()
+    etag = (await server.http.head(f"/videos/{task_id}.mp4")).headers["etag"]
+    for condition, status in ((etag, 206), ('"other"', 200), (f"W/{etag}", 200), ("Sat, 01 Jan 2022", 200)):
+        headers = {"Range": "bytes=0-9", "If-Range": condition}
+        assert (await server.http.get(f"/videos/{task_id}.mp4", headers=headers)).status_code == status
+
+
+async def test_a_video_that_is_not_finished_is_404_and_says_so(server: Server) -> None:
+    task_id = await server.task()
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY)
+    assert (await server.http.head(f"/videos/{task_id}.mp4")).status_code == 404
+
+
+async def test_a_video_that_was_removed_from_the_bucket_is_404(server: Server) -> None:
+    task_id = await server.finished()
+    await asyncio.to_thread(server.bucket.delete, layout.video_key(task_id))
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY)
+    assert (await server.http.head(f"/videos/{task_id}.mp4")).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["x", "x.mov", "x.mp4.exe", ".mp4x"])
+async def test_only_mp4s_are_there(server: Server, name: str) -> None:
+    assert_error(await server.http.get(f"/videos/{name}"), 404, ErrorCode.NOT_FOUND)
+
+
+async def test_a_bucket_that_is_away_is_503_and_the_rest_goes_on(tmp_path: Path) -> None:
+    async with running(tmp_path, Bucket(NOWHERE)) as server:
+        await server.bench.worker()
+        task_id = await server.task()
+        await server.bench.take()
+        await server.bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+        assert (await server.status(task_id))["status"] == "completed"
+        for method in ("GET", "HEAD"):
+            response = await server.http.request(method, f"/videos/{task_id}.mp4")
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) > 0
+        assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 503, ErrorCode.STORAGE_UNAVAILABLE)
+        assert_error(await server.http.get("/ready"), 503, ErrorCode.STORAGE_UNAVAILABLE)
+        assert (await server.http.get("/health")).status_code == 200
+
+
+# GET /health
+
+
+async def test_health_has_the_documented_fields_and_the_gpu_that_workers_report(server: Server) -> None:
+    gpu = Gpu(name="H100", memory_total=80 * 1024**3, memory_free=int(18.5 * 1024**3))
+    await server.bench.worker(gpu=gpu)
+    health = (await server.http.get("/health")).json()
+    documented = {name: health[name] for name in ("status", "model_loaded", "gpu_available", "vram_free", "version")}
+    assert documented == {
+        "status": "healthy",
+        "model_loaded": True,
+        "gpu_available": True,
+        "vram_free": "18.5 GB",
+        "version": "1.5.0",
+    }
+    assert health["model"] == "scripted"
+
+
+async def test_health_without_a_gpu(server: Server) -> None:
+    health = (await server.http.get("/health")).json()
+    assert (health["gpu_available"], health["vram_free"]) == (False, "0.0 GB")
+
+
+# The rest
+
+
+async def test_a_fault_of_the_server_is_500_with_no_traceback(server: Server) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("secret detail")
+
+    server.app.add_api_route("/broken", broken)
+    response = await server.http.get("/broken")
+    assert_error(response, 500, ErrorCode.INTERNAL_ERROR)
+    assert "secret detail" not in response.text
+
+
+async def test_other_paths_and_methods_answer_in_the_same_shape(server: Server) -> None:
+    assert_error(await server.http.get("/nothing"), 404, ErrorCode.NOT_FOUND)
+    response = await server.http.get("/generate")
+    assert_error(response, 405, ErrorCode.METHOD_NOT_ALLOWED)
+    assert response.headers["allow"] == "POST"
+
+
+async def test_openapi_describes_exactly_this(server: Server) -> None:
+    schema = (await server.http.get("/openapi.json")).json()
+    assert {path: sorted(methods) for path, methods in schema["paths"].items()} == {
+        "/generate": ["post"],
+        "/status/{task_id}": ["get"],
+        "/health": ["get"],
+        "/ready": ["get"],
+        "/videos/{file_name}": ["get", "head"],
+    }
+    post = schema["paths"]["/generate"]["post"]
+    assert set(post["responses"]) == {"202", "400", "413", "500", "503"}
+    body = post["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["duration"] == {
+        "default": 10,
+        "description": "Video length in seconds.",
+        "maximum": 10,
+        "minimum": 5,
+        "title": "Duration",
+        "type": "integer",
+    }
+    assert (await server.http.get("/docs")).status_code == 200
