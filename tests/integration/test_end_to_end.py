@@ -120,6 +120,38 @@ def test_a_bad_job_sent_past_the_shim_fails_with_the_documented_code(service: Se
     assert "10-500" in failed["error"]
 
 
+def test_the_command_line_client_makes_a_file(service: Service, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "shim", "generate", "A paper boat on a rainy street", "--server", service.address),
+            *("--duration", "5", "--resolution", "720p", "--output", str(tmp_path / "boat.mp4"), "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=RENDER_SECONDS,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["file_size"] == (tmp_path / "boat.mp4").stat().st_size
+    assert "denoising" in run.stderr, "a progress bar with the stage"
+    assert probe(tmp_path / "boat.mp4").num_frames == 121
+
+
+def test_a_cancelled_job_stops_and_the_next_one_runs(service: Service) -> None:
+    token = (service.directory / "data" / "platform-token").read_text()
+    headers = {"Authorization": f"Bearer {token}"}
+    task_id = service.generate(duration=10, resolution="1080p")
+    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
+    worker = service.worker()
+    service.http.post(f"/v2/local/cancel/{task_id}", headers=headers).raise_for_status()
+    status = service.status(task_id)
+    assert (status["status"], status["error_code"]) == ("failed", "CANCELLED")
+    following = service.generate(duration=5, resolution="720p")
+    assert service.finished(following)["status"] == "completed"
+    assert service.worker().pid == worker.pid, "the same process went on"
+    assert service.http.get(f"/videos/{task_id}.mp4").status_code == 404
+
+
 def test_a_worker_killed_in_mid_render_costs_no_task(service: Service) -> None:
     task_id = service.generate(duration=5, resolution="720p")
     eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)

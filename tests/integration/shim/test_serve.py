@@ -1,0 +1,272 @@
+"""`hunyuan serve` and the other commands as processes: starting, refusing to start, streaming, exit codes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from pydantic import HttpUrl, SecretStr
+
+from storage import layout
+from storage.bucket import Bucket
+from storage.settings import BucketSettings
+from tests.queues import result
+from tests.service import Service, eventually, free_port
+
+MEGABYTE = 1_000_000
+
+
+def hunyuan(*arguments: str, directory: Path | None = None, **environment: Any) -> subprocess.CompletedProcess[str]:
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "shim", *arguments],
+        env={**clean, **environment},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The server with its bucket and no worker."""
+    running = Service(tmp_path_factory.mktemp("service"), HUNYUAN_WORKERS="0")
+    try:
+        running.start(until_ready=False)
+        yield running
+    finally:
+        running.http.close()
+        assert running.stop() == 0, running.log.read_text()
+
+
+def embedded_bucket(service: Service) -> Bucket:
+    kept = service.directory / "data" / "bucket"
+    return Bucket(
+        BucketSettings(
+            endpoint_url=HttpUrl(f"http://127.0.0.1:{(kept / 'port').read_text()}"),
+            access_key_id=(kept / "access-key").read_text(),
+            secret_access_key=SecretStr((kept / "secret-key").read_text()),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def large(service: Service, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A task with a video of 200 MB in the bucket, and that video's sha256."""
+    path = tmp_path_factory.mktemp("large") / "video.mp4"
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for _ in range(200):
+            block = os.urandom(MEGABYTE)
+            digest.update(block)
+            file.write(block)
+    bucket = embedded_bucket(service)
+    bucket.put_file(path, layout.video_key("large"), content_type="video/mp4")
+    manifest = result("large").model_copy(update={"file_size": 200 * MEGABYTE, "sha256": digest.hexdigest()})
+    body = manifest.model_dump_json().encode()
+    bucket.put_bytes(body, layout.manifest_key("large"), content_type="application/json")
+    path.unlink()
+    return "large", digest.hexdigest()
+
+
+def download(service: Service, task_id: str, pause: float = 0.0) -> str:
+    digest = hashlib.sha256()
+    with httpx.stream("GET", f"{service.address}/videos/{task_id}.mp4", timeout=60) as response:
+        assert response.status_code == 200
+        for chunk in response.iter_bytes(MEGABYTE):
+            digest.update(chunk)
+            time.sleep(pause)
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.01])
+def test_200_mb_stream_through_with_less_than_30_mb_growth(
+    service: Service, large: tuple[str, str], pause: float
+) -> None:
+    """Once as fast as it goes; once by a slow reader, whose backlog must not pile up in the server."""
+    task_id, sha256 = large
+    download(service, task_id)  # what a first download allocates for good
+    shim = psutil.Process(service.process_id)
+    before = peak = shim.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, shim.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert download(service, task_id, pause) == sha256
+    finally:
+        done.set()
+        watcher.join()
+    assert (peak - before) / MEGABYTE < 30
+
+
+def test_a_download_that_is_cut_can_be_taken_up_with_curls_continue(
+    service: Service, large: tuple[str, str], tmp_path: Path
+) -> None:
+    task_id, sha256 = large
+    path = tmp_path / "video.mp4"
+    with httpx.stream("GET", f"{service.address}/videos/{task_id}.mp4") as response, path.open("wb") as file:
+        for chunk in response.iter_bytes(MEGABYTE):
+            file.write(chunk)
+            if file.tell() > 50 * MEGABYTE:
+                break
+    url = f"{service.address}/videos/{task_id}.mp4"
+    subprocess.run(["curl", "--silent", "--fail", "-C", "-", "-o", str(path), url], check=True)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def test_a_client_that_leaves_in_mid_download_costs_nothing(service: Service, large: tuple[str, str]) -> None:
+    for _ in range(20):
+        with httpx.stream("GET", f"{service.address}/videos/{large[0]}.mp4") as response:
+            next(response.iter_bytes(1000))
+    shim = psutil.Process(service.process_id)
+    eventually(
+        "the end of the connections to the store",
+        lambda: len([c for c in shim.net_connections() if c.status == "ESTABLISHED"]) < 12,
+        20,
+    )
+    assert service.http.get("/health").status_code == 200
+
+
+# Starting
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HUNYUAN_PORT", "eighty"),
+        ("HUNYUAN_PORT", "70000"),
+        ("HUNYUAN_WORKERS", "-1"),
+        ("HUNYUAN_WORKERS", "many"),
+        ("HUNYUAN_MAX_QUEUE_SIZE", "0"),
+        ("HUNYUAN_HOST", "no.such.host.invalid"),
+        ("HUNYUAN_PUBLIC_URL", "not a url"),
+        ("HUNYUAN_DATA_DIR", "/proc/nowhere"),
+        ("RUNPOD_ENDPOINT_ID", "alone"),
+        ("BUCKET_ENDPOINT_URL", "not a url"),
+        ("BUCKET_ACCESS_KEY_ID", "alone"),
+        ("HUNYUAN_OFFLOAD_CPU", "perhaps"),
+        ("HUNYUAN_ENABLE_FLASH_ATTN", "perhaps"),
+        ("HUNYUAN_ENABLE_SAGE_ATTN", "perhaps"),
+    ],
+)
+def test_a_bad_setting_stops_the_start_and_is_named(tmp_path: Path, variable: str, value: str) -> None:
+    environment = {"HUNYUAN_HOST": "127.0.0.1", "HUNYUAN_PORT": str(free_port()), "HUNYUAN_DATA_DIR": str(tmp_path)}
+    run = hunyuan("serve", **{**environment, variable: value})
+    assert run.returncode == 2, run.stderr
+    named = {"BUCKET_ACCESS_KEY_ID": "BUCKET_SECRET_ACCESS_KEY", "RUNPOD_ENDPOINT_ID": "RUNPOD_API_KEY"}
+    assert named.get(variable, variable) in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_taken_port_and_a_used_directory_are_named(service: Service, tmp_path: Path) -> None:
+    taken = hunyuan("serve", HUNYUAN_HOST="127.0.0.1", HUNYUAN_PORT=str(service.port), HUNYUAN_DATA_DIR=str(tmp_path))
+    assert taken.returncode == 2
+    assert "HUNYUAN_PORT" in taken.stderr
+    used = hunyuan(
+        "serve",
+        HUNYUAN_HOST="127.0.0.1",
+        HUNYUAN_PORT=str(free_port()),
+        HUNYUAN_DATA_DIR=str(service.directory / "data"),
+    )
+    assert used.returncode == 2
+    assert "HUNYUAN_DATA_DIR" in used.stderr
+
+
+def test_a_bucket_that_refuses_the_keys_stops_the_start(service: Service, tmp_path: Path) -> None:
+    port = (service.directory / "data" / "bucket" / "port").read_text()
+    run = hunyuan(
+        "serve",
+        HUNYUAN_HOST="127.0.0.1",
+        HUNYUAN_PORT=str(free_port()),
+        HUNYUAN_DATA_DIR=str(tmp_path),
+        BUCKET_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        BUCKET_ACCESS_KEY_ID="wrong",
+        BUCKET_SECRET_ACCESS_KEY="also-wrong-and-secret",
+    )
+    assert run.returncode == 2
+    assert "BUCKET_ENDPOINT_URL" in run.stderr
+    assert "also-wrong-and-secret" not in run.stderr
+
+
+def test_a_model_that_can_not_be_loaded_stays_to_be_seen(tmp_path: Path) -> None:
+    service = Service(tmp_path, HUNYUAN_MODEL_PATH=str(tmp_path / "absent"))
+    try:
+        service.start(until_ready=False)
+
+        def refused() -> dict[str, Any] | None:
+            response = service.http.post("/generate", json={"prompt": "A paper boat on a rainy street"})
+            assert response.status_code == 503
+            body: dict[str, Any] = response.json()
+            assert body["error_code"] == "MODEL_NOT_LOADED"
+            return body if "HUNYUAN_MODEL_PATH" in body["error"] else None
+
+        eventually("the reason of the failed load", refused, 60)
+        health = service.http.get("/health").json()
+        assert (health["status"], health["model_loaded"]) == ("healthy", False)
+        assert service.http.get("/ready").status_code == 503
+    finally:
+        service.http.close()
+        assert service.stop() == 0
+
+
+# The other commands
+
+
+def test_the_commands_say_what_they_found_by_their_exit_code(service: Service, tmp_path: Path) -> None:
+    here = {"HUNYUAN_SERVER": service.address}
+    health = hunyuan("health", "--json", **here)
+    assert health.returncode == 5, "no worker, no model"
+    assert json.loads(health.stdout)["model_loaded"] is False
+    for command in ("status", "download"):
+        missing = hunyuan(command, "no-such-task", directory=tmp_path, **here)
+        assert (missing.returncode, "TASK_NOT_FOUND" in missing.stderr) == (4, True)
+    refused = hunyuan("generate", "A paper boat on a rainy street", directory=tmp_path, **here)
+    assert (refused.returncode, "MODEL_NOT_LOADED" in refused.stderr) == (5, True)
+    nobody = hunyuan("health", HUNYUAN_SERVER=f"http://127.0.0.1:{free_port()}")
+    assert (nobody.returncode, "hunyuan serve" in nobody.stderr) == (3, True)
+    for wrong in (["generate"], ["no-such-command"], ["generate", "a prompt of words", "--resolution", "4k"]):
+        assert hunyuan(*wrong, **here).returncode == 2
+    bad_server = hunyuan("health", HUNYUAN_SERVER="not a url")
+    assert (bad_server.returncode, "HUNYUAN_SERVER" in bad_server.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == [], "nothing half done was left"
+
+
+def test_a_finished_task_can_be_shown_and_saved(service: Service, large: tuple[str, str], tmp_path: Path) -> None:
+    task_id, sha256 = large
+    here = {"HUNYUAN_SERVER": service.address}
+    status = hunyuan("status", task_id, "--json", **here)
+    assert (status.returncode, json.loads(status.stdout)["status"]) == (0, "completed")
+    saved = hunyuan("download", task_id, "--json", directory=tmp_path, **here)
+    assert saved.returncode == 0, saved.stderr
+    assert json.loads(saved.stdout) == {"task_id": task_id, "output": f"{task_id}.mp4", "file_size": 200 * MEGABYTE}
+    assert hashlib.sha256((tmp_path / f"{task_id}.mp4").read_bytes()).hexdigest() == sha256
+    unwritable = hunyuan("download", task_id, "--output", "/proc/x.mp4", **here)
+    assert unwritable.returncode == 1
+    assert "Traceback" not in unwritable.stderr
+
+
+def test_help_names_every_command() -> None:
+    text = hunyuan("--help").stdout
+    for command in ("serve", "generate", "status", "download", "health", "demo"):
+        assert command in text
