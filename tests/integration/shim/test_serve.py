@@ -171,7 +171,11 @@ def test_a_client_that_leaves_in_mid_download_costs_nothing(service: Service, la
     ],
 )
 def test_a_bad_setting_stops_the_start_and_is_named(tmp_path: Path, variable: str, value: str) -> None:
-    environment = {"HUNYUAN_HOST": "127.0.0.1", "HUNYUAN_PORT": str(free_port()), "HUNYUAN_DATA_DIR": str(tmp_path)}
+    environment: dict[str, Any] = {
+        "HUNYUAN_HOST": "127.0.0.1",
+        "HUNYUAN_PORT": str(free_port()),
+        "HUNYUAN_DATA_DIR": str(tmp_path),
+    }
     run = hunyuan("serve", **{**environment, variable: value})
     assert run.returncode == 2, run.stderr
     named = {"BUCKET_ACCESS_KEY_ID": "BUCKET_SECRET_ACCESS_KEY", "RUNPOD_ENDPOINT_ID": "RUNPOD_API_KEY"}
@@ -234,7 +238,7 @@ def test_a_model_that_can_not_be_loaded_stays_to_be_seen(tmp_path: Path) -> None
 
 
 def test_the_commands_say_what_they_found_by_their_exit_code(service: Service, tmp_path: Path) -> None:
-    here = {"HUNYUAN_SERVER": service.address}
+    here: dict[str, Any] = {"HUNYUAN_SERVER": service.address}
     health = hunyuan("health", "--json", **here)
     assert health.returncode == 5, "no worker, no model"
     assert json.loads(health.stdout)["model_loaded"] is False
@@ -245,6 +249,7 @@ def test_the_commands_say_what_they_found_by_their_exit_code(service: Service, t
     assert (refused.returncode, "MODEL_NOT_LOADED" in refused.stderr) == (5, True)
     nobody = hunyuan("health", HUNYUAN_SERVER=f"http://127.0.0.1:{free_port()}")
     assert (nobody.returncode, "hunyuan serve" in nobody.stderr) == (3, True)
+    wrong: list[str]
     for wrong in (["generate"], ["no-such-command"], ["generate", "a prompt of words", "--resolution", "4k"]):
         assert hunyuan(*wrong, **here).returncode == 2
     bad_server = hunyuan("health", HUNYUAN_SERVER="not a url")
@@ -254,7 +259,7 @@ def test_the_commands_say_what_they_found_by_their_exit_code(service: Service, t
 
 def test_a_finished_task_can_be_shown_and_saved(service: Service, large: tuple[str, str], tmp_path: Path) -> None:
     task_id, sha256 = large
-    here = {"HUNYUAN_SERVER": service.address}
+    here: dict[str, Any] = {"HUNYUAN_SERVER": service.address}
     status = hunyuan("status", task_id, "--json", **here)
     assert (status.returncode, json.loads(status.stdout)["status"]) == (0, "completed")
     saved = hunyuan("download", task_id, "--json", directory=tmp_path, **here)
