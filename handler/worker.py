@@ -245,6 +245,9 @@ def _stored_manifest(bucket: Bucket, task_id: str) -> Manifest | None:
         return Manifest.model_validate_json(bucket.get_bytes(layout.manifest_key(task_id)))
     except ObjectNotFoundError:
         return None
+    except ValidationError:
+        log.warning("%s: what stands for its manifest is none; rendering", task_id)
+        return None
 
 
 def _result(manifest: Manifest, bucket: Bucket) -> JobResult:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 import anyio.to_thread
+from pydantic import ValidationError
 
 from handler.contract import JobInput, JobResult, Manifest, Stage
 from shim.estimates import estimated_time
@@ -43,9 +44,12 @@ class Manifests:
         """
         try:
             body = await anyio.to_thread.run_sync(self._bucket.get_bytes, layout.manifest_key(task_id))
+            return Manifest.model_validate_json(body)
         except ObjectNotFoundError:
             return None
-        return Manifest.model_validate_json(body)
+        except ValidationError:
+            log.error("%s: what stands for its manifest is none", task_id)
+            return None
 
     async def find_result(self, task_id: str) -> JobResult | None:
         """What the job would have returned, had its result not been lost on the way (a `FindResult`)."""

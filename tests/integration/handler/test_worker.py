@@ -110,6 +110,12 @@ def test_a_job_that_is_done_already_is_not_rendered_again(bench: Bench) -> None:
     assert httpx.get(second.video_url).status_code == 200
 
 
+def test_a_manifest_that_is_none_is_written_anew(bench: Bench) -> None:
+    bench.bucket.put_bytes(b"{}", layout.manifest_key("task-1"), content_type="application/json")
+    assert bench.run().file_size > 0
+    assert Manifest.model_validate_json(bench.bucket.get_bytes(layout.manifest_key("task-1")))
+
+
 def test_progress_goes_through_the_stages_and_never_falls(bench: Bench) -> None:
     bench.run()
     percentages = [progress.progress for progress in bench.told]

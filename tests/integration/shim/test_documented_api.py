@@ -310,6 +310,12 @@ async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
         assert (await other.http.get(after["video_url"])).content == VIDEO
 
 
+async def test_a_manifest_that_is_none_is_no_task(server: Server) -> None:
+    key = layout.manifest_key("odd")
+    await asyncio.to_thread(server.bucket.put_bytes, b"{}", key, content_type="application/json")
+    assert_error(await server.http.get("/status/odd"), 404, ErrorCode.TASK_NOT_FOUND)
+
+
 async def test_video_url_follows_the_request_or_the_setting(
     server: Server, tmp_path: Path, bucket_settings: BucketSettings
 ) -> None:
