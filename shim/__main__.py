@@ -123,6 +123,7 @@ def demo(
     """Start a server of its own with the demo model, generate one video end to end, and stop it."""
     from shim import demo_server
 
+    typer.echo("starting the server with the demo model ...", err=True)
     try:
         with demo_server.running() as address, _client(address) as client:
             _generate(client, prompt, duration, resolution, DEFAULT_MODEL, output, as_json=False)

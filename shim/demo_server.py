@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from handler.contract import DEMO_MODEL
@@ -20,7 +21,7 @@ _STOP: Final = 30.0
 
 
 class DemoError(Exception):
-    """The server did not come up; its own output says why."""
+    """The server did not come up; the message ends with its own output."""
 
 
 @contextmanager
@@ -46,9 +47,13 @@ def running() -> Iterator[str]:
             BUCKET_SECRET_ACCESS_KEY="",
             RUNPOD_ENDPOINT_ID="",
         )
-        process = subprocess.Popen([sys.executable, "-m", "shim", "serve"], env=environment)
+        log = Path(directory, "serve.log")
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "shim", "serve"], env=environment, stdout=file, stderr=file
+            )
         try:
-            _wait_until_ready(process, address)
+            _wait_until_ready(process, address, log)
             yield address
         finally:
             process.terminate()
@@ -59,12 +64,12 @@ def running() -> Iterator[str]:
                 process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     deadline = time.monotonic() + _START
     with Client(address) as client:
         while not client.ready():
             if process.poll() is not None:
-                raise DemoError(f"the server ended with code {process.returncode}")
+                raise DemoError(f"the server ended with code {process.returncode}:\n{log.read_text()}")
             if time.monotonic() > deadline:
-                raise DemoError("the server was not ready in time")
+                raise DemoError(f"the server was not ready in time:\n{log.read_text()}")
             time.sleep(0.2)
