@@ -68,7 +68,7 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
         raise
     seconds = time.monotonic() - started
     log.info("model %s loaded in %.1f s", model.name, seconds)
-    reporter.ready(model.name, seconds, model.gpu)
+    reporter.ready(model, seconds)
     return model
 
 

@@ -8,7 +8,7 @@ here is one of the API reference's limits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
@@ -29,9 +29,26 @@ MAX_PROMPT_LENGTH: Final = 500
 MIN_DURATION: Final = 5
 MAX_DURATION: Final = 10
 
-#: The name every client may ask for: whatever model this server has loaded.
+MAX_SEED: Final = 2**32 - 1
+
+#: The name every client may ask for: whatever profile this server prefers.
 DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
-KNOWN_MODELS: Final = (DEFAULT_MODEL,)
+
+
+class Profile(StrEnum):
+    """How much time a video may take. Which of them a server offers depends on the weights it has."""
+
+    FAST = "fast"
+    BALANCED = "balanced"
+    QUALITY = "quality"
+
+    @property
+    def model(self) -> str:
+        """The `model` that asks for it by name."""
+        return f"{DEFAULT_MODEL}-{self.value}"
+
+
+KNOWN_MODELS: Final = (DEFAULT_MODEL, *(profile.model for profile in Profile))
 #: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU, and its name in manifests.
 DEMO_MODEL: Final = "demo"
 
@@ -42,10 +59,29 @@ class Resolution(StrEnum):
     P720 = "720p"
     P1080 = "1080p"
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) of the delivered video in pixels."""
-        return {Resolution.P720: (1280, 720), Resolution.P1080: (1920, 1080)}[self]
+
+class AspectRatio(StrEnum):
+    """Width to height of the video. Every one has about the pixels of its resolution's 16:9."""
+
+    WIDE = "16:9"
+    TALL = "9:16"
+    SQUARE = "1:1"
+    CLASSIC = "4:3"
+    PORTRAIT = "3:4"
+
+
+_SIZES: Final[Mapping[tuple[Resolution, AspectRatio], tuple[int, int]]] = {
+    (Resolution.P720, AspectRatio.WIDE): (1280, 720),
+    (Resolution.P720, AspectRatio.TALL): (720, 1280),
+    (Resolution.P720, AspectRatio.SQUARE): (960, 960),
+    (Resolution.P720, AspectRatio.CLASSIC): (1104, 828),
+    (Resolution.P720, AspectRatio.PORTRAIT): (828, 1104),
+    (Resolution.P1080, AspectRatio.WIDE): (1920, 1080),
+    (Resolution.P1080, AspectRatio.TALL): (1080, 1920),
+    (Resolution.P1080, AspectRatio.SQUARE): (1440, 1440),
+    (Resolution.P1080, AspectRatio.CLASSIC): (1664, 1248),
+    (Resolution.P1080, AspectRatio.PORTRAIT): (1248, 1664),
+}
 
 
 def num_frames(duration: int) -> int:
@@ -141,6 +177,35 @@ class JobInput(BaseModel):
         description="Model version to use.",
         json_schema_extra={"enum": list(KNOWN_MODELS)},
     )
+    aspect_ratio: AspectRatio = Field(default=AspectRatio.WIDE, description="Width to height.")
+    seed: int | None = Field(
+        default=None, strict=True, ge=0, le=MAX_SEED, description="The same seed gives the same video again."
+    )
+    negative_prompt: Annotated[str, AfterValidator(_storable_text)] | None = Field(
+        default=None,
+        max_length=MAX_PROMPT_LENGTH,
+        description="What the video should not show; without effect on models that use no guidance.",
+    )
+    num_inference_steps: int | None = Field(
+        default=None, strict=True, ge=1, le=100, description="Denoising steps of the base model, in place of its own."
+    )
+    guidance_scale: float | None = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        le=20,
+        allow_inf_nan=False,
+        description="How closely to follow the prompt, in place of the model's own; 1 is none.",
+    )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the delivered video in pixels."""
+        return _SIZES[self.resolution, self.aspect_ratio]
+
+    def wire(self) -> dict[str, Any]:
+        """The input as it is queued: JSON, with what was not asked for left out."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
@@ -157,6 +222,10 @@ def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
         raise InvalidInputError(_failure(exc.errors(include_url=False, include_context=False)[0])) from exc
 
 
+def _one_of(field: str, values: Iterable[str]) -> str:
+    return f"{field} must be one of " + ", ".join(f'"{value}"' for value in values)
+
+
 _FIELD_RULES: Final[Mapping[str, tuple[ErrorCode, str]]] = {
     "prompt": (
         ErrorCode.INVALID_PROMPT,
@@ -166,14 +235,16 @@ _FIELD_RULES: Final[Mapping[str, tuple[ErrorCode, str]]] = {
         ErrorCode.INVALID_DURATION,
         f"duration must be an integer from {MIN_DURATION} to {MAX_DURATION} (seconds)",
     ),
-    "resolution": (
-        ErrorCode.INVALID_RESOLUTION,
-        "resolution must be one of " + ", ".join(f'"{resolution}"' for resolution in Resolution),
+    "resolution": (ErrorCode.INVALID_RESOLUTION, _one_of("resolution", Resolution)),
+    "model": (ErrorCode.INVALID_MODEL, _one_of("model", KNOWN_MODELS)),
+    "aspect_ratio": (ErrorCode.INVALID_REQUEST, _one_of("aspect_ratio", AspectRatio)),
+    "seed": (ErrorCode.INVALID_REQUEST, f"seed must be an integer from 0 to {MAX_SEED}"),
+    "negative_prompt": (
+        ErrorCode.INVALID_REQUEST,
+        f"negative_prompt must be text of at most {MAX_PROMPT_LENGTH} characters",
     ),
-    "model": (
-        ErrorCode.INVALID_MODEL,
-        "model must be one of " + ", ".join(f'"{name}"' for name in KNOWN_MODELS),
-    ),
+    "num_inference_steps": (ErrorCode.INVALID_REQUEST, "num_inference_steps must be an integer from 1 to 100"),
+    "guidance_scale": (ErrorCode.INVALID_REQUEST, "guidance_scale must be a number from 1 to 20"),
 }
 
 
@@ -215,6 +286,7 @@ class Stage(StrEnum):
     QUEUED = "queued"
     ENCODING_PROMPT = "encoding_prompt"
     DENOISING = "denoising"
+    UPSCALING = "upscaling"
     DECODING = "decoding"
     STORING = "storing"
 
@@ -238,6 +310,7 @@ class Manifest(BaseModel):
     status: Literal["completed"] = "completed"
     input: JobInput
     model: str = Field(description='The model that rendered, for example "demo".')
+    attention: str = Field(default="", description="The attention kernel that was used, in diffusers' names.")
     seed: int
     width: int
     height: int
@@ -283,5 +356,7 @@ class WorkerReport(BaseModel):
     state: WorkerState
     model: str
     gpu: Gpu | None = None
+    models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty: any.")
+    attention: str | None = None
     error: str | None = None
     load_seconds: float | None = None

@@ -14,6 +14,7 @@ from typing import Final, Self
 import httpx
 
 from handler.contract import Gpu, WorkerReport, WorkerState
+from handler.video_model.base import VideoModel
 
 _INTERVAL: Final = 5.0
 
@@ -48,10 +49,16 @@ class Reporter:
             self._thread.join()
         self._http.close()
 
-    def ready(self, model: str, load_seconds: float, gpu: Callable[[], Gpu | None]) -> None:
-        """The model is loaded; `gpu` is asked for each report."""
-        self._gpu = gpu
-        self._report = WorkerReport(state=WorkerState.READY, model=model, load_seconds=round(load_seconds, 3))
+    def ready(self, model: VideoModel, load_seconds: float) -> None:
+        """The model is loaded; its GPU is asked for each report."""
+        self._gpu = model.gpu
+        self._report = WorkerReport(
+            state=WorkerState.READY,
+            model=model.name,
+            models=tuple(model.models),
+            attention=model.attention,
+            load_seconds=round(load_seconds, 3),
+        )
         self._say()
 
     def failed(self, error: str) -> None:

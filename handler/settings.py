@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from handler.contract import Profile
+
 
 class WorkerSettings(BaseSettings):
     """What `python -m handler` needs to know, beside its bucket.
@@ -20,7 +22,14 @@ class WorkerSettings(BaseSettings):
     model_path: str = Field(
         default="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
         validation_alias="HUNYUAN_MODEL_PATH",
-        description="Checkpoint in diffusers' layout: its directory, or one that holds just it; a hub id; or `demo`.",
+        description="Directory of a checkpoint in diffusers' layout, or of those that profiles need; a hub id; or "
+        "`demo`.",
+    )
+    profile: Profile | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_PROFILE",
+        description="What `HunyuanVideo-1.5` stands for: `fast`, `balanced` or `quality`. Else the fastest whose "
+        "weights are there.",
     )
     cache_dir: Path | None = Field(
         default=None,

@@ -35,10 +35,12 @@ from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError, StorageError, StorageUnavailableError
 from storage.settings import JobBucketSettings, explain
 
-#: Percent at which each stage begins and ends. The model decodes before frames flow; both are DECODING.
+#: Percent at which each stage begins and ends. DENOISING and UPSCALING count as one piece of work; the model decodes
+#: before frames flow, and both are DECODING.
 _SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
     Stage.ENCODING_PROMPT: (0, 2),
     Stage.DENOISING: (2, 80),
+    Stage.UPSCALING: (2, 80),
     Stage.DECODING: (80, 90),
     Stage.STORING: (97, 99),
 }
@@ -128,6 +130,9 @@ class Worker:
 
     def _run(self, job: Job, meter: _Meter, cancelled: Event) -> JobResult:
         job_input = parse_input(job.input)
+        if job_input.model not in self._model.models:
+            offered = ", ".join(f'"{name}"' for name in self._model.models)
+            raise JobError.of(ErrorCode.INVALID_MODEL, f"this server has the weights for {offered} only")
         bucket = self._bucket_for(job)
         finished = self._patiently(partial(_stored_manifest, bucket, job.task_id), cancelled)
         if finished is not None:
@@ -135,9 +140,9 @@ class Worker:
             return _result(finished, bucket)
         with tempfile.TemporaryDirectory(prefix="hunyuan-", dir=self._work_dir) as directory:
             video, poster = Path(directory, "video.mp4"), Path(directory, "poster.jpg")
-            width, height = job_input.resolution.size
+            width, height = job_input.size
             target = Target(video, poster, width, height, num_frames(job_input.duration))
-            seed = _seed(job.task_id)
+            seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
             self._render(job_input, seed, target, meter, cancelled)
             meter.reach(Stage.STORING, 0.0)
             for path, key, content_type in (
@@ -149,6 +154,7 @@ class Worker:
                 task_id=job.task_id,
                 input=job_input,
                 model=self._model.name,
+                attention=self._model.attention,
                 seed=seed,
                 width=width,
                 height=height,

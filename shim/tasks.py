@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import anyio.to_thread
 from pydantic import ValidationError
 
-from handler.contract import JobInput, JobResult, Manifest, Stage
+from handler.contract import ErrorCode, InvalidInputError, JobFailure, JobInput, JobResult, Manifest, Stage
 from shim.estimates import estimated_time
 from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError
 from storage import layout
@@ -75,7 +75,20 @@ class Tasks:
         self._manifests = manifests
 
     async def submit(self, job_input: JobInput) -> Accepted:
-        """Queue a job and say when it will be done. Raises what `JobQueue.submit` raises."""
+        """Queue a job and say when it will be done.
+
+        Raises what `JobQueue.submit` raises, and:
+
+        Raises:
+            InvalidInputError: no worker has the weights for the model that was asked for.
+        """
+        offered = (await self._queue.workers()).models
+        if offered and job_input.model not in offered:
+            known = ", ".join(f'"{name}"' for name in offered)
+            failure = JobFailure(
+                error=f"model: this server has the weights for {known} only", error_code=ErrorCode.INVALID_MODEL
+            )
+            raise InvalidInputError(failure)
         backlog = await self._queue.backlog()
         observed = await self._queue.render_times()
         job = await self._queue.submit(job_input)

@@ -33,7 +33,7 @@ NOWHERE = BucketSettings(
 
 
 def result(task_id: str, seconds: float = 30.0) -> JobResult:
-    width, height = JOB.resolution.size
+    width, height = JOB.size
     return JobResult(
         task_id=task_id,
         input=JOB,

@@ -7,7 +7,7 @@ from threading import Event
 
 import numpy as np
 
-from handler.contract import Gpu, JobInput, Stage, num_frames
+from handler.contract import DEFAULT_MODEL, Gpu, JobInput, Stage, num_frames
 from handler.video_model.base import Frames, OnProgress, RenderCancelledError
 
 STEPS = 4
@@ -17,6 +17,8 @@ class ScriptedModel:
     """Renders flat frames of 64x36; `before_step` is called before each denoising step and may raise."""
 
     name = "scripted"
+    models = (DEFAULT_MODEL,)
+    attention = "none"
 
     def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias
 
@@ -42,11 +42,22 @@ class VideoModel(Protocol):
         """What stands in manifests and in /health, for example "demo"."""
         ...
 
+    @property
+    def models(self) -> Sequence[str]:
+        """The `model` values of a request that it can render."""
+        ...
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel in use, in diffusers' names."""
+        ...
+
     def render(self, job_input: JobInput, *, seed: int, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
         """The video's frames in order, a few at a time; `num_frames(job_input.duration)` of them in all.
 
         The frames' size is the model's own; whoever encodes them fits them to `job_input.resolution`. The same
-        `seed` gives the same frames on the same machine. `on_progress` is told of the stages up to DECODING.
+        `seed` gives the same frames on the same machine. `on_progress` is told of the stages up to DECODING;
+        DENOISING and UPSCALING share one fraction, of the work of both.
 
         Raises:
             RenderCancelledError: within one denoising step, or one decoded tile, of `cancelled` being set.

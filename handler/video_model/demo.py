@@ -28,11 +28,10 @@ from transformers import (
 )
 
 from handler.contract import MAX_PROMPT_LENGTH
-from handler.video_model.catalog import Sampling
+from handler.video_model.catalog import Checkpoint, Sampling
 
-#: (width, height) that it renders, in pixels: 16:9.
-SIZE: Final = (128, 72)
-SAMPLING: Final = Sampling(num_inference_steps=16, shift=5.0, guidance_scale=6.0)
+#: It renders 128x72 for 16:9, which is a square of 96 pixels in area.
+CHECKPOINT: Final = Checkpoint("demo", 96, Sampling(num_inference_steps=16, shift=5.0, guidance_scale=6.0))
 
 _WEIGHTS_SEED: Final = 2
 _LATENT_CHANNELS: Final = 8

@@ -1,50 +1,84 @@
-"""Prompt to frames with diffusers' HunyuanVideo15Pipeline: progress and cancellation at every step, uint8 frames out.
+"""Prompt to frames: diffusers' HunyuanVideo15Pipeline, super-resolution in latents, decode, uint8 frames out.
 
 The pipeline has no step callback and takes no guidance scale. Both are done from outside: its scheduler's `step` is
-watched, its guider is replaced once at load.
+watched, its guider is replaced.
 """
 
 from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event
 from typing import Any, Final
 
 import torch
 from diffusers import HunyuanVideo15Pipeline
 
-from handler.contract import Gpu, JobInput, Stage, num_frames
+from handler.contract import Gpu, JobInput, Resolution, Stage, num_frames
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
-from handler.video_model.catalog import Sampling
+from handler.video_model.catalog import Checkpoint, Route, bucket_size
+from handler.video_model.super_resolution import SuperResolution, stage_arguments
 
 #: Frames that are converted and handed on at once: 8 of 1280x720 are 22 MB.
 _CHUNK: Final = 8
+#: Encoded prompts that are kept, each some 10 MB at real size.
+_KEPT_PROMPTS: Final = 16
+
+#: Both text encoders' states of a text and their masks, under the names of the pipeline's arguments.
+Prompt = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A text-to-video pipeline and what its checkpoint needs."""
+
+    checkpoint: Checkpoint
+    pipeline: HunyuanVideo15Pipeline
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A super-resolution stage and the size that its checkpoint renders."""
+
+    checkpoint: Checkpoint
+    stage: SuperResolution
 
 
 class PipelineModel:
-    """A `VideoModel` over a loaded pipeline, rendering at `size` (width, height in pixels, multiples of 16)."""
+    """A `VideoModel` over loaded checkpoints.
+
+    `routes` says for each `model` a client may name, and each resolution, which checkpoints a video goes through;
+    `bases` and `upscalers` hold them by name. All bases share their text encoders and their VAE.
+    """
 
     def __init__(
-        self, pipeline: HunyuanVideo15Pipeline, *, name: str, size: tuple[int, int], sampling: Sampling
+        self,
+        *,
+        name: str,
+        bases: Mapping[str, Base],
+        routes: Mapping[tuple[str, Resolution], Route],
+        upscalers: Mapping[str, Upscaler] | None = None,
+        attention: str = "",
     ) -> None:
         self.name = name
-        self._pipeline = pipeline
-        self._size = size
-        self._num_inference_steps = sampling.num_inference_steps
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.vision_num_semantic_tokens = 0  # text to video attends to no image: 729 masked tokens less
-        if sampling.shift is not None:
-            pipeline.scheduler.set_shift(sampling.shift)
-        if sampling.guidance_scale is not None:
-            pipeline.guider = pipeline.guider.new(guidance_scale=sampling.guidance_scale)
+        self.attention = attention
+        self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in routes))
+        self._bases = bases
+        self._upscalers = upscalers or {}
+        self._routes = routes
+        self._shared = next(iter(bases.values())).pipeline
+        self._prompts: OrderedDict[str, Prompt] = OrderedDict()
+        for base in bases.values():
+            _prepare(base)
 
     def render(self, job_input: JobInput, *, seed: int, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
         """See `VideoModel.render`."""
         try:
-            video = self._decode(self._denoise(job_input, seed, on_progress, cancelled), on_progress, cancelled)
+            video = self._decode(self._latents(job_input, seed, on_progress, cancelled), on_progress, cancelled)
             for first in range(0, video.shape[2], _CHUNK):
                 _stop_if(cancelled)
                 yield _frames(video[:, :, first : first + _CHUNK])
@@ -55,11 +89,12 @@ class PipelineModel:
             traceback.clear_frames(exc.__traceback__)
             raise ModelOutOfMemoryError(str(exc).partition("\n")[0] or "out of memory") from None
         finally:
-            self._pipeline.maybe_free_model_hooks()
+            for base in self._bases.values():
+                base.pipeline.maybe_free_model_hooks()
 
     def gpu(self) -> Gpu | None:
-        """The GPU that the pipeline runs on."""
-        device = self._pipeline._execution_device
+        """The GPU that the pipelines run on."""
+        device = self._shared._execution_device
         if device.type != "cuda":
             return None
         free, total = torch.cuda.mem_get_info(device)
@@ -70,43 +105,73 @@ class PipelineModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _denoise(self, job_input: JobInput, seed: int, on_progress: OnProgress, cancelled: Event) -> torch.Tensor:
-        """Latents (1, C, T, H / 16, W / 16), scaled as the VAE takes them."""
+    def _latents(self, job_input: JobInput, seed: int, on_progress: OnProgress, cancelled: Event) -> torch.Tensor:
+        """Final latents (1, C, T, H / 16, W / 16), scaled as the VAE takes them."""
+        route = self._routes[job_input.model, job_input.resolution]
+        base = self._bases[route.base]
+        upscalers = [self._upscalers[name] for name in route.super_resolution]
+        work = _Work(job_input, base, upscalers, on_progress, cancelled)
         on_progress(Stage.ENCODING_PROMPT, 0.0)
         _stop_if(cancelled)
-        pipeline, (width, height) = self._pipeline, self._size
-        with torch.no_grad():
-            arguments = _encoded(pipeline, job_input.prompt)
-            if pipeline.guider.num_conditions > 1:
-                arguments |= _encoded(pipeline, "", prefix="negative_")
-        on_progress(Stage.DENOISING, 0.0)
-        done = 0
-
-        def after_step() -> None:
-            nonlocal done
-            _stop_if(cancelled)
-            done += 1
-            on_progress(Stage.DENOISING, done / self._num_inference_steps)
-
-        _stop_if(cancelled)
-        with _watched(pipeline.scheduler, after_step):
-            latents: torch.Tensor = pipeline(
-                height=height,
-                width=width,
-                num_frames=num_frames(job_input.duration),
-                num_inference_steps=self._num_inference_steps,
-                # On the CPU, so that a seed means the same noise on every GPU.
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="latent",
-                **arguments,
-            ).frames
-        scaled: torch.Tensor = latents / pipeline.vae.config.scaling_factor
+        prompt = self._encoded(job_input.prompt)
+        # On the CPU, so that a seed means the same noise on every GPU.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        latents = self._denoise(job_input, base, prompt, generator, work)
+        for upscaler in upscalers:
+            width, height = _render_size(upscaler.checkpoint, job_input, base.pipeline)
+            ratio = base.pipeline.vae_scale_factor_spatial
+            latents = upscaler.stage(
+                latents, (height // ratio, width // ratio), stage_arguments(prompt), generator, work.after_upscaling
+            )
+            work.next_upscaler()
+        scaled: torch.Tensor = latents / base.pipeline.vae.config.scaling_factor
         return scaled
+
+    def _denoise(
+        self, job_input: JobInput, base: Base, prompt: Prompt, generator: torch.Generator, work: _Work
+    ) -> torch.Tensor:
+        """The base model's latents (1, C, T, h, w)."""
+        pipeline = base.pipeline
+        guider = pipeline.guider
+        if job_input.guidance_scale is not None:
+            pipeline.guider = guider.new(guidance_scale=job_input.guidance_scale)
+        try:
+            arguments = dict(prompt)
+            if pipeline.guider.num_conditions > 1:
+                negative = self._encoded(job_input.negative_prompt or "")
+                arguments |= {f"negative_{name}": state for name, state in negative.items()}
+            work.start()
+            width, height = _render_size(base.checkpoint, job_input, pipeline)
+            with _watched(pipeline.scheduler, work.after_denoising):
+                latents: torch.Tensor = pipeline(
+                    height=height,
+                    width=width,
+                    num_frames=num_frames(job_input.duration),
+                    num_inference_steps=_steps(base, job_input),
+                    generator=generator,
+                    output_type="latent",
+                    **arguments,
+                ).frames
+        finally:
+            pipeline.guider = guider
+        return latents
+
+    def _encoded(self, text: str) -> Prompt:
+        """The text's states, from memory if it was encoded lately: they depend on nothing else."""
+        if text not in self._prompts:
+            names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+            with torch.no_grad():
+                states = self._shared.encode_prompt(prompt=text, dtype=self._shared.transformer.dtype)
+            self._prompts[text] = dict(zip(names, states, strict=True))
+            if len(self._prompts) > _KEPT_PROMPTS:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(text)
+        return self._prompts[text]
 
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> torch.Tensor:
         """Video (1, 3, frames, height, width), about -1 to 1."""
-        vae = self._pipeline.vae
+        vae = self._shared.vae
         done, tiles = 0, _num_tiles(vae, *latents.shape[-2:])
         on_progress(Stage.DECODING, 0.0)
 
@@ -125,11 +190,77 @@ class PipelineModel:
         return video
 
 
-def _encoded(pipeline: HunyuanVideo15Pipeline, text: str, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Qwen2.5-VL's and ByT5's states of `text` and their masks, as the pipeline's call takes them."""
-    names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
-    states = pipeline.encode_prompt(prompt=text, dtype=pipeline.transformer.dtype)
-    return {prefix + name: state for name, state in zip(names, states, strict=True)}
+class _Work:
+    """How much of all denoising is done, over the base model and its upscalers.
+
+    A step counts with the square of its tokens, as attention does: a step at 1080p is worth 25 at 480p.
+    """
+
+    def __init__(
+        self,
+        job_input: JobInput,
+        base: Base,
+        upscalers: Sequence[Upscaler],
+        on_progress: OnProgress,
+        cancelled: Event,
+    ) -> None:
+        def weight(checkpoint: Checkpoint) -> float:
+            width, height = _render_size(checkpoint, job_input, base.pipeline)
+            return float((width * height) ** 2)
+
+        guidance = job_input.guidance_scale or base.pipeline.guider.guidance_scale
+        passes = 2 if guidance > 1 else 1
+        self._base_step = passes * weight(base.checkpoint)
+        self._upscaler_steps = [weight(upscaler.checkpoint) for upscaler in upscalers]
+        steps = [upscaler.stage.sampling.num_inference_steps for upscaler in upscalers]
+        self._total = self._base_step * _steps(base, job_input) + sum(
+            count * step for count, step in zip(steps, self._upscaler_steps, strict=True)
+        )
+        self._done = 0.0
+        self._on_progress = on_progress
+        self._cancelled = cancelled
+
+    def start(self) -> None:
+        """The prompt is encoded."""
+        _stop_if(self._cancelled)
+        self._on_progress(Stage.DENOISING, 0.0)
+
+    def after_denoising(self) -> None:
+        """One step of the base model is done."""
+        self._advance(Stage.DENOISING, self._base_step)
+
+    def after_upscaling(self) -> None:
+        """One step of the upscaler that is at work is done."""
+        self._advance(Stage.UPSCALING, self._upscaler_steps[0])
+
+    def next_upscaler(self) -> None:
+        """The one that was at work is done."""
+        self._upscaler_steps.pop(0)
+
+    def _advance(self, stage: Stage, step: float) -> None:
+        _stop_if(self._cancelled)
+        self._done += step
+        self._on_progress(stage, self._done / self._total)
+
+
+def _prepare(base: Base) -> None:
+    pipeline, sampling = base.pipeline, base.checkpoint.sampling
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vision_num_semantic_tokens = 0  # text to video attends to no image: 729 masked tokens less
+    if sampling.shift is not None:
+        pipeline.scheduler.set_shift(sampling.shift)
+    if sampling.guidance_scale is not None:
+        pipeline.guider = pipeline.guider.new(guidance_scale=sampling.guidance_scale)
+
+
+def _steps(base: Base, job_input: JobInput) -> int:
+    return job_input.num_inference_steps or base.checkpoint.sampling.num_inference_steps
+
+
+def _render_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanVideo15Pipeline) -> tuple[int, int]:
+    """(width, height) in pixels that the checkpoint renders for this job."""
+    width, height = (int(side) for side in job_input.aspect_ratio.split(":"))
+    return bucket_size(checkpoint.base_size, width, height, pipeline.vae_scale_factor_spatial)
 
 
 def _num_tiles(vae: Any, height: int, width: int) -> int:

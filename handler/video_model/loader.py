@@ -1,29 +1,51 @@
-"""Checkpoint to ready model: where it is, its dtype and device, its attention kernel, its offloading."""
+"""Checkpoints to ready model: which are there, their dtype and device, the attention kernel, offloading."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import diffusers
 import torch
 import transformers
-from diffusers import HunyuanVideo15Pipeline
+from diffusers import (
+    ClassifierFreeGuidance,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
 
-from handler.contract import DEMO_MODEL
+from handler.contract import DEFAULT_MODEL, DEMO_MODEL, Profile, Resolution
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import choose_backend, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
-from handler.video_model.catalog import BASE_SIZES, SAMPLING, Sampling
-from handler.video_model.generate import PipelineModel
+from handler.video_model.catalog import CHECKPOINTS, ROUTES, Checkpoint, Route, Sampling, known_name, needed, offered
+from handler.video_model.generate import Base, PipelineModel, Upscaler
+from handler.video_model.super_resolution import SuperResolution, load_upsampler
 
 _INDEX: Final = "model_index.json"
 _PIPELINE_CLASS: Final = "HunyuanVideo15Pipeline"
+#: What goes wrong inside the libraries where files are missing, cut short, or of another model.
+_LOAD_ERRORS: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 
 log = logging.getLogger(__name__)
+
+Routes = Mapping[tuple[str, Resolution], Route]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a model is made of, before it is put on its device."""
+
+    name: str
+    bases: Mapping[str, Base]
+    routes: Routes
+    upscalers: Mapping[str, Upscaler]
 
 
 def load_model(settings: WorkerSettings) -> VideoModel:
@@ -38,78 +60,150 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if settings.model_path == DEMO_MODEL:
         device = "cpu"  # it is smaller than what a GPU takes to wake up
-        pipeline, name, size, sampling = demo.build_pipeline(), DEMO_MODEL, demo.SIZE, demo.SAMPLING
+        parts = _single(demo.CHECKPOINT, demo.build_pipeline())
     else:
-        pipeline, name = _from_checkpoint(settings, device)
-        size, sampling = _base_size(pipeline), _sampling(name)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        try:
+            parts = _from_path(settings, dtype)
+        except _LOAD_ERRORS as exc:
+            first_line = str(exc).strip().partition("\n")[0]
+            raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
-    use_mask_free_attention(pipeline.transformer, backend)
-    if device == "cuda" and settings.offload_cpu:
-        pipeline.enable_model_cpu_offload()
-    else:
-        if settings.offload_cpu:
-            log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
-        pipeline.to(device)
-    log.info("model %s on %s, attention by %s, %dx%d", name, device, backend, *size)
-    return PipelineModel(pipeline, name=name, size=size, sampling=sampling)
-
-
-def _from_checkpoint(settings: WorkerSettings, device: str) -> tuple[HunyuanVideo15Pipeline, str]:
-    """The pipeline and the checkpoint's name."""
-    source = _find(settings.model_path)
-    try:
-        pipeline = HunyuanVideo15Pipeline.from_pretrained(
-            source,
-            cache_dir=settings.cache_dir,
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as exc:
-        first_line = str(exc).strip().partition("\n")[0]
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
-    pipeline.vae.enable_tiling()
-    return pipeline, str(source).rstrip("/").rpartition("/")[2]
-
-
-def _find(model_path: str) -> str:
-    """A directory that holds a checkpoint, or the hub id as it is.
-
-    Raises:
-        ModelLoadError: the directory holds none, or several.
-    """
-    directory = Path(model_path).expanduser()
-    if not directory.exists() and model_path.count("/") == 1 and not model_path.startswith((".", "~", "/")):
-        return model_path
-    if not directory.is_dir():
-        raise ModelLoadError(
-            f"HUNYUAN_MODEL_PATH: {model_path} is no directory, no hub id (owner/name) and not `{DEMO_MODEL}`"
-        )
-    found = (
-        [directory] if (directory / _INDEX).exists() else sorted(path.parent for path in directory.glob(f"*/{_INDEX}"))
+    for base in parts.bases.values():
+        use_mask_free_attention(base.pipeline.transformer, backend)
+        _place(base.pipeline, device, offload=settings.offload_cpu)
+    for upscaler in parts.upscalers.values():
+        use_mask_free_attention(upscaler.stage.transformer, backend)
+        upscaler.stage.transformer.to(device)
+        upscaler.stage.upsampler.to(device)
+    log.info("model %s on %s, attention by %s", parts.name, device, backend)
+    return PipelineModel(
+        name=parts.name, bases=parts.bases, routes=parts.routes, upscalers=parts.upscalers, attention=backend
     )
+
+
+def _place(pipeline: HunyuanVideo15Pipeline, device: str, *, offload: bool) -> None:
+    if offload and device == "cuda":
+        pipeline.enable_model_cpu_offload()
+        return
+    if offload:
+        log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
+    pipeline.to(device)
+
+
+def _from_path(settings: WorkerSettings, dtype: torch.dtype) -> _Parts:
+    """A family of checkpoints, if the directory holds what a profile needs; else the one checkpoint that it holds."""
+    directory = _directory(settings.model_path)
+    if directory is None:
+        return _one_checkpoint(settings.model_path, settings, dtype)
+    if (directory / _INDEX).exists():
+        return _one_checkpoint(str(directory), settings, dtype)
+    present = {
+        name: path
+        for path in sorted(directory.iterdir())
+        if (path / "transformer").is_dir() and (name := known_name(path.name)) is not None
+    }
+    profiles = offered(present)
+    _tell(profiles, present)
+    if profiles:
+        return _family(settings.profile, profiles, present, dtype)
+    found = [path.parent for path in sorted(directory.glob(f"*/{_INDEX}"))]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or f"no {_INDEX} in it or one level below"
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {model_path} must hold one checkpoint in diffusers' layout: {names}")
-    try:
-        kind = json.loads((found[0] / _INDEX).read_text())["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError) as exc:
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {found[0] / _INDEX} is no index of a checkpoint") from exc
-    if kind != _PIPELINE_CLASS:
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {found[0]} is a {kind}, a {_PIPELINE_CLASS} is needed")
-    return str(found[0])
+        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {directory} must hold a profile's checkpoints, or just one: {names}")
+    return _one_checkpoint(str(found[0]), settings, dtype)
 
 
-def _base_size(pipeline: HunyuanVideo15Pipeline) -> tuple[int, int]:
-    target_size = pipeline.transformer.config.target_size
-    if target_size not in BASE_SIZES:
-        raise ModelLoadError(
-            f"HUNYUAN_MODEL_PATH: its transformer has target_size {target_size}, known are {sorted(BASE_SIZES)}"
-        )
-    return BASE_SIZES[target_size]
+def _directory(model_path: str) -> Path | None:
+    """The directory that the path names; None if it is a hub id."""
+    directory = Path(model_path).expanduser()
+    if directory.is_dir():
+        return directory
+    if model_path.count("/") == 1 and not model_path.startswith((".", "~", "/")) and not directory.exists():
+        return None
+    raise ModelLoadError(
+        f"HUNYUAN_MODEL_PATH: {model_path} is no directory, no hub id (owner/name) and not `{DEMO_MODEL}`"
+    )
 
 
-def _sampling(name: str) -> Sampling:
-    """What is known of the checkpoint by its name; else 50 steps, with the shift and guidance that it brings."""
-    for ending, sampling in SAMPLING.items():
-        if name.endswith(ending):
-            return sampling
-    return Sampling()
+def _tell(profiles: list[Profile], present: Mapping[str, Path]) -> None:
+    """What is there, what is missing, and how to get it."""
+    for profile in Profile:
+        missing = sorted(needed(profile) - set(present))
+        if profile in profiles:
+            log.info("profile %s: ready", profile)
+        elif present:
+            advice = f"python -m handler.weights download {profile}"
+            log.info("profile %s: missing %s; get it with `%s`", profile, ", ".join(missing), advice)
+
+
+def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -> _Parts:
+    """One checkpoint, whose videos are scaled to the size that was asked for."""
+    index = Path(source) / _INDEX
+    if index.exists():
+        kind = json.loads(index.read_text()).get("_class_name")
+        if kind != _PIPELINE_CLASS:
+            raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {source} is a {kind}, a {_PIPELINE_CLASS} is needed")
+    pipeline = HunyuanVideo15Pipeline.from_pretrained(source, cache_dir=settings.cache_dir, dtype=dtype)
+    pipeline.vae.enable_tiling()
+    name = source.rstrip("/").rpartition("/")[2]
+    known = CHECKPOINTS.get(known_name(name) or "")
+    # A name that tells nothing: 50 steps, with the shift and the guidance that the checkpoint brings.
+    sampling = known.sampling if known is not None else Sampling()
+    log.warning("%s alone: its videos are scaled to the size asked for, not super-resolved", name)
+    return _single(Checkpoint(name, pipeline.transformer.config.target_size, sampling), pipeline)
+
+
+def _single(checkpoint: Checkpoint, pipeline: HunyuanVideo15Pipeline) -> _Parts:
+    route = Route(checkpoint.name)
+    routes = {(DEFAULT_MODEL, resolution): route for resolution in Resolution}
+    return _Parts(checkpoint.name, {checkpoint.name: Base(checkpoint, pipeline)}, routes, {})
+
+
+def _family(
+    preferred: Profile | None, profiles: list[Profile], present: Mapping[str, Path], dtype: torch.dtype
+) -> _Parts:
+    """Every profile whose checkpoints are there, over one pair of text encoders and one VAE."""
+    if preferred is not None and preferred not in profiles:
+        missing = ", ".join(sorted(needed(preferred) - set(present)))
+        raise ModelLoadError(f"HUNYUAN_PROFILE: {preferred} lacks {missing} in HUNYUAN_MODEL_PATH")
+    default = preferred or profiles[0]
+    routes = {(profile.model, size): ROUTES[profile, size] for profile in profiles for size in Resolution}
+    routes = {(DEFAULT_MODEL, size): ROUTES[default, size] for size in Resolution} | routes
+    names = {name for route in routes.values() for name in route.checkpoints}
+    whole = next((path for path in present.values() if (path / _INDEX).exists()), None)
+    if whole is None:
+        raise ModelLoadError("HUNYUAN_MODEL_PATH: none of its checkpoints brings the text encoders and the VAE")
+    shared = HunyuanVideo15Pipeline.from_pretrained(whole, transformer=None, dtype=dtype)
+    shared.vae.enable_tiling()
+    loaded = {name: _transformer(present[name], dtype) for name in sorted(names)}
+    base_names = {route.base for route in routes.values()}
+    bases = {name: Base(CHECKPOINTS[name], _with_transformer(shared, loaded[name])) for name in sorted(base_names)}
+    upscalers = {name: _upscaler(CHECKPOINTS[name], loaded[name], present[name]) for name in sorted(names - base_names)}
+    return _Parts(f"{DEFAULT_MODEL}-{default}", bases, routes, upscalers)
+
+
+def _transformer(directory: Path, dtype: torch.dtype) -> HunyuanVideo15Transformer3DModel:
+    return HunyuanVideo15Transformer3DModel.from_pretrained(directory / "transformer", dtype=dtype)
+
+
+def _with_transformer(
+    shared: HunyuanVideo15Pipeline, transformer: HunyuanVideo15Transformer3DModel
+) -> HunyuanVideo15Pipeline:
+    components: dict[str, Any] = {
+        **shared.components,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "guider": ClassifierFreeGuidance(),
+    }
+    return HunyuanVideo15Pipeline(**components)
+
+
+def _upscaler(checkpoint: Checkpoint, transformer: HunyuanVideo15Transformer3DModel, directory: Path) -> Upscaler:
+    stage = SuperResolution(
+        transformer=transformer,
+        upsampler=load_upsampler(directory / "upsampler"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=checkpoint.sampling.shift or 1.0),
+        sampling=checkpoint.sampling,
+    )
+    return Upscaler(checkpoint, stage)

@@ -83,6 +83,8 @@ class Health(BaseModel):
     vram_free: str = Field(description='Of the GPU that has most free, as "18.5 GB"; "0.0 GB" without one.')
     version: str
     model: str | None = Field(description="The model that workers have loaded.")
+    models: list[str] = Field(description="The `model` values that can be asked for; empty where workers do not tell.")
+    attention: str | None = Field(description="The attention kernel in use.")
     workers: WorkerFigures
     queue: QueueFigures
 
@@ -179,6 +181,7 @@ async def health(use: Annotated[Services, Depends(services)]) -> Health:
         state: Literal["healthy", "degraded"] = "healthy"
     except QueueUnavailableError:
         workers, queue, state = Workers(ready=0, loading=0, failed=0), QueueFigures(waiting=0, running=0), "degraded"
+    loaded = next((report for report in workers.reports if report.state is WorkerState.READY), None)
     gpus = local_gpus() or [report.gpu for report in workers.reports if report.gpu is not None]
     return Health(
         status=state,
@@ -186,7 +189,9 @@ async def health(use: Annotated[Services, Depends(services)]) -> Health:
         gpu_available=bool(gpus),
         vram_free=_vram_free(gpus),
         version=use.version,
-        model=next((report.model for report in workers.reports if report.state is WorkerState.READY), None),
+        model=loaded.model if loaded else None,
+        models=list(workers.models),
+        attention=loaded.attention if loaded else None,
         workers=WorkerFigures(ready=workers.ready, loading=workers.loading, failed=workers.failed),
         queue=queue,
     )

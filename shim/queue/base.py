@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resolution, Stage, WorkerReport
+from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resolution, Stage, WorkerReport, WorkerState
 
 #: Looks for a finished job in the bucket by its task id: what a job whose result never reached the queue left there.
 #: It raises nothing: where the bucket can't be asked the answer is None, and the worker asks again before it renders.
@@ -88,6 +88,12 @@ class Workers:
     loading: int
     failed: int
     reports: Sequence[WorkerReport] = ()
+
+    @property
+    def models(self) -> Sequence[str]:
+        """The `model` values that ready workers can render; empty where they do not tell."""
+        told = [report.models for report in self.reports if report.state is WorkerState.READY]
+        return sorted({model for models in told for model in models}) if all(told) else ()
 
 
 class JobQueue(Protocol):

@@ -105,7 +105,7 @@ class RunPodQueue:
             if waiting >= self._max_queue_size:
                 raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
             body = {
-                "input": job_input.model_dump(mode="json"),
+                "input": job_input.wire(),
                 "policy": {"executionTimeout": int(self._execution_timeout * 1000)},
             }
             answer = _body(await self._ask("POST", "/run", json=body, repeatable=False))

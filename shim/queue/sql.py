@@ -41,7 +41,7 @@ class SqlQueue:
         async with self._database.write() as connection:
             await self._check_ready(connection)
             position = await self._check_room(connection)
-            task_id = await self._insert(connection, job_input.model_dump(mode="json"), {})
+            task_id = await self._insert(connection, job_input.wire(), {})
         self._database.ring()
         return Job(task_id, JobState.QUEUED, queue_position=position)
 

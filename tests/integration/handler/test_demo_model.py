@@ -16,9 +16,9 @@ from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import NATIVE, MaskFreeAttnProcessor, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
-from handler.video_model.catalog import Sampling
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
+from tests.small_models import single
 
 PROMPT = "A paper boat on a rainy street"
 
@@ -114,7 +114,7 @@ def test_cancelled_between_two_steps_no_further_step_is_taken(model: VideoModel)
 )
 def test_out_of_memory_is_told_from_other_errors_and_the_next_render_works(error: Exception, part: str) -> None:
     pipeline = demo.build_pipeline()
-    model = PipelineModel(pipeline, name="demo", size=demo.SIZE, sampling=Sampling(num_inference_steps=2))
+    model = single(pipeline)
     module = pipeline
     for name in part.split("."):
         module = getattr(module, name)
@@ -132,7 +132,7 @@ def test_out_of_memory_is_told_from_other_errors_and_the_next_render_works(error
 
 def test_another_error_is_left_as_it_is() -> None:
     pipeline = demo.build_pipeline()
-    model = PipelineModel(pipeline, name="demo", size=demo.SIZE, sampling=Sampling(num_inference_steps=2))
+    model = single(pipeline)
 
     def fail(*_: object) -> None:
         raise RuntimeError("shape mismatch")
@@ -205,24 +205,23 @@ def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints:
     model = load_model(WorkerSettings(model_path=str(checkpoints / inside)))
     assert model.name == "Tiny-480p_t2v"
     assert isinstance(model, PipelineModel)
-    assert model._size == (848, 480)
-    assert model._pipeline.scheduler.shift == 5.0
-    assert model._pipeline.guider.guidance_scale == 6.0
-    assert model._pipeline.vae.use_tiling
-    for block in model._pipeline.transformer.transformer_blocks:
+    assert model.models == ["HunyuanVideo-1.5"]
+    (base,) = model._bases.values()
+    assert (base.checkpoint.base_size, base.checkpoint.sampling.num_inference_steps) == (640, 50)
+    assert base.pipeline.scheduler.shift == 5.0
+    assert base.pipeline.guider.guidance_scale == 6.0
+    assert base.pipeline.vae.use_tiling
+    for block in base.pipeline.transformer.transformer_blocks:
         assert isinstance(block.attn.processor, MaskFreeAttnProcessor)
 
 
 def test_a_loaded_checkpoint_renders_what_the_saved_one_does(checkpoints: Path) -> None:
-    sampling = Sampling(num_inference_steps=2)
     loaded = HunyuanVideo15Pipeline.from_pretrained(checkpoints / "Tiny-480p_t2v")
     built = demo.build_pipeline()
     loaded.system_message = built.system_message
     loaded.prompt_template_encode_start_idx = built.prompt_template_encode_start_idx
     loaded.tokenizer_max_length = built.tokenizer_max_length
-    first, second = (
-        render(PipelineModel(pipeline, name="demo", size=demo.SIZE, sampling=sampling)) for pipeline in (built, loaded)
-    )
+    first, second = (render(single(pipeline)) for pipeline in (built, loaded))
     # Weights that are mapped from a file lie at another alignment: the last bit of a float may differ.
     assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
 
@@ -240,7 +239,7 @@ def test_what_can_not_be_loaded_names_the_setting_and_what_is_wrong(tmp_path: Pa
         "absent": "is no directory",
         "empty": "no model_index.json",
         "broken": "can't be loaded",
-        "garbled": "model_index.json",
+        "garbled": "can't be loaded",
         "image": "ImageToVideo",
         "": "one checkpoint",
     }

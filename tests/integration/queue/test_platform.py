@@ -15,7 +15,7 @@ import pytest
 from handler.contract import Stage, WorkerReport, WorkerState
 from tests.queues import JOB, TOKEN, Bench, platform_bench, result
 
-INPUT = JOB.model_dump(mode="json")
+INPUT = JOB.wire()
 
 
 @pytest.fixture

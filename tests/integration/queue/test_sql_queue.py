@@ -198,7 +198,7 @@ async def test_a_failed_job_can_be_retried_and_another_one_not(bench: Bench) -> 
 async def test_keys_that_a_job_brings_reach_its_worker_and_are_wiped_at_its_end(bench: Bench) -> None:
     assert isinstance(bench.queue, SqlQueue)
     extras = {"s3Config": {"accessSecret": "very-secret"}}
-    task_id = await bench.queue.enqueue(JOB.model_dump(mode="json"), extras)
+    task_id = await bench.queue.enqueue(JOB.wire(), extras)
     delivery = await bench.dispatcher.take("w1")
     assert delivery is not None
     assert delivery.extras == extras

@@ -23,7 +23,7 @@ from tests.http_server import serving
 from tests.queues import JOB, NOWHERE, Bench, result, sql_bench
 from tests.s3_servers import juicefs
 
-REQUEST = JOB.model_dump(mode="json")
+REQUEST = JOB.wire()
 VIDEO = bytes(range(256)) * 40
 
 
@@ -119,6 +119,7 @@ async def test_only_the_prompt_is_needed(server: Server) -> None:
         "duration": 10,
         "resolution": "1080p",
         "model": "HunyuanVideo-1.5",
+        "aspect_ratio": "16:9",
     }
 
 
@@ -143,6 +144,11 @@ async def test_the_prompt_is_trimmed(server: Server) -> None:
         ),
         *(({"resolution": value}, "INVALID_RESOLUTION") for value in ("480p", "", "1080P", 1080, None, ["720p"])),
         *(({"model": value}, "INVALID_MODEL") for value in ("HunyuanVideo-2", "", 1.5, None)),
+        *(({"seed": value}, "INVALID_REQUEST") for value in (-1, 2**32, "1", 1.5, True)),
+        *(({"aspect_ratio": value}, "INVALID_REQUEST") for value in ("21:9", 1.78, None)),
+        *(({"num_inference_steps": value}, "INVALID_REQUEST") for value in (0, 101, "8", 8.0)),
+        *(({"guidance_scale": value}, "INVALID_REQUEST") for value in (0.5, 21, "high", "4", True)),
+        *(({"negative_prompt": value}, "INVALID_REQUEST") for value in ("x" * 501, 3, "nul\0")),
         ({"seed_": 1}, "INVALID_REQUEST"),
     ],
 )
@@ -150,10 +156,32 @@ async def test_invalid_parameters_are_400_with_their_code(server: Server, fields
     response = await server.generate(**fields)
     assert_error(response, 400, ErrorCode(code))
     if code == "INVALID_REQUEST":
-        assert "seed_" in response.json()["error"]
+        assert next(iter(fields)) in response.json()["error"]
     if code == "INVALID_MODEL":
         assert "HunyuanVideo-1.5" in response.json()["error"]
     assert (await server.bench.queue.backlog()).waiting == []
+
+
+async def test_a_model_whose_weights_are_not_there_is_refused_naming_those_that_are(server: Server) -> None:
+    await server.bench.worker(models=("HunyuanVideo-1.5", "HunyuanVideo-1.5-fast"))
+    assert (await server.generate(model="HunyuanVideo-1.5-fast")).status_code == 202
+    response = await server.generate(model="HunyuanVideo-1.5-quality")
+    assert_error(response, 400, ErrorCode.INVALID_MODEL, '"HunyuanVideo-1.5"', '"HunyuanVideo-1.5-fast"')
+    assert (await server.http.get("/health")).json()["models"] == ["HunyuanVideo-1.5", "HunyuanVideo-1.5-fast"]
+
+
+async def test_optional_parameters_reach_the_worker(server: Server) -> None:
+    fields = {
+        "aspect_ratio": "9:16",
+        "seed": 7,
+        "negative_prompt": "blurry",
+        "num_inference_steps": 8,
+        "guidance_scale": 4.5,
+    }
+    assert (await server.generate(**fields)).status_code == 202
+    delivery = await server.bench.dispatcher.take("w1")
+    assert delivery is not None
+    assert delivery.input == {**REQUEST, **fields}
 
 
 async def test_a_missing_prompt_is_an_invalid_prompt(server: Server) -> None:

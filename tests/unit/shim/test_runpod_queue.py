@@ -61,7 +61,7 @@ async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
     assert str(run.url) == "https://api.runpod.ai/v2/ep/run"
     assert run.headers["authorization"] == f"Bearer {KEY}"
     body = json.loads(run.content)
-    assert body["input"] == JOB.model_dump(mode="json")
+    assert body["input"] == JOB.wire()
     assert body["policy"]["executionTimeout"] >= 600_000
 
 
