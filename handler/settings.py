@@ -49,7 +49,13 @@ class WorkerSettings(BaseSettings):
     offload_cpu: bool = Field(
         default=False,
         validation_alias="HUNYUAN_OFFLOAD_CPU",
-        description="Keep in GPU memory only the part of the model that is at work: slower, for small GPUs.",
+        description="Stream the model from host memory block by block even where the GPU could hold it.",
+    )
+    vram_limit: float | None = Field(
+        default=None,
+        gt=0,
+        validation_alias="HUNYUAN_VRAM_LIMIT",
+        description="GPU memory in GB that the worker may use. Else all that is free when it starts.",
     )
     work_dir: Path | None = Field(
         default=None,

@@ -21,6 +21,7 @@ from diffusers import HunyuanVideo15Pipeline
 from handler.contract import Gpu, JobInput, Resolution, Stage, num_frames
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, Route, bucket_size
+from handler.video_model.memory import Budget, DoesNotFitError, Workload
 from handler.video_model.super_resolution import SuperResolution, stage_arguments
 
 #: Frames that are converted and handed on at once: 8 of 1280x720 are 22 MB.
@@ -52,7 +53,8 @@ class PipelineModel:
     """A `VideoModel` over loaded checkpoints.
 
     `routes` says for each `model` a client may name, and each resolution, which checkpoints a video goes through;
-    `bases` and `upscalers` hold them by name. All bases share their text encoders and their VAE.
+    `bases` and `upscalers` hold them by name. All bases share their text encoders and their VAE. A job that does not
+    fit into `memory` is refused before it starts.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class PipelineModel:
         routes: Mapping[tuple[str, Resolution], Route],
         upscalers: Mapping[str, Upscaler] | None = None,
         attention: str = "",
+        memory: Budget | None = None,
     ) -> None:
         self.name = name
+        self._memory = memory
         self.attention = attention
         self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in routes))
         self._bases = bases
@@ -77,6 +81,7 @@ class PipelineModel:
 
     def render(self, job_input: JobInput, *, seed: int, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
         """See `VideoModel.render`."""
+        self._check_memory(job_input)
         try:
             video = self._decode(self._latents(job_input, seed, on_progress, cancelled), on_progress, cancelled)
             for first in range(0, video.shape[2], _CHUNK):
@@ -104,6 +109,22 @@ class PipelineModel:
         """Give PyTorch's cached blocks back to the GPU."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def workload(self, job_input: JobInput) -> Workload:
+        """What the job's largest stage comes to."""
+        route = self._routes[job_input.model, job_input.resolution]
+        checkpoints = [self._bases[route.base].checkpoint]
+        checkpoints += [self._upscalers[name].checkpoint for name in route.super_resolution]
+        sizes = [_render_size(checkpoint, job_input, self._shared) for checkpoint in checkpoints]
+        return Workload(num_frames(job_input.duration), max(sizes, key=math.prod))
+
+    def _check_memory(self, job_input: JobInput) -> None:
+        if self._memory is None:
+            return
+        try:
+            self._memory.check(self.workload(job_input))
+        except DoesNotFitError as exc:
+            raise ModelOutOfMemoryError(str(exc)) from exc
 
     def _latents(self, job_input: JobInput, seed: int, on_progress: OnProgress, cancelled: Event) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled as the VAE takes them."""

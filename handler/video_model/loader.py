@@ -18,14 +18,34 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.hooks import apply_group_offloading
 
-from handler.contract import DEFAULT_MODEL, DEMO_MODEL, Profile, Resolution
+from handler.contract import (
+    DEFAULT_MODEL,
+    DEMO_MODEL,
+    MAX_DURATION,
+    MIN_DURATION,
+    Profile,
+    Resolution,
+    num_frames,
+)
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import choose_backend, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
-from handler.video_model.catalog import CHECKPOINTS, ROUTES, Checkpoint, Route, Sampling, known_name, needed, offered
+from handler.video_model.catalog import (
+    CHECKPOINTS,
+    ROUTES,
+    Checkpoint,
+    Route,
+    Sampling,
+    bucket_size,
+    known_name,
+    needed,
+    offered,
+)
 from handler.video_model.generate import Base, PipelineModel, Upscaler
+from handler.video_model.memory import Budget, DoesNotFitError, Placement, Weights, Workload, budget
 from handler.video_model.super_resolution import SuperResolution, load_upsampler
 
 _INDEX: Final = "model_index.json"
@@ -46,6 +66,23 @@ class _Parts:
     bases: Mapping[str, Base]
     routes: Routes
     upscalers: Mapping[str, Upscaler]
+
+    @property
+    def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """Of the base models and of the upscalers."""
+        bases = [base.pipeline.transformer for base in self.bases.values()]
+        return bases + [upscaler.stage.transformer for upscaler in self.upscalers.values()]
+
+    def workloads(self) -> list[Workload]:
+        """Each video that may be asked for, by what it comes to."""
+        parts: Mapping[str, Base | Upscaler] = {**self.bases, **self.upscalers}
+        routes = set(self.routes.values())
+        sizes = {max(parts[name].checkpoint.base_size for name in route.checkpoints) for route in routes}
+        return [
+            Workload(num_frames(duration), bucket_size(size, 16, 9))
+            for size in sizes
+            for duration in range(MIN_DURATION, MAX_DURATION + 1)
+        ]
 
 
 def load_model(settings: WorkerSettings) -> VideoModel:
@@ -69,26 +106,75 @@ def load_model(settings: WorkerSettings) -> VideoModel:
             first_line = str(exc).strip().partition("\n")[0]
             raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
-    for base in parts.bases.values():
-        use_mask_free_attention(base.pipeline.transformer, backend)
-        _place(base.pipeline, device, offload=settings.offload_cpu)
-    for upscaler in parts.upscalers.values():
-        use_mask_free_attention(upscaler.stage.transformer, backend)
-        upscaler.stage.transformer.to(device)
-        upscaler.stage.upsampler.to(device)
+    for transformer in parts.transformers:
+        use_mask_free_attention(transformer, backend)
+    memory = None
+    if device == "cuda":
+        memory = _place(parts, settings)
+    elif settings.offload_cpu:
+        log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
     log.info("model %s on %s, attention by %s", parts.name, device, backend)
     return PipelineModel(
-        name=parts.name, bases=parts.bases, routes=parts.routes, upscalers=parts.upscalers, attention=backend
+        name=parts.name,
+        bases=parts.bases,
+        routes=parts.routes,
+        upscalers=parts.upscalers,
+        attention=backend,
+        memory=memory,
     )
 
 
-def _place(pipeline: HunyuanVideo15Pipeline, device: str, *, offload: bool) -> None:
-    if offload and device == "cuda":
-        pipeline.enable_model_cpu_offload()
+def _place(parts: _Parts, settings: WorkerSettings) -> Budget:
+    """Put each part where the plan for the free memory wants it.
+
+    Raises:
+        ModelLoadError: not even the smallest video fits.
+    """
+    free, total = torch.cuda.mem_get_info()
+    if settings.vram_limit is not None:
+        free = min(free, int(settings.vram_limit * 1e9))
+        torch.cuda.set_per_process_memory_fraction(min(free / total, 1.0))
+    shared = next(iter(parts.bases.values())).pipeline
+    text_encoders = [shared.text_encoder, shared.text_encoder_2]
+    weights = Weights(
+        text_encoders=sum(_bytes(module) for module in text_encoders),
+        transformers=[_bytes(transformer) for transformer in parts.transformers],
+        vae=_bytes(shared.vae),
+        block=max(_bytes(transformer.transformer_blocks[0]) for transformer in parts.transformers),
+    )
+    try:
+        made = budget(free, weights, parts.workloads(), offload=settings.offload_cpu)
+    except DoesNotFitError as exc:
+        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {parts.name} does not fit: {exc}") from exc
+    log.info("memory: %s", made.plan)
+    for modules, placement, kind in (
+        (text_encoders, made.plan.text_encoders, "leaf_level"),
+        (parts.transformers, made.plan.transformers, "block_level"),
+        ([shared.vae], made.plan.vae, "leaf_level"),
+    ):
+        for module in modules:
+            place(module, placement, kind, torch.device("cuda"))
+    tile = made.plan.tile
+    shared.vae.enable_tiling(tile, tile, *[tile // shared.vae_scale_factor_spatial] * 2)
+    for upscaler in parts.upscalers.values():
+        upscaler.stage.upsampler.to("cuda")
+    return made
+
+
+def place(module: torch.nn.Module, placement: Placement, kind: str, device: torch.device) -> None:
+    """On the device, or streamed to it for each forward.
+
+    Source: https://huggingface.co/docs/diffusers/optimization/memory#group-offloading
+    """
+    if placement is Placement.RESIDENT:
+        module.to(device)
         return
-    if offload:
-        log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
-    pipeline.to(device)
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    apply_group_offloading(module, onload_device=device, offload_type=kind, use_stream=device.type == "cuda", **blocks)
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _from_path(settings: WorkerSettings, dtype: torch.dtype) -> _Parts:

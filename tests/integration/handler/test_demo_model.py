@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from handler.contract import JobInput, Stage
 from handler.settings import WorkerSettings
 from handler.video_model import demo
-from handler.video_model.attention import NATIVE, MaskFreeAttnProcessor, use_mask_free_attention
+from handler.video_model.attention import CHUNK, NATIVE, MaskFreeAttnProcessor, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
@@ -104,6 +107,17 @@ def test_cancelled_between_two_steps_no_further_step_is_taken(model: VideoModel)
     assert steps == [1 / 16]
 
 
+def held_by_tensors() -> int:
+    """Bytes of every tensor that is alive."""
+    gc.collect()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in gc.get_objects()
+        if type(tensor) is torch.Tensor
+    }
+    return sum(storages.values())
+
+
 @pytest.mark.parametrize(
     ("part", "error"),
     [
@@ -122,10 +136,12 @@ def test_out_of_memory_is_told_from_other_errors_and_the_next_render_works(error
     def fail(*_: object) -> None:
         raise error
 
+    before = held_by_tensors()
     hook = module.register_forward_pre_hook(fail)
     with pytest.raises(ModelOutOfMemoryError):
         render(model)
     model.release_memory()
+    assert held_by_tensors() - before < 2_000_000, "encoded prompts may stay, nothing else"
     hook.remove()
     assert len(render(model)) == 121
 
@@ -146,8 +162,8 @@ def test_another_error_is_left_as_it_is() -> None:
     "prompt",
     [PROMPT, 'A shop sign that says "OPEN" and “closed” in the rain', "word " * 99, "雨の通りの紙の船です、とても静か"],
 )
-@pytest.mark.parametrize("guidance_scale", [6.0, 1.0])
-def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float) -> None:
+@pytest.mark.parametrize(("guidance_scale", "chunk"), [(6.0, CHUNK), (1.0, CHUNK), (6.0, 100)])
+def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk: int) -> None:
     """The stock pipeline with its dense masks, and ours, from the same noise."""
     latents = []
     for mask_free in (False, True):
@@ -156,7 +172,7 @@ def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float) -> Non
         pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
         pipeline.set_progress_bar_config(disable=True)
         if mask_free:
-            use_mask_free_attention(pipeline.transformer, NATIVE)
+            use_mask_free_attention(pipeline.transformer, NATIVE, chunk=chunk)
             pipeline.vision_num_semantic_tokens = 0
         latents.append(
             pipeline(
@@ -189,6 +205,40 @@ def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -
     render(model)
     assert len(masks) == 16 * 2 * 2, "steps x guidance x blocks"
     assert set(masks) == {None}
+
+
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the largest result, in numbers, of all that PyTorch computes inside it."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def largest_in_attention(tokens: int, *, stock: bool) -> int:
+    transformer = demo.build_pipeline().transformer
+    if not stock:
+        use_mask_free_attention(transformer, NATIVE, chunk=512)
+    attn = transformer.transformer_blocks[0].attn
+    latent, text = torch.randn(1, tokens, 32), torch.randn(1, 20, 32)
+    with torch.no_grad(), LargestTensor() as seen:  # type: ignore[no-untyped-call]
+        attn(latent, encoder_hidden_states=text, attention_mask=torch.ones(1, 20), image_rotary_emb=None)
+    largest: int = seen.largest
+    return largest
+
+
+def test_no_tensor_of_an_attention_call_grows_with_the_square_of_its_tokens() -> None:
+    small, large = (largest_in_attention(tokens, stock=False) for tokens in (1000, 4000))
+    assert large <= 4.2 * small
+    assert large <= 2 * 4020 * 32 * 4, "in bytes: a joint tensor, or two"
+    assert largest_in_attention(4000, stock=True) >= 4020**2, "the stock processor's mask is seen by the same means"
 
 
 @pytest.fixture(scope="module")
