@@ -19,6 +19,7 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 from diffusers.hooks import apply_group_offloading
+from safetensors import SafetensorError
 
 from handler.contract import (
     DEFAULT_MODEL,
@@ -51,7 +52,16 @@ from handler.video_model.super_resolution import SuperResolution, load_upsampler
 _INDEX: Final = "model_index.json"
 _PIPELINE_CLASS: Final = "HunyuanVideo15Pipeline"
 #: What goes wrong inside the libraries where files are missing, cut short, or of another model.
-_LOAD_ERRORS: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+_LOAD_ERRORS: Final = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,125 @@
+"""A directory with several checkpoints: what is offered, what stands for what, and what is shared."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+
+from handler.contract import JobInput, Profile, Resolution
+from handler.settings import WorkerSettings
+from handler.video_model import demo
+from handler.video_model.base import ModelLoadError, ModelOutOfMemoryError
+from handler.video_model.catalog import ROUTES
+from handler.video_model.generate import PipelineModel
+from handler.video_model.loader import load_model, place
+from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
+from tests.small_models import single, sr_transformer, upsampler_720p, upsampler_1080p
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the balanced profile needs, small, in the published layout, and the transformer of the fast one."""
+    directory = tmp_path_factory.mktemp("weights")
+    pipeline = demo.build_pipeline()
+    pipeline.save_pretrained(directory / "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled")
+    pipeline.transformer.save_pretrained(directory / "480p_t2v_4step" / "transformer")
+    for name, upsampler in (("720p", upsampler_720p()), ("1080p", upsampler_1080p())):
+        sr_transformer().save_pretrained(directory / f"{name}_sr_distilled" / "transformer")
+        upsampler.save_pretrained(directory / f"{name}_sr_distilled" / "upsampler")
+    (directory / "notes").mkdir()
+    return directory
+
+
+def load(directory: Path, profile: Profile | None = None) -> PipelineModel:
+    model = load_model(WorkerSettings(model_path=str(directory), profile=profile))
+    assert isinstance(model, PipelineModel)
+    return model
+
+
+def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
+    weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="handler")
+    model = load(weights)
+    assert model.models == ["HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"]
+    assert model.name == "HunyuanVideo-1.5-fast"
+    for resolution in Resolution:
+        assert model._routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.FAST, resolution]
+        assert model._routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
+    assert "profile quality: missing 720p_t2v" in caplog.text
+    assert "download" in caplog.text
+
+
+def test_a_profile_can_be_preferred_and_one_that_is_missing_is_said_so(weights: Path) -> None:
+    model = load(weights, Profile.BALANCED)
+    assert model.name == "HunyuanVideo-1.5-balanced"
+    assert model._routes["HunyuanVideo-1.5", Resolution.P720].base == "480p_t2v_distilled"
+    with pytest.raises(ModelLoadError, match="HUNYUAN_PROFILE: quality lacks 720p_t2v"):
+        load(weights, Profile.QUALITY)
+
+
+def test_text_encoders_and_vae_are_loaded_once_and_each_base_has_its_own_settings(weights: Path) -> None:
+    model = load(weights)
+    fast, balanced = (model._bases[name] for name in ("480p_t2v_4step", "480p_t2v_distilled"))
+    for part in ("text_encoder", "text_encoder_2", "vae", "tokenizer"):
+        assert getattr(fast.pipeline, part) is getattr(balanced.pipeline, part)
+    assert fast.pipeline.transformer is not balanced.pipeline.transformer
+    assert (fast.pipeline.scheduler.shift, balanced.pipeline.scheduler.shift) == (9.0, 5.0)
+    assert (fast.pipeline.guider.guidance_scale, balanced.pipeline.guider.guidance_scale) == (1.0, 1.0)
+    assert [model._upscalers[name].stage.sampling.num_inference_steps for name in sorted(model._upscalers)] == [8, 6]
+
+
+def test_without_super_resolution_the_one_base_serves_alone(weights: Path, tmp_path: Path) -> None:
+    name = "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled"
+    shutil.copytree(weights / name, tmp_path / name)
+    model = load(tmp_path)
+    assert model.models == ["HunyuanVideo-1.5"]
+    assert model.name == name
+
+
+def test_a_checkpoint_that_is_cut_short_is_named(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    (path,) = (tmp_path / "weights" / "1080p_sr_distilled" / "upsampler").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelLoadError, match="HUNYUAN_MODEL_PATH"):
+        load(tmp_path / "weights")
+
+
+def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
+    """On a CPU there is nothing to stream to, but every hook runs."""
+    job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    videos = []
+    for placement in Placement:
+        pipeline = demo.build_pipeline()
+        for module, kind in (
+            (pipeline.text_encoder, "leaf_level"),
+            (pipeline.transformer, "block_level"),
+            (pipeline.vae, "leaf_level"),
+        ):
+            place(module, placement, kind, torch.device("cpu"))
+        chunks = single(pipeline).render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())
+        videos.append(np.concatenate(list(chunks)))
+    resident, streamed = videos
+    assert np.array_equal(resident, streamed)
+
+
+def test_a_job_that_can_not_fit_fails_at_once() -> None:
+    weights = Weights(text_encoders=1, transformers=[1], vae=1, block=1)
+    pipeline = demo.build_pipeline()
+    model = PipelineModel(
+        name="demo",
+        bases=single(pipeline)._bases,
+        routes=single(pipeline)._routes,
+        memory=Budget(10**9, weights, SMALLEST),
+    )
+    told: list[object] = []
+    job = JobInput(prompt="A paper boat on a rainy street", duration=10)
+    with pytest.raises(ModelOutOfMemoryError, match="GB of GPU memory"):
+        list(model.render(job, seed=1, on_progress=lambda *seen: told.append(seen), cancelled=Event()))
+    assert told == [], "before anything was rendered"
