@@ -33,6 +33,10 @@ test: lint ## Lint, type-check and run every test
 unit: $(VENV)/.dev ## Run the tests that need no server and no model
 	$(BIN)/pytest tests/unit
 
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/.local ## Measure the model's real dimensions on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
+	$(BIN)/python -m benchmarks.gpu $(BENCH)
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .

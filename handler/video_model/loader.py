@@ -69,7 +69,7 @@ Routes = Mapping[tuple[str, Resolution], Route]
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What a model is made of, before it is put on its device."""
 
     name: str
@@ -120,7 +120,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         use_mask_free_attention(transformer, backend)
     memory = None
     if device == "cuda":
-        memory = _place(parts, settings)
+        memory = put_on_gpu(parts, settings)
     elif settings.offload_cpu:
         log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
     log.info("model %s on %s, attention by %s", parts.name, device, backend)
@@ -134,7 +134,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     )
 
 
-def _place(parts: _Parts, settings: WorkerSettings) -> Budget:
+def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
     """Put each part where the plan for the free memory wants it.
 
     Raises:
@@ -187,7 +187,7 @@ def _bytes(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _from_path(settings: WorkerSettings, dtype: torch.dtype) -> _Parts:
+def _from_path(settings: WorkerSettings, dtype: torch.dtype) -> Parts:
     """A family of checkpoints, if the directory holds what a profile needs; else the one checkpoint that it holds."""
     directory = _directory(settings.model_path)
     if directory is None:
@@ -233,7 +233,7 @@ def _tell(profiles: list[Profile], present: Mapping[str, Path]) -> None:
             log.info("profile %s: missing %s; get it with `%s`", profile, ", ".join(missing), advice)
 
 
-def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -> _Parts:
+def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -> Parts:
     """One checkpoint, whose videos are scaled to the size that was asked for."""
     index = Path(source) / _INDEX
     if index.exists():
@@ -250,15 +250,15 @@ def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -
     return _single(Checkpoint(name, pipeline.transformer.config.target_size, sampling), pipeline)
 
 
-def _single(checkpoint: Checkpoint, pipeline: HunyuanVideo15Pipeline) -> _Parts:
+def _single(checkpoint: Checkpoint, pipeline: HunyuanVideo15Pipeline) -> Parts:
     route = Route(checkpoint.name)
     routes = {(DEFAULT_MODEL, resolution): route for resolution in Resolution}
-    return _Parts(checkpoint.name, {checkpoint.name: Base(checkpoint, pipeline)}, routes, {})
+    return Parts(checkpoint.name, {checkpoint.name: Base(checkpoint, pipeline)}, routes, {})
 
 
 def _family(
     preferred: Profile | None, profiles: list[Profile], present: Mapping[str, Path], dtype: torch.dtype
-) -> _Parts:
+) -> Parts:
     """Every profile whose checkpoints are there, over one pair of text encoders and one VAE."""
     if preferred is not None and preferred not in profiles:
         missing = ", ".join(sorted(needed(preferred) - set(present)))
@@ -276,7 +276,7 @@ def _family(
     base_names = {route.base for route in routes.values()}
     bases = {name: Base(CHECKPOINTS[name], _with_transformer(shared, loaded[name])) for name in sorted(base_names)}
     upscalers = {name: _upscaler(CHECKPOINTS[name], loaded[name], present[name]) for name in sorted(names - base_names)}
-    return _Parts(f"{DEFAULT_MODEL}-{default}", bases, routes, upscalers)
+    return Parts(f"{DEFAULT_MODEL}-{default}", bases, routes, upscalers)
 
 
 def _transformer(directory: Path, dtype: torch.dtype) -> HunyuanVideo15Transformer3DModel:
