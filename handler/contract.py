@@ -30,6 +30,8 @@ MIN_DURATION: Final = 5
 MAX_DURATION: Final = 10
 
 MAX_SEED: Final = 2**32 - 1
+#: Characters of an image's URL. A data URL of 5 MB; over REST the body's own limit is lower.
+MAX_IMAGE_LENGTH: Final = 7_000_000
 
 #: The name every client may ask for: whatever profile this server prefers.
 DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
@@ -197,11 +199,21 @@ class JobInput(BaseModel):
         allow_inf_nan=False,
         description="How closely to follow the prompt, in place of the model's own; 1 is none.",
     )
+    image: str | None = Field(
+        default=None,
+        max_length=MAX_IMAGE_LENGTH,
+        pattern=r"^(https?://|data:image/[a-z+.-]+;base64,)",
+        description="The image that the video starts from: an http(s) URL, or a base64 data URL. JPEG, PNG or WebP.",
+    )
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the delivered video in pixels."""
         return _SIZES[self.resolution, self.aspect_ratio]
+
+    def without_data(self) -> JobInput:
+        """The same, with an image that came with the request left out: it may be megabytes."""
+        return self.model_copy(update={"image": None}) if (self.image or "").startswith("data:") else self
 
     def wire(self) -> dict[str, Any]:
         """The input as it is queued: JSON, with what was not asked for left out."""
@@ -244,6 +256,7 @@ _FIELD_RULES: Final[Mapping[str, tuple[ErrorCode, str]]] = {
         f"negative_prompt must be text of at most {MAX_PROMPT_LENGTH} characters",
     ),
     "num_inference_steps": (ErrorCode.INVALID_REQUEST, "num_inference_steps must be an integer from 1 to 100"),
+    "image": (ErrorCode.INVALID_REQUEST, "image must be an http(s) URL or a data:image/...;base64 URL"),
     "guidance_scale": (ErrorCode.INVALID_REQUEST, "guidance_scale must be a number from 1 to 20"),
 }
 
@@ -357,6 +370,7 @@ class WorkerReport(BaseModel):
     model: str
     gpu: Gpu | None = None
     models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty: any.")
+    takes_images: bool = Field(default=True, description="Whether it has image-to-video weights.")
     attention: str | None = None
     error: str | None = None
     load_seconds: float | None = None

@@ -56,6 +56,7 @@ class Reporter:
             state=WorkerState.READY,
             model=model.name,
             models=tuple(model.models),
+            takes_images=model.takes_images,
             attention=model.attention,
             load_seconds=round(load_seconds, 3),
         )

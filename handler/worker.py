@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Final, TypeVar
 
+from PIL import Image
 from pydantic import ValidationError
 
 from handler.contract import (
@@ -29,6 +30,7 @@ from handler.contract import (
     parse_input,
 )
 from handler.encode import EncodeError, Target, encode
+from handler.images import ImageError, load_image
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from storage import layout
 from storage.bucket import Bucket
@@ -88,12 +90,14 @@ class Worker:
         version: str,
         work_dir: Path | None = None,
         store_patience: float = _STORE_PATIENCE,
+        load_image: Callable[[str], Image.Image] = load_image,
     ) -> None:
         self._model = model
         self._bucket = bucket
         self._version = version
         self._work_dir = work_dir
         self._store_patience = store_patience
+        self._load_image = load_image
 
     def run(self, job: Job, tell: Callable[[Progress], None], cancelled: Event) -> JobResult:
         """Render and store the job's video; if its manifest is in the bucket already, that is the result.
@@ -138,12 +142,13 @@ class Worker:
         if finished is not None:
             log.info("%s: done before, its manifest is in the bucket", job.task_id)
             return _result(finished, bucket)
+        image = self._image(job_input)
         with tempfile.TemporaryDirectory(prefix="hunyuan-", dir=self._work_dir) as directory:
             video, poster = Path(directory, "video.mp4"), Path(directory, "poster.jpg")
             width, height = job_input.size
             target = Target(video, poster, width, height, num_frames(job_input.duration))
             seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
-            self._render(job_input, seed, target, meter, cancelled)
+            self._render(job_input, image, seed, target, meter, cancelled)
             meter.reach(Stage.STORING, 0.0)
             for path, key, content_type in (
                 (video, layout.video_key(job.task_id), "video/mp4"),
@@ -152,7 +157,7 @@ class Worker:
                 self._patiently(partial(bucket.put_file, path, key, content_type=content_type), cancelled)
             manifest = Manifest(
                 task_id=job.task_id,
-                input=job_input,
+                input=job_input.without_data(),
                 model=self._model.name,
                 attention=self._model.attention,
                 seed=seed,
@@ -171,13 +176,31 @@ class Worker:
         log.info("%s: done in %.1f s, %d bytes", job.task_id, manifest.timings["total"], manifest.file_size)
         return _result(manifest, bucket)
 
-    def _render(self, job_input: JobInput, seed: int, target: Target, meter: _Meter, cancelled: Event) -> None:
-        frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled)
+    def _render(
+        self,
+        job_input: JobInput,
+        image: Image.Image | None,
+        seed: int,
+        target: Target,
+        meter: _Meter,
+        cancelled: Event,
+    ) -> None:
+        frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
         try:
             encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames))
         except EncodeError as exc:
             log.error("encoding failed: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
+
+    def _image(self, job_input: JobInput) -> Image.Image | None:
+        if job_input.image is None:
+            return None
+        if not self._model.takes_images:
+            raise JobError.of(ErrorCode.INVALID_REQUEST, "image: this server has no image-to-video weights")
+        try:
+            return self._load_image(job_input.image)
+        except ImageError as exc:
+            raise JobError.of(ErrorCode.INVALID_REQUEST, f"image: {exc}") from exc
 
     def _bucket_for(self, job: Job) -> Bucket:
         if job.s3_config is not None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from handler.contract import ErrorCode, InvalidInputError, JobFailure, JobInput, JobResult, Manifest, Stage
 from shim.estimates import estimated_time
-from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError
+from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError, Workers
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError, StorageError
@@ -80,15 +80,9 @@ class Tasks:
         Raises what `JobQueue.submit` raises, and:
 
         Raises:
-            InvalidInputError: no worker has the weights for the model that was asked for.
+            InvalidInputError: no worker has the weights for what was asked for.
         """
-        offered = (await self._queue.workers()).models
-        if offered and job_input.model not in offered:
-            known = ", ".join(f'"{name}"' for name in offered)
-            failure = JobFailure(
-                error=f"model: this server has the weights for {known} only", error_code=ErrorCode.INVALID_MODEL
-            )
-            raise InvalidInputError(failure)
+        _check_offered(job_input, await self._queue.workers())
         backlog = await self._queue.backlog()
         observed = await self._queue.render_times()
         job = await self._queue.submit(job_input)
@@ -114,3 +108,14 @@ class Tasks:
         if manifest is not None:
             return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
         raise unavailable or TaskNotFoundError(task_id)
+
+
+def _check_offered(job_input: JobInput, workers: Workers) -> None:
+    offered = workers.models
+    if offered and job_input.model not in offered:
+        known = ", ".join(f'"{name}"' for name in offered)
+        text = f"model: this server has the weights for {known} only"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_MODEL))
+    if job_input.image is not None and not workers.takes_images:
+        text = "image: this server has no image-to-video weights"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))

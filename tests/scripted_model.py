@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from threading import Event
 
 import numpy as np
+from PIL import Image
 
 from handler.contract import DEFAULT_MODEL, Gpu, JobInput, Stage, num_frames
 from handler.video_model.base import Frames, OnProgress, RenderCancelledError
@@ -19,14 +20,25 @@ class ScriptedModel:
     name = "scripted"
     models = (DEFAULT_MODEL,)
     attention = "none"
+    takes_images = True
 
     def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step
         self.missing_frames = missing_frames
         self.rendered: list[tuple[JobInput, int]] = []
+        self.images: list[Image.Image | None] = []
         self.released = 0
 
-    def render(self, job_input: JobInput, *, seed: int, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
+    def render(
+        self,
+        job_input: JobInput,
+        *,
+        seed: int,
+        on_progress: OnProgress,
+        cancelled: Event,
+        image: Image.Image | None = None,
+    ) -> Iterator[Frames]:
+        self.images.append(image)
         self.rendered.append((job_input, seed))
         on_progress(Stage.ENCODING_PROMPT, 0.0)
         for step in range(STEPS):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
 from torch import nn
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from handler.contract import DEFAULT_MODEL, Resolution
 from handler.video_model import demo
@@ -67,6 +73,39 @@ def stage(upsampler: nn.Module, steps: int, seed: int = 0) -> SuperResolution:
         upsampler=upsampler,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
         sampling=Sampling(steps, shift=2.0, guidance_scale=1.0),
+    )
+
+
+def image_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
+    """The demo model's parts with a vision tower of 729 tokens, as the published one has."""
+    built = demo.build_pipeline()
+    torch.manual_seed(seed)
+    tower = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=54, patch_size=2
+    )
+    pipeline = HunyuanVideo15ImageToVideoPipeline(
+        **built.components,
+        image_encoder=SiglipVisionModel(tower).eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 54, "width": 54}),
+    )
+    for name in ("system_message", "prompt_template_encode_start_idx", "tokenizer_max_length"):
+        setattr(pipeline, name, getattr(built, name))
+    return pipeline
+
+
+def image_family() -> PipelineModel:
+    """From an image, at 64x32, and through one stage to 88x56."""
+    pipeline = image_pipeline()
+    use_mask_free_attention(pipeline.transformer, NATIVE)
+    first = stage(upsampler_720p(), 2)
+    use_mask_free_attention(first.transformer, NATIVE)
+    routes = {(DEFAULT_MODEL, resolution): Route("base", ("first",)) for resolution in Resolution}
+    return PipelineModel(
+        name="image family",
+        bases={"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
+        routes=routes,
+        image_routes=routes,
+        upscalers={"first": Upscaler(Checkpoint("first", 72, first.sampling), first)},
     )
 
 

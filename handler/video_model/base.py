@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from handler.contract import Gpu, JobInput, Stage
 
@@ -48,12 +49,27 @@ class VideoModel(Protocol):
         ...
 
     @property
+    def takes_images(self) -> bool:
+        """Whether it can start from an image."""
+        ...
+
+    @property
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
         ...
 
-    def render(self, job_input: JobInput, *, seed: int, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
+    def render(
+        self,
+        job_input: JobInput,
+        *,
+        seed: int,
+        on_progress: OnProgress,
+        cancelled: Event,
+        image: Image.Image | None = None,
+    ) -> Iterator[Frames]:
         """The video's frames in order, a few at a time; `num_frames(job_input.duration)` of them in all.
+
+        `image` (RGB, any size) is what the first frame shows; only for a model that `takes_images`.
 
         The frames' size is the model's own; whoever encodes them fits them to `job_input.resolution`. The same
         `seed` gives the same frames on the same machine. `on_progress` is told of the stages up to DECODING;

@@ -39,6 +39,11 @@ CHECKPOINTS: Final[Mapping[str, Checkpoint]] = {
         Checkpoint("480p_t2v", 640, Sampling(50, shift=5.0, guidance_scale=6.0)),
         Checkpoint("720p_t2v_distilled", 960, Sampling(50, shift=9.0, guidance_scale=1.0)),
         Checkpoint("720p_t2v", 960, Sampling(50, shift=9.0, guidance_scale=6.0)),
+        Checkpoint("480p_i2v_step_distilled", 640, Sampling(12, shift=7.0, guidance_scale=1.0)),
+        Checkpoint("480p_i2v_distilled", 640, Sampling(50, shift=5.0, guidance_scale=1.0)),
+        Checkpoint("480p_i2v", 640, Sampling(50, shift=5.0, guidance_scale=6.0)),
+        Checkpoint("720p_i2v_distilled", 960, Sampling(50, shift=7.0, guidance_scale=1.0)),
+        Checkpoint("720p_i2v", 960, Sampling(50, shift=7.0, guidance_scale=6.0)),
         Checkpoint("720p_sr_distilled", 960, Sampling(6, shift=2.0, guidance_scale=1.0)),
         Checkpoint("1080p_sr_distilled", 1440, Sampling(8, shift=2.0, guidance_scale=1.0)),
     )
@@ -70,6 +75,13 @@ ROUTES: Final[Mapping[tuple[Profile, Resolution], Route]] = {
     (Profile.QUALITY, Resolution.P1080): Route("720p_t2v", (_SR_1080P,)),
 }
 
+#: Where a video starts from an image, another base takes the place of the text-to-video one.
+IMAGE_BASES: Final[Mapping[Profile, str]] = {
+    Profile.FAST: "480p_i2v_step_distilled",
+    Profile.BALANCED: "480p_i2v_distilled",
+    Profile.QUALITY: "720p_i2v",
+}
+
 
 def needed(profile: Profile) -> frozenset[str]:
     """The checkpoints that a profile takes for all that may be asked of it."""
@@ -83,7 +95,7 @@ def offered(present: Collection[str]) -> list[Profile]:
 
 def known_name(directory_name: str) -> str | None:
     """The checkpoint that a directory's name tells of: `HunyuanVideo-1.5-Diffusers-480p_t2v` is `480p_t2v`."""
-    return next((name for name in CHECKPOINTS if directory_name.endswith(name)), None)
+    return next((name for name in sorted(CHECKPOINTS, key=len, reverse=True) if directory_name.endswith(name)), None)
 
 
 def bucket_size(base_size: int, width: int, height: int, patch: int = 16) -> tuple[int, int]:

@@ -17,12 +17,13 @@ from typing import Any, Final
 
 import torch
 from diffusers import HunyuanVideo15Pipeline
+from PIL import Image, ImageOps
 
 from handler.contract import Gpu, JobInput, Resolution, Stage, num_frames
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, Route, bucket_size
 from handler.video_model.memory import Budget, DoesNotFitError, Workload
-from handler.video_model.super_resolution import SuperResolution, stage_arguments
+from handler.video_model.super_resolution import ImageCondition, SuperResolution, stage_arguments
 
 #: Frames that are converted and handed on at once: 8 of 1280x720 are 22 MB.
 _CHUNK: Final = 8
@@ -35,10 +36,16 @@ Prompt = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Base:
-    """A text-to-video pipeline and what its checkpoint needs."""
+    """A pipeline, from text or from an image, and what its checkpoint needs."""
 
     checkpoint: Checkpoint
-    pipeline: HunyuanVideo15Pipeline
+    pipeline: HunyuanVideo15Pipeline  # or its image-to-video twin, which has an image encoder beside
+
+    @property
+    def image_encoder(self) -> torch.nn.Module | None:
+        """The vision tower; None where videos are made from text alone."""
+        encoder: torch.nn.Module | None = self.pipeline.components.get("image_encoder")
+        return encoder
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,9 @@ class Upscaler:
 class PipelineModel:
     """A `VideoModel` over loaded checkpoints.
 
-    `routes` says for each `model` a client may name, and each resolution, which checkpoints a video goes through;
-    `bases` and `upscalers` hold them by name. All bases share their text encoders and their VAE. A job that does not
-    fit into `memory` is refused before it starts.
+    `routes` says for each `model` a client may name, and each resolution, which checkpoints a video goes through, and
+    `image_routes` the same where it starts from an image; `bases` and `upscalers` hold them by name. All bases share
+    their text encoders and their VAE. A job that does not fit into `memory` is refused before it starts.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class PipelineModel:
         name: str,
         bases: Mapping[str, Base],
         routes: Mapping[tuple[str, Resolution], Route],
+        image_routes: Mapping[tuple[str, Resolution], Route] | None = None,
         upscalers: Mapping[str, Upscaler] | None = None,
         attention: str = "",
         memory: Budget | None = None,
@@ -74,16 +82,28 @@ class PipelineModel:
         self._bases = bases
         self._upscalers = upscalers or {}
         self._routes = routes
+        self._image_routes = image_routes or {}
+        self.takes_images = bool(self._image_routes)
         self._shared = next(iter(bases.values())).pipeline
         self._prompts: OrderedDict[str, Prompt] = OrderedDict()
         for base in bases.values():
             _prepare(base)
 
-    def render(self, job_input: JobInput, *, seed: int, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
+    def render(
+        self,
+        job_input: JobInput,
+        *,
+        seed: int,
+        on_progress: OnProgress,
+        cancelled: Event,
+        image: Image.Image | None = None,
+    ) -> Iterator[Frames]:
         """See `VideoModel.render`."""
         self._check_memory(job_input)
         try:
-            video = self._decode(self._latents(job_input, seed, on_progress, cancelled), on_progress, cancelled)
+            latents = self._latents(job_input, image, seed, on_progress, cancelled)
+            video = self._decode(latents, on_progress, cancelled)
+            del latents
             for first in range(0, video.shape[2], _CHUNK):
                 _stop_if(cancelled)
                 yield _frames(video[:, :, first : first + _CHUNK])
@@ -126,9 +146,17 @@ class PipelineModel:
         except DoesNotFitError as exc:
             raise ModelOutOfMemoryError(str(exc)) from exc
 
-    def _latents(self, job_input: JobInput, seed: int, on_progress: OnProgress, cancelled: Event) -> torch.Tensor:
+    def _latents(
+        self,
+        job_input: JobInput,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress,
+        cancelled: Event,
+    ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled as the VAE takes them."""
-        route = self._routes[job_input.model, job_input.resolution]
+        routes = self._routes if image is None else self._image_routes
+        route = routes[job_input.model, job_input.resolution]
         base = self._bases[route.base]
         upscalers = [self._upscalers[name] for name in route.super_resolution]
         work = _Work(job_input, base, upscalers, on_progress, cancelled)
@@ -137,19 +165,32 @@ class PipelineModel:
         prompt = self._encoded(job_input.prompt)
         # On the CPU, so that a seed means the same noise on every GPU.
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents = self._denoise(job_input, base, prompt, generator, work)
+        if image is not None:
+            image = _fitted(image, job_input)
+        latents = self._denoise(job_input, image, base, prompt, generator, work)
         for upscaler in upscalers:
             width, height = _render_size(upscaler.checkpoint, job_input, base.pipeline)
             ratio = base.pipeline.vae_scale_factor_spatial
             latents = upscaler.stage(
-                latents, (height // ratio, width // ratio), stage_arguments(prompt), generator, work.after_upscaling
+                latents,
+                (height // ratio, width // ratio),
+                stage_arguments(prompt),
+                generator,
+                work.after_upscaling,
+                _condition(base.pipeline, image, width, height) if image is not None else None,
             )
             work.next_upscaler()
         scaled: torch.Tensor = latents / base.pipeline.vae.config.scaling_factor
         return scaled
 
     def _denoise(
-        self, job_input: JobInput, base: Base, prompt: Prompt, generator: torch.Generator, work: _Work
+        self,
+        job_input: JobInput,
+        image: Image.Image | None,
+        base: Base,
+        prompt: Prompt,
+        generator: torch.Generator,
+        work: _Work,
     ) -> torch.Tensor:
         """The base model's latents (1, C, T, h, w)."""
         pipeline = base.pipeline
@@ -157,16 +198,17 @@ class PipelineModel:
         if job_input.guidance_scale is not None:
             pipeline.guider = guider.new(guidance_scale=job_input.guidance_scale)
         try:
-            arguments = dict(prompt)
+            arguments: dict[str, Any] = dict(prompt)
             if pipeline.guider.num_conditions > 1:
                 negative = self._encoded(job_input.negative_prompt or "")
                 arguments |= {f"negative_{name}": state for name, state in negative.items()}
             work.start()
-            width, height = _render_size(base.checkpoint, job_input, pipeline)
+            if image is not None:
+                arguments["image"] = image  # which decides the size
+            else:
+                arguments["width"], arguments["height"] = _render_size(base.checkpoint, job_input, pipeline)
             with _watched(pipeline.scheduler, work.after_denoising):
                 latents: torch.Tensor = pipeline(
-                    height=height,
-                    width=width,
                     num_frames=num_frames(job_input.duration),
                     num_inference_steps=_steps(base, job_input),
                     generator=generator,
@@ -267,7 +309,10 @@ class _Work:
 def _prepare(base: Base) -> None:
     pipeline, sampling = base.pipeline, base.checkpoint.sampling
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vision_num_semantic_tokens = 0  # text to video attends to no image: 729 masked tokens less
+    if base.image_encoder is not None:
+        pipeline.target_size = base.checkpoint.base_size
+    else:
+        pipeline.vision_num_semantic_tokens = 0  # text to video attends to no image: 729 masked tokens less
     if sampling.shift is not None:
         pipeline.scheduler.set_shift(sampling.shift)
     if sampling.guidance_scale is not None:
@@ -282,6 +327,26 @@ def _render_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanV
     """(width, height) in pixels that the checkpoint renders for this job."""
     width, height = (int(side) for side in job_input.aspect_ratio.split(":"))
     return bucket_size(checkpoint.base_size, width, height, pipeline.vae_scale_factor_spatial)
+
+
+def _fitted(image: Image.Image, job_input: JobInput) -> Image.Image:
+    """The image, cropped evenly to the video's aspect ratio: the pipeline takes its size from it."""
+    width, height = (int(side) for side in job_input.aspect_ratio.split(":"))
+    scale = max(job_input.size) // max(width, height)
+    return ImageOps.fit(image, (width * scale, height * scale), Image.Resampling.LANCZOS)
+
+
+@torch.no_grad()
+def _condition(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: int, height: int) -> ImageCondition:
+    """The image at the size of a super-resolution stage, encoded as the base pipeline encodes it at its own."""
+    device, dtype = pipeline._execution_device, pipeline.transformer.dtype
+    sized = pipeline.video_processor.resize(image, height=height, width=width, resize_mode="crop")
+    return ImageCondition(
+        latents=pipeline._get_image_latents(
+            pipeline.vae, pipeline.video_processor, sized, height=height, width=width, device=device
+        ).to(dtype),
+        states=pipeline.encode_image(image=sized, batch_size=1, device=device, dtype=dtype),
+    )
 
 
 def _num_tiles(vae: Any, height: int, width: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError
+from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from handler.contract import (
     DEFAULT_MODEL,
@@ -36,6 +37,7 @@ from handler.video_model.attention import choose_backend, use_mask_free_attentio
 from handler.video_model.base import ModelLoadError, VideoModel
 from handler.video_model.catalog import (
     CHECKPOINTS,
+    IMAGE_BASES,
     ROUTES,
     Checkpoint,
     Route,
@@ -76,6 +78,7 @@ class Parts:
     bases: Mapping[str, Base]
     routes: Routes
     upscalers: Mapping[str, Upscaler]
+    image_routes: Routes = field(default_factory=dict)
 
     @property
     def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
@@ -128,6 +131,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         name=parts.name,
         bases=parts.bases,
         routes=parts.routes,
+        image_routes=parts.image_routes,
         upscalers=parts.upscalers,
         attention=backend,
         memory=memory,
@@ -168,6 +172,9 @@ def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
     shared.vae.enable_tiling(tile, tile, *[tile // shared.vae_scale_factor_spatial] * 2)
     for upscaler in parts.upscalers.values():
         upscaler.stage.upsampler.to("cuda")
+    for base in parts.bases.values():
+        if base.image_encoder is not None:
+            base.image_encoder.to("cuda")
     return made
 
 
@@ -264,19 +271,35 @@ def _family(
         missing = ", ".join(sorted(needed(preferred) - set(present)))
         raise ModelLoadError(f"HUNYUAN_PROFILE: {preferred} lacks {missing} in HUNYUAN_MODEL_PATH")
     default = preferred or profiles[0]
-    routes = {(profile.model, size): ROUTES[profile, size] for profile in profiles for size in Resolution}
-    routes = {(DEFAULT_MODEL, size): ROUTES[default, size] for size in Resolution} | routes
-    names = {name for route in routes.values() for name in route.checkpoints}
+    models = {DEFAULT_MODEL: default} | {profile.model: profile for profile in profiles}
+    routes = {(model, size): ROUTES[profile, size] for model, profile in models.items() for size in Resolution}
+    from_image = [profile for profile in profiles if IMAGE_BASES[profile] in present]
+    image_routes = (
+        {
+            (model, size): replace(ROUTES[actual, size], base=IMAGE_BASES[actual])
+            for model, profile in models.items()
+            for actual in [profile if profile in from_image else from_image[0]]
+            for size in Resolution
+        }
+        if from_image
+        else {}
+    )
+    names = {name for route in (*routes.values(), *image_routes.values()) for name in route.checkpoints}
     whole = next((path for path in present.values() if (path / _INDEX).exists()), None)
     if whole is None:
         raise ModelLoadError("HUNYUAN_MODEL_PATH: none of its checkpoints brings the text encoders and the VAE")
     shared = HunyuanVideo15Pipeline.from_pretrained(whole, transformer=None, dtype=dtype)
     shared.vae.enable_tiling()
     loaded = {name: _transformer(present[name], dtype) for name in sorted(names)}
-    base_names = {route.base for route in routes.values()}
-    bases = {name: Base(CHECKPOINTS[name], _with_transformer(shared, loaded[name])) for name in sorted(base_names)}
+    text_bases = {route.base for route in routes.values()}
+    image_bases = {route.base for route in image_routes.values()}
+    base_names = text_bases | image_bases
+    bases = {name: Base(CHECKPOINTS[name], _with_transformer(shared, loaded[name])) for name in sorted(text_bases)}
+    for name in sorted(image_bases):
+        pipeline = _image_pipeline(shared, loaded[name], present[name], dtype)
+        bases[name] = Base(CHECKPOINTS[name], pipeline)
     upscalers = {name: _upscaler(CHECKPOINTS[name], loaded[name], present[name]) for name in sorted(names - base_names)}
-    return Parts(f"{DEFAULT_MODEL}-{default}", bases, routes, upscalers)
+    return Parts(f"{DEFAULT_MODEL}-{default}", bases, routes, upscalers, image_routes)
 
 
 def _transformer(directory: Path, dtype: torch.dtype) -> HunyuanVideo15Transformer3DModel:
@@ -286,13 +309,31 @@ def _transformer(directory: Path, dtype: torch.dtype) -> HunyuanVideo15Transform
 def _with_transformer(
     shared: HunyuanVideo15Pipeline, transformer: HunyuanVideo15Transformer3DModel
 ) -> HunyuanVideo15Pipeline:
-    components: dict[str, Any] = {
-        **shared.components,
+    return HunyuanVideo15Pipeline(**{**shared.components, **_own(transformer)})
+
+
+def _own(transformer: HunyuanVideo15Transformer3DModel) -> dict[str, Any]:
+    """What each base has for itself: shift and guidance are set from its checkpoint later."""
+    return {
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(),
         "guider": ClassifierFreeGuidance(),
     }
-    return HunyuanVideo15Pipeline(**components)
+
+
+def _image_pipeline(
+    shared: HunyuanVideo15Pipeline,
+    transformer: HunyuanVideo15Transformer3DModel,
+    directory: Path,
+    dtype: torch.dtype,
+) -> HunyuanVideo15Pipeline:
+    from diffusers import HunyuanVideo15ImageToVideoPipeline  # here: its module speaks up where torchvision is absent
+
+    vision = {
+        "image_encoder": SiglipVisionModel.from_pretrained(directory / "image_encoder", dtype=dtype),
+        "feature_extractor": SiglipImageProcessorPil.from_pretrained(directory / "feature_extractor"),
+    }
+    return HunyuanVideo15ImageToVideoPipeline(**{**shared.components, **_own(transformer), **vision})
 
 
 def _upscaler(checkpoint: Checkpoint, transformer: HunyuanVideo15Transformer3DModel, directory: Path) -> Upscaler:

@@ -157,6 +157,14 @@ def load_upsampler(directory: Path) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class ImageCondition:
+    """An image as latents (1, C, 1, H, W), scaled, and as the vision tower's states (1, 729, D)."""
+
+    latents: torch.Tensor
+    states: torch.Tensor
+
+
+@dataclass(frozen=True)
 class SuperResolution:
     """One stage: from latents of one size to those of the next.
 
@@ -177,10 +185,12 @@ class SuperResolution:
         prompt: Mapping[str, torch.Tensor],
         generator: torch.Generator,
         after_step: Callable[[], None],
+        image: ImageCondition | None = None,
     ) -> torch.Tensor:
         """Latents (1, C, T, H, W) for `size`, which is (height, width) in latents.
 
-        `prompt` holds the transformer's `encoder_*` arguments. What `after_step` raises ends the stage.
+        `image` is what the first frame shows, at this size. `prompt` holds the transformer's `encoder_*`
+        arguments. What `after_step` raises ends the stage.
         """
         device, dtype = latents.device, self.transformer.dtype
         batch, channels, frames = latents.shape[:3]
@@ -189,11 +199,14 @@ class SuperResolution:
         low = self._low_resolution(latents, size).to(dtype)
         low = (1 - _NOISE) * low + _NOISE * torch.randn(shape, generator=generator).to(device, dtype)
         one = torch.ones(batch, 1, frames, *size, device=device, dtype=dtype)
-        condition = torch.cat([torch.zeros_like(noise), torch.zeros_like(one)], dim=1)  # text to video: none
+        condition = torch.zeros(batch, channels + 1, frames, *size, device=device, dtype=dtype)
+        states = torch.zeros(batch, 0, self.transformer.config.image_embed_dim, device=device, dtype=dtype)
+        if image is not None:
+            condition[:, :channels, :1], condition[:, channels:, :1] = image.latents, 1
+            states = image.states.to(device, dtype)
         steps = self.sampling.num_inference_steps
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1], device=device)
         timesteps = self.scheduler.timesteps
-        image = torch.zeros(batch, 0, self.transformer.config.image_embed_dim, device=device, dtype=dtype)
         current = noise
         for step, timestep in enumerate(timesteps):
             # Below the noise that the low resolution was given it would only hold details back.
@@ -203,7 +216,7 @@ class SuperResolution:
                 hidden_states=torch.cat([current, condition, guide], dim=1),
                 timestep=timestep.expand(batch).to(dtype),
                 timestep_r=following.expand(batch).to(dtype),
-                image_embeds=image,
+                image_embeds=states,
                 return_dict=False,
                 **prompt,
             )[0]

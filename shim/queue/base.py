@@ -92,8 +92,17 @@ class Workers:
     @property
     def models(self) -> Sequence[str]:
         """The `model` values that ready workers can render; empty where they do not tell."""
-        told = [report.models for report in self.reports if report.state is WorkerState.READY]
+        told = [report.models for report in self._ready_reports]
         return sorted({model for models in told for model in models}) if all(told) else ()
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a ready worker can start from an image, as far as is known."""
+        return not self._ready_reports or any(report.takes_images for report in self._ready_reports)
+
+    @property
+    def _ready_reports(self) -> Sequence[WorkerReport]:
+        return [report for report in self.reports if report.state is WorkerState.READY]
 
 
 class JobQueue(Protocol):

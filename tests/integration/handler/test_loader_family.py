@@ -10,6 +10,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from diffusers import HunyuanVideo15ImageToVideoPipeline
 
 from handler.contract import JobInput, Profile, Resolution
 from handler.settings import WorkerSettings
@@ -19,7 +20,7 @@ from handler.video_model.catalog import ROUTES
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model, place
 from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
-from tests.small_models import single, sr_transformer, upsampler_720p, upsampler_1080p
+from tests.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,22 @@ def test_text_encoders_and_vae_are_loaded_once_and_each_base_has_its_own_setting
     assert (fast.pipeline.scheduler.shift, balanced.pipeline.scheduler.shift) == (9.0, 5.0)
     assert (fast.pipeline.guider.guidance_scale, balanced.pipeline.guider.guidance_scale) == (1.0, 1.0)
     assert [model._upscalers[name].stage.sampling.num_inference_steps for name in sorted(model._upscalers)] == [8, 6]
+
+
+def test_image_weights_are_taken_where_they_are(weights: Path, tmp_path: Path) -> None:
+    """Of two profiles one has its image-to-video base: both start from images through that one."""
+    assert not load(weights).takes_images
+    shutil.copytree(weights, tmp_path / "weights")
+    image_pipeline().save_pretrained(tmp_path / "weights" / "480p_i2v_distilled")
+    model = load(tmp_path / "weights")
+    assert model.takes_images
+    for name in ("HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"):
+        route = model._image_routes[name, Resolution.P1080]
+        assert route.checkpoints == ("480p_i2v_distilled", "720p_sr_distilled", "1080p_sr_distilled")
+    base = model._bases["480p_i2v_distilled"].pipeline
+    assert isinstance(base, HunyuanVideo15ImageToVideoPipeline)
+    assert base.text_encoder is model._bases["480p_t2v_4step"].pipeline.text_encoder
+    assert (base.scheduler.shift, base.vision_num_semantic_tokens) == (5.0, 729)
 
 
 def test_without_super_resolution_the_one_base_serves_alone(weights: Path, tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_the_reporter_tells_of_each_state_at_once(platform: Platform) -> None:
         "state": "ready",
         "model": "scripted",
         "models": ["HunyuanVideo-1.5"],
+        "takes_images": True,
         "attention": "none",
         "gpu": {"name": "H100", "memory_total": 80, "memory_free": 70},
         "error": None,

@@ -1,0 +1,115 @@
+"""Videos that start from an image: the stock pipeline's numbers, super-resolution, and the worker's checks."""
+
+from __future__ import annotations
+
+import base64
+import io
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from handler.contract import ErrorCode, JobInput, Resolution, Stage
+from handler.images import ImageError
+from handler.video_model.attention import CHUNK, NATIVE, use_mask_free_attention
+from handler.video_model.base import Frames
+from handler.worker import Job, JobError, Worker
+from storage.bucket import Bucket
+from tests.queues import NOWHERE
+from tests.scripted_model import ScriptedModel
+from tests.small_models import image_family, image_pipeline
+
+PROMPT = "A paper boat on a rainy street"
+
+
+def picture(color: tuple[int, int, int] = (200, 40, 40), size: tuple[int, int] = (160, 90)) -> Image.Image:
+    image = Image.new("RGB", size, color)
+    image.paste((20, 60, 220), (0, 0, size[0] // 2, size[1] // 2))
+    return image
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN" in the rain', "word " * 99])
+@pytest.mark.parametrize(("guidance_scale", "chunk"), [(6.0, CHUNK), (1.0, 100)])
+def test_mask_free_attention_is_exact_from_an_image(prompt: str, guidance_scale: float, chunk: int) -> None:
+    latents = []
+    for mask_free in (False, True):
+        pipeline = image_pipeline()
+        pipeline.target_size = 96
+        pipeline.tokenizer_max_length = 640
+        pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
+        pipeline.set_progress_bar_config(disable=True)
+        if mask_free:
+            use_mask_free_attention(pipeline.transformer, NATIVE, chunk=chunk)
+        latents.append(
+            pipeline(
+                prompt=prompt,
+                image=picture(),
+                num_frames=25,
+                num_inference_steps=3,
+                generator=torch.Generator().manual_seed(7),
+                output_type="latent",
+            ).frames
+        )
+    stock, ours = latents
+    assert stock.shape == ours.shape == (1, 8, 7, 9, 16)
+    assert (stock - ours).abs().max() < 1e-4
+
+
+def render(image: Image.Image) -> Frames:
+    told: list[Stage] = []
+    job = JobInput(prompt=PROMPT, duration=5, resolution=Resolution.P720, image="https://example.com/x.png")
+    chunks = image_family().render(
+        job, seed=1, on_progress=lambda stage, _: told.append(stage), cancelled=Event(), image=image
+    )
+    frames = np.concatenate(list(chunks))
+    assert list(dict.fromkeys(told)) == [Stage.ENCODING_PROMPT, Stage.DENOISING, Stage.UPSCALING, Stage.DECODING]
+    return frames
+
+
+def test_the_image_goes_through_base_and_super_resolution_and_decides_what_is_seen() -> None:
+    red = render(picture())
+    assert red.shape == (121, 56, 88, 3)
+    assert np.array_equal(red, render(picture()))
+    assert not np.array_equal(red, render(picture((40, 200, 40))))
+
+
+def test_an_image_of_another_shape_is_cropped() -> None:
+    assert render(picture(size=(300, 100))).shape == (121, 56, 88, 3)
+
+
+def data_url(image: Image.Image) -> str:
+    body = io.BytesIO()
+    image.save(body, "PNG")
+    return "data:image/png;base64," + base64.b64encode(body.getvalue()).decode()
+
+
+def failure(worker: Worker, image: str) -> tuple[ErrorCode, str]:
+    job = Job("task-1", {"prompt": PROMPT, "duration": 5, "resolution": "720p", "image": image})
+    with pytest.raises(JobError) as caught:
+        worker._image(JobInput.model_validate(job.input))
+    return caught.value.failure.error_code, caught.value.failure.error
+
+
+def test_an_image_that_can_not_be_used_fails_the_job_and_says_why() -> None:
+    def refuse(_: str) -> Image.Image:
+        raise ImageError("the image's host is not on the open internet")
+
+    worker = Worker(ScriptedModel(), Bucket(NOWHERE), version="1", load_image=refuse)
+    code, text = failure(worker, "http://169.254.169.254/latest/meta-data")
+    assert code is ErrorCode.INVALID_REQUEST
+    assert text == "image: the image's host is not on the open internet"
+
+
+def test_a_model_without_image_weights_says_so() -> None:
+    model = ScriptedModel()
+    model.takes_images = False
+    code, text = failure(Worker(model, Bucket(NOWHERE), version="1"), data_url(picture()))
+    assert (code, "image-to-video" in text) == (ErrorCode.INVALID_REQUEST, True)
+
+
+def test_a_manifest_keeps_an_images_address_and_not_its_bytes() -> None:
+    address = "https://example.com/x.png"
+    assert JobInput(prompt=PROMPT, image=address).without_data().image == address
+    assert JobInput(prompt=PROMPT, image=data_url(picture())).without_data().image is None
