@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,27 @@ def demo(
             _generate(client, prompt, duration, resolution, DEFAULT_MODEL, output, as_json=False)
     except demo_server.DemoError as exc:
         _fail(str(exc), ExitCode.FAILED)
+
+
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def download_weights(context: typer.Context) -> None:
+    """Get the checkpoints that a profile needs: fast, balanced or quality."""
+    _weights("download", context.args)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def convert_weights(context: typer.Context) -> None:
+    """Convert a checkpoint of the original layout to diffusers' layout."""
+    _weights("convert", context.args)
+
+
+def _weights(command: str, arguments: list[str]) -> NoReturn:
+    """A process of its own: the server's side of the package never loads torch."""
+    done = subprocess.run([sys.executable, "-m", "handler.weights", command, *arguments], check=False)
+    raise typer.Exit(done.returncode)
 
 
 def _generate(

@@ -236,7 +236,7 @@ def _tell(profiles: list[Profile], present: Mapping[str, Path]) -> None:
         if profile in profiles:
             log.info("profile %s: ready", profile)
         elif present:
-            advice = f"python -m handler.weights download {profile}"
+            advice = f"hunyuan download-weights {profile}"
             log.info("profile %s: missing %s; get it with `%s`", profile, ", ".join(missing), advice)
 
 

@@ -136,7 +136,8 @@ def _lists(header: str | None, etag: str) -> bool:
 
 
 def _range(request: Request, etag: str, size: int) -> ByteRange | None:
-    header = request.headers.get("range")
+    # Of a HEAD request it is to be ignored: RFC 9110, section 14.2.
+    header = request.headers.get("range") if request.method == "GET" else None
     condition = request.headers.get("if-range")
     if header is None or (condition is not None and condition.strip() != etag):
         return None  # the client's part is of another file: it gets the whole new one

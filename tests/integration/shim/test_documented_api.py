@@ -415,6 +415,13 @@ async def test_a_range_that_makes_no_sense_is_passed_over(server: Server, asked:
     assert (response.status_code, response.content) == (200, VIDEO)
 
 
+async def test_a_range_of_a_head_request_is_passed_over(server: Server) -> None:
+    task_id = await server.finished()
+    for asked in ("bytes=0-9", f"bytes={SIZE}-"):
+        response = await server.http.head(f"/videos/{task_id}.mp4", headers={"Range": asked})
+        assert (response.status_code, response.headers["content-length"]) == (200, str(SIZE))
+
+
 async def test_what_the_client_has_already_is_not_sent_again(server: Server) -> None:
     task_id = await server.finished()
     etag = (await server.http.head(f"/videos/{task_id}.mp4")).headers["etag"]
