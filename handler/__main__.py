@@ -59,6 +59,7 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     try:
         from handler.video_model.loader import load_model  # torch and diffusers take seconds to import
 
+        imported = time.monotonic()
         model = load_model(settings)
     except ModelLoadError as exc:
         reporter.failed(str(exc))
@@ -66,9 +67,9 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     except Exception as exc:
         reporter.failed(f"the model can't be loaded ({type(exc).__name__}); the worker's log has the details")
         raise
-    seconds = time.monotonic() - started
-    log.info("model %s loaded in %.1f s", model.name, seconds)
-    reporter.ready(model, seconds)
+    phases = {"imports": imported - started, **model.load_seconds, "total": time.monotonic() - started}
+    log.info("model %s loaded: %s", model.name, ", ".join(f"{name} {took:.1f} s" for name, took in phases.items()))
+    reporter.ready(model, phases)
     return model
 
 

@@ -373,4 +373,4 @@ class WorkerReport(BaseModel):
     takes_images: bool = Field(default=True, description="Whether it has image-to-video weights.")
     attention: str | None = None
     error: str | None = None
-    load_seconds: float | None = None
+    load_seconds: Mapping[str, float] | None = Field(default=None, description="Seconds of each phase of the start.")

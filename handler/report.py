@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Self
 
 import httpx
@@ -49,8 +49,8 @@ class Reporter:
             self._thread.join()
         self._http.close()
 
-    def ready(self, model: VideoModel, load_seconds: float) -> None:
-        """The model is loaded; its GPU is asked for each report."""
+    def ready(self, model: VideoModel, load_seconds: Mapping[str, float]) -> None:
+        """The model is loaded, in so many seconds a phase; its GPU is asked for each report."""
         self._gpu = model.gpu
         self._report = WorkerReport(
             state=WorkerState.READY,
@@ -58,7 +58,7 @@ class Reporter:
             models=tuple(model.models),
             takes_images=model.takes_images,
             attention=model.attention,
-            load_seconds=round(load_seconds, 3),
+            load_seconds={phase: round(seconds, 3) for phase, seconds in load_seconds.items()},
         )
         self._say()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias
 
@@ -51,6 +51,11 @@ class VideoModel(Protocol):
     @property
     def takes_images(self) -> bool:
         """Whether it can start from an image."""
+        ...
+
+    @property
+    def load_seconds(self) -> Mapping[str, float]:
+        """Seconds that each phase of loading took."""
         ...
 
     @property

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
@@ -198,6 +198,7 @@ def convert_checkpoint(source: Path, target: Path, name: str) -> None:
         raise ConvertError(f"{target} is there already")
     inside = source / _TRANSFORMER / name
     source = inside if inside.is_dir() else source
+    directory = source if source.is_dir() else source.parent
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
@@ -206,7 +207,7 @@ def convert_checkpoint(source: Path, target: Path, name: str) -> None:
         if has_upsampler(name):
             if not meanflow:
                 raise ConvertError(f"{source} is no meanflow model, as {name} must be: time_r_in is missing")
-            _copy_upsampler(source.parent.parent / _UPSAMPLER / source.name, partial / _UPSAMPLER)
+            _copy_upsampler(directory.parent.parent / _UPSAMPLER / directory.name, partial / _UPSAMPLER)
         partial.rename(target)
     except SafetensorError as exc:
         raise ConvertError(f"{source}: {exc}") from exc
@@ -241,7 +242,7 @@ def _depth(names: list[str], blocks: str) -> int:
 
 def _targets(names: list[str]) -> dict[str, tuple[str, ...]]:
     """Each name that the original must have, given which blocks are there, and what becomes of it."""
-    modules = dict(_MODULES) | (_MEANFLOW if _is_meanflow(names) else {})
+    modules = {**_MODULES, **(_MEANFLOW if _is_meanflow(names) else {})}
     for blocks, becomes, inside in _BLOCK_LISTS:
         for index in range(_depth(names, blocks)):
             for module, parts in inside.items():
@@ -272,7 +273,12 @@ def _write_transformer(source: Path, target: Path, name: str) -> bool:
             lines = str(exc).splitlines()
             raise ConvertError(f"{source} is of another shape: {lines[min(1, len(lines) - 1)].strip()}") from exc
         model.save_config(target)
-        save_file(converted, target / _WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(converted, target / _WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as exc:  # no OSError, though the disk may be full
+            raise ConvertError(f"{target / _WEIGHTS_FILE} can't be written: {exc}") from exc
+        # safetensors makes it its owner's alone; the worker may be another user.
+        (target / _WEIGHTS_FILE).chmod((target / _CONFIG_FILE).stat().st_mode)
     return bool(config["use_meanflow"])
 
 
@@ -287,33 +293,26 @@ def _rope_axes(config_file: Path) -> tuple[int, ...]:
         raise ConvertError(f"{config_file} is no configuration: {exc}") from exc
 
 
-class _Stored(NamedTuple):
-    """Which file a tensor is in."""
-
-    file: safe_open
-    path: Path
-
-
 class _LazyState(Mapping[str, torch.Tensor]):
     """The tensors of some files, mapped into memory one by one as they are asked for."""
 
     def __init__(self, files: Mapping[Path, safe_open]) -> None:
-        self._stored: dict[str, _Stored] = {}
+        self._files: dict[str, safe_open] = {}
         for path, file in files.items():
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if name in self._stored:
-                    raise ConvertError(f"{name} is both in {self._stored[name].path} and in {path}")
-                self._stored[name] = _Stored(file, path)
+            for name in file.keys():  # type: ignore[no-untyped-call] # noqa: SIM118 - it is no mapping
+                if name in self._files:
+                    raise ConvertError(f"{path} has {name}, and another file has it, too")
+                self._files[name] = file
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._stored[name].file.get_tensor(name)
+        tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._files)
 
 
 @contextmanager

@@ -74,8 +74,10 @@ class PipelineModel:
         upscalers: Mapping[str, Upscaler] | None = None,
         attention: str = "",
         memory: Budget | None = None,
+        load_seconds: Mapping[str, float] | None = None,
     ) -> None:
         self.name = name
+        self.load_seconds = load_seconds or {}
         self._memory = memory
         self.attention = attention
         self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in routes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,6 +108,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if settings.model_path == DEMO_MODEL:
         device = "cpu"  # it is smaller than what a GPU takes to wake up
@@ -118,6 +120,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         except _LOAD_ERRORS as exc:
             first_line = str(exc).strip().partition("\n")[0]
             raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
+    read = time.monotonic()
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
@@ -135,6 +138,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         upscalers=parts.upscalers,
         attention=backend,
         memory=memory,
+        load_seconds={"checkpoints": read - started, "placement": time.monotonic() - read},
     )
 
 
@@ -236,7 +240,7 @@ def _tell(profiles: list[Profile], present: Mapping[str, Path]) -> None:
         if profile in profiles:
             log.info("profile %s: ready", profile)
         elif present:
-            advice = f"hunyuan download-weights {profile}"
+            advice = f"hunyuan download-weights {profile} --to {next(iter(present.values())).parent}"
             log.info("profile %s: missing %s; get it with `%s`", profile, ", ".join(missing), advice)
 
 

@@ -85,6 +85,7 @@ class Health(BaseModel):
     model: str | None = Field(description="The model that workers have loaded.")
     models: list[str] = Field(description="The `model` values that can be asked for; empty where workers do not tell.")
     attention: str | None = Field(description="The attention kernel in use.")
+    load_seconds: dict[str, float] | None = Field(description="Seconds of each phase of the worker's start.")
     workers: WorkerFigures
     queue: QueueFigures
 
@@ -192,6 +193,7 @@ async def health(use: Annotated[Services, Depends(services)]) -> Health:
         model=loaded.model if loaded else None,
         models=list(workers.models),
         attention=loaded.attention if loaded else None,
+        load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkerFigures(ready=workers.ready, loading=workers.loading, failed=workers.failed),
         queue=queue,
     )

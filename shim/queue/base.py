@@ -14,8 +14,16 @@ from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resoluti
 FindResult = Callable[[str], Awaitable[JobResult | None]]
 
 
-#: Mean render seconds by (resolution, duration in seconds).
-RenderTimes = Mapping[tuple[Resolution, int], float]
+#: What render times are alike for: the model asked for, resolution, duration in seconds.
+Kind = tuple[str, Resolution, int]
+
+#: Mean render seconds.
+RenderTimes = Mapping[Kind, float]
+
+
+def kind_of(job_input: JobInput) -> Kind:
+    """The kind of a job."""
+    return job_input.model, job_input.resolution, job_input.duration
 
 
 class QueueError(Exception):

@@ -289,6 +289,7 @@ async def _observe(connection: AsyncConnection, output: Any) -> None:
         return
     seconds = manifest.timings.get("total", 0.0)
     kind = (
+        render_times.c.model == manifest.input.model,
         render_times.c.resolution == manifest.input.resolution,
         render_times.c.duration == manifest.input.duration,
     )
@@ -296,7 +297,11 @@ async def _observe(connection: AsyncConnection, output: Any) -> None:
     if row is None:
         await connection.execute(
             insert(render_times).values(
-                resolution=manifest.input.resolution, duration=manifest.input.duration, mean=seconds, samples=1
+                model=manifest.input.model,
+                resolution=manifest.input.resolution,
+                duration=manifest.input.duration,
+                mean=seconds,
+                samples=1,
             )
         )
         return

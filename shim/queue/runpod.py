@@ -18,8 +18,18 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from handler.contract import ErrorCode, JobFailure, JobInput, Manifest, Progress, Resolution, Stage
-from shim.queue.base import Backlog, Job, JobState, QueueFullError, QueueUnavailableError, RenderTimes, Workers
+from handler.contract import ErrorCode, JobFailure, JobInput, Manifest, Progress, Stage
+from shim.queue.base import (
+    Backlog,
+    Job,
+    JobState,
+    Kind,
+    QueueFullError,
+    QueueUnavailableError,
+    RenderTimes,
+    Workers,
+    kind_of,
+)
 
 #: RunPod's words for the states of a job.
 STATE_WORDS: Final[Mapping[JobState, str]] = {
@@ -87,7 +97,7 @@ class RunPodQueue:
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
         self._flights: dict[str, asyncio.Task[Any]] = {}
         self._health_seen: tuple[float, Mapping[str, Any]] | None = None
-        self._times: dict[tuple[Resolution, int], float] = {}
+        self._times: dict[Kind, float] = {}
         self._submitting = asyncio.Lock()
 
     async def close(self) -> None:
@@ -236,7 +246,7 @@ class RunPodQueue:
         except ValidationError:
             failure = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
             return Job(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=failure)
-        kind = (manifest.input.resolution, manifest.input.duration)
+        kind = kind_of(manifest.input)
         seconds = manifest.timings.get("total", elapsed)
         mean = self._times.get(kind, seconds)
         self._times[kind] = mean + (seconds - mean) / 10

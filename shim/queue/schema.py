@@ -72,6 +72,7 @@ workers = Table(
 render_times = Table(
     "render_times",
     metadata,
+    Column("model", String(64), primary_key=True),
     Column("resolution", String(16), primary_key=True),
     Column("duration", Integer, primary_key=True),
     Column("mean", Float, nullable=False),

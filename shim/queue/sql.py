@@ -20,7 +20,7 @@ from handler.contract import (
     WorkerState,
     parse_input,
 )
-from shim.queue.base import Backlog, Job, JobState, ModelNotLoadedError, QueueFullError, Workers
+from shim.queue.base import Backlog, Job, JobState, ModelNotLoadedError, QueueFullError, RenderTimes, Workers
 from shim.queue.database import Database, end, fetch_all, fetch_one
 from shim.queue.schema import jobs, outcomes, render_times, valid_manifest, workers
 
@@ -129,11 +129,11 @@ class SqlQueue:
         waiting, running = ([_valid_input(row.input) for row in part] for part in rows)
         return Backlog(waiting, running, ready or 0)
 
-    async def render_times(self) -> Mapping[tuple[Resolution, int], float]:
+    async def render_times(self) -> RenderTimes:
         """Mean seconds of the last twenty or so renders of each kind."""
         async with self._database.read() as connection:
             rows = await fetch_all(connection, select(render_times))
-        return {(Resolution(row.resolution), row.duration): row.mean for row in rows}
+        return {(row.model, Resolution(row.resolution), row.duration): row.mean for row in rows}
 
     async def check_ready(self) -> None:
         """Raise ModelNotLoadedError unless a worker has the model loaded."""

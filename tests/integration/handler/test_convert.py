@@ -1,0 +1,570 @@
+"""Original checkpoints to ours and back again, and what `python -m handler.weights` makes of a hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlparse
+
+import pytest
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from safetensors.torch import load_file, save_file
+
+from handler import weights
+from handler.contract import Profile
+from handler.settings import WorkerSettings
+from handler.video_model import demo
+from handler.video_model.catalog import needed
+from handler.video_model.convert import ConvertError, convert_checkpoint, convert_transformer, transformer_config
+from handler.video_model.loader import load_model
+from handler.video_model.super_resolution import load_upsampler
+from handler.weights import Files, WeightsError, download
+from tests.small_models import sr_transformer, upsampler_720p, upsampler_1080p
+
+State = dict[str, torch.Tensor]
+TRANSFORMER = Path("transformer", "diffusion_pytorch_model.safetensors")
+COMMIT = "c0ffee" + 34 * "0"
+SMALL_ROPE = {"rope_dim_list": [4, 6, 6]}
+
+#: Back to the original's names, a substitution at a time.
+BACK = (
+    (r"^x_embedder\.", "img_in."),
+    (r"^time_embed\.timestep_embedder\.", "time_in."),
+    (r"^time_embed\.timestep_embedder_r\.", "time_r_in."),
+    (r"^context_embedder\.time_text_embed\.timestep_embedder\.", "txt_in.t_embedder."),
+    (r"^context_embedder\.time_text_embed\.text_embedder\.", "txt_in.c_embedder."),
+    (r"^(time_in|time_r_in|txt_in\.t_embedder)\.linear_1\.", r"\1.mlp.0."),
+    (r"^(time_in|time_r_in|txt_in\.t_embedder)\.linear_2\.", r"\1.mlp.2."),
+    (r"^context_embedder\.proj_in\.", "txt_in.input_embedder."),
+    (r"^context_embedder\.token_refiner\.refiner_blocks\.", "txt_in.individual_token_refiner.blocks."),
+    (r"(refiner\.blocks\.\d+)\.attn\.to_out\.0\.", r"\1.self_attn_proj."),
+    (r"(refiner\.blocks\.\d+)\.ff\.net\.0\.proj\.", r"\1.mlp.fc1."),
+    (r"(refiner\.blocks\.\d+)\.ff\.net\.2\.", r"\1.mlp.fc2."),
+    (r"(refiner\.blocks\.\d+)\.norm_out\.linear\.", r"\1.adaLN_modulation.1."),
+    (r"^context_embedder_2\.norm\.", "byt5_in.layernorm."),
+    (r"^context_embedder_2\.linear_", "byt5_in.fc"),
+    (r"^image_embedder\.norm_in\.", "vision_in.proj.0."),
+    (r"^image_embedder\.linear_1\.", "vision_in.proj.1."),
+    (r"^image_embedder\.linear_2\.", "vision_in.proj.3."),
+    (r"^image_embedder\.norm_out\.", "vision_in.proj.4."),
+    (r"^cond_type_embed\.", "cond_type_embedding."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^transformer_blocks\.", "double_blocks."),
+    (r"(double_blocks\.\d+)\.norm1\.", r"\1.img_mod."),
+    (r"(double_blocks\.\d+)\.norm1_context\.", r"\1.txt_mod."),
+    (r"(double_blocks\.\d+)\.attn\.norm_added_([qk])\.", r"\1.txt_attn_\2_norm."),
+    (r"(double_blocks\.\d+)\.attn\.norm_([qk])\.", r"\1.img_attn_\2_norm."),
+    (r"(double_blocks\.\d+)\.attn\.add_([qkv])_proj\.", r"\1.txt_attn_\2."),
+    (r"(double_blocks\.\d+)\.attn\.to_([qkv])\.", r"\1.img_attn_\2."),
+    (r"(double_blocks\.\d+)\.attn\.to_out\.0\.", r"\1.img_attn_proj."),
+    (r"(double_blocks\.\d+)\.attn\.to_add_out\.", r"\1.txt_attn_proj."),
+    (r"(double_blocks\.\d+)\.ff\.", r"\1.img_mlp."),
+    (r"(double_blocks\.\d+)\.ff_context\.", r"\1.txt_mlp."),
+    (r"_mlp\.net\.0\.proj\.", "_mlp.fc1."),
+    (r"_mlp\.net\.2\.", "_mlp.fc2."),
+)
+
+
+def original(state: State) -> State:
+    """What Tencent would have published."""
+    renamed: State = {}
+    for name, tensor in state.items():
+        for pattern, replacement in BACK:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    for kind in ("weight", "bias"):
+        scale, shift = renamed[f"final_layer.adaLN_modulation.1.{kind}"].chunk(2)
+        renamed[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+        for name in [name for name in renamed if name.endswith(f".attn.to_q.{kind}")]:
+            parts = [renamed.pop(name.replace("to_q", f"to_{part}")) for part in "qkv"]
+            renamed[name.replace("attn.to_q", "self_attn_qkv")] = torch.cat(parts)
+    return renamed
+
+
+def small(seed: int = 0, *, in_channels: int = 17, out_channels: int = 8) -> HunyuanVideo15Transformer3DModel:
+    """With heads of the published size, so that no configuration need tell of them."""
+    torch.manual_seed(seed)
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        num_attention_heads=1,
+        attention_head_dim=128,
+        num_layers=3,
+        num_refiner_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=32,
+        text_embed_2_dim=16,
+        image_embed_dim=24,
+        task_type="t2v",
+    ).eval()
+
+
+def meanflow_98_channels() -> HunyuanVideo15Transformer3DModel:
+    torch.manual_seed(1)
+    config = dict(sr_transformer().config) | {"in_channels": 98, "out_channels": 32, "num_layers": 2}
+    return HunyuanVideo15Transformer3DModel.from_config(config).eval()
+
+
+def published(**changes: object) -> HunyuanVideo15Transformer3DModel:
+    """The model as it is published, with no memory behind it."""
+    with torch.device("meta"):
+        return HunyuanVideo15Transformer3DModel(task_type="t2v", **changes)
+
+
+def equal(left: State, right: State) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("kind", ["base", "meanflow"])
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model."])
+def test_a_transformer_comes_back_bit_for_bit(kind: str, prefix: str) -> None:
+    state = (small() if kind == "base" else meanflow_98_channels()).state_dict()
+    converted = convert_transformer({prefix + name: tensor for name, tensor in original(state).items()})
+    assert equal(converted, state)
+
+
+def test_a_converted_transformer_computes_the_same(tmp_path: Path) -> None:
+    model = small()
+    save_file(original(model.state_dict()), tmp_path / "one.safetensors")
+    convert_checkpoint(tmp_path / "one.safetensors", tmp_path / "480p_t2v", "480p_t2v")
+    loaded = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "480p_t2v" / "transformer")
+    arguments = {
+        "hidden_states": torch.randn(1, 17, 2, 4, 4),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "encoder_attention_mask": torch.ones(1, 5),
+        "encoder_hidden_states_2": torch.randn(1, 3, 16),
+        "encoder_attention_mask_2": torch.ones(1, 3),
+        "image_embeds": torch.zeros(1, 4, 24),
+    }
+    with torch.no_grad():
+        # Not to the bit: kernels differ with where in memory a weight begins.
+        assert (loaded(**arguments).sample - model(**arguments).sample).abs().max() < 1e-5
+
+
+def test_the_published_sizes_are_read_from_the_shapes() -> None:
+    base = original(published().state_dict())
+    assert len(base) == 1793, "as many as hy1.5_t2v_480p_lightx2v_4step.safetensors has"
+    config = transformer_config(base, "480p_t2v_4step")
+    assert config == {name: value for name, value in published().config.items() if not name.startswith("_")}
+    assert transformer_config(base, "720p_t2v")["target_size"] == 960
+    stage = published(in_channels=98, use_meanflow=True, target_size=1440)
+    config = transformer_config(original(stage.state_dict()), "1080p_sr_distilled")
+    assert config == {name: value for name, value in stage.config.items() if not name.startswith("_")}
+
+
+def test_unknown_and_missing_keys_are_named() -> None:
+    state = original(small().state_dict())
+    state["double_blocks.1.img_attn_q.weight_scale"] = state.pop("double_blocks.1.img_attn_q.bias")
+    with pytest.raises(ConvertError) as error:
+        convert_transformer(state)
+    assert "unknown double_blocks.1.img_attn_q.weight_scale;" in str(error.value)
+    assert "missing double_blocks.1.img_attn_q.bias" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "named"),
+    [
+        ("double_blocks.1.", "double_blocks.1.img_mod.linear.weight"),
+        ("double_blocks.", "double_blocks.0.img_mod.linear.weight"),
+        ("txt_in.individual_token_refiner.", "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
+        ("time_r_in.mlp.2.", "time_r_in.mlp.2.weight"),
+        ("img_in.proj.weight", "img_in.proj.weight"),
+    ],
+)
+def test_what_is_missing_as_a_whole_is_named_too(dropped: str, named: str) -> None:
+    state = original(meanflow_98_channels().state_dict() if "time_r" in dropped else small().state_dict())
+    left = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
+    with pytest.raises(ConvertError, match=re.escape(named)):
+        convert_transformer(left)
+
+
+def test_another_model_is_refused_in_few_words() -> None:
+    with pytest.raises(ConvertError, match=r"unknown decoder\.0, .* and 96 more") as error:
+        convert_transformer({f"decoder.{index}": torch.zeros(1) for index in range(100)})
+    assert len(str(error.value)) < 600
+
+
+def write_sharded(state: State, directory: Path, *, with_index: bool) -> None:
+    directory.mkdir()
+    names = sorted(state)
+    shards = {f"part-{index}.safetensors": names[index::3] for index in range(3)}
+    for file, part in shards.items():
+        save_file({name: state[name] for name in part}, directory / file)
+    if with_index:
+        index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        (directory / "unrelated.safetensors").write_bytes(b"not named by the index")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "shards", "shards with an index"])
+def test_single_files_and_shards_are_read(tmp_path: Path, kind: str) -> None:
+    model, source = small(), tmp_path / "source"
+    state = original(model.state_dict())
+    if kind.startswith("shards"):
+        write_sharded(state, source, with_index=kind.endswith("index"))
+    else:
+        source.mkdir()
+        save_file(state, source / "one.safetensors")
+        source = source / "one.safetensors" if kind == "file" else source
+    convert_checkpoint(source, tmp_path / "out", "480p_t2v_4step")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["transformer"]
+    assert equal(load_file(tmp_path / "out" / TRANSFORMER), model.state_dict())
+    modes = {path.stat().st_mode for path in (tmp_path / "out" / "transformer").iterdir()}
+    assert len(modes) == 1, "who may read the configuration may read the weights"
+    loaded = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert equal(loaded.state_dict(), model.state_dict())
+    assert loaded.config.target_size == 640
+
+
+def test_a_missing_or_doubled_shard_is_named(tmp_path: Path) -> None:
+    state = original(small().state_dict())
+    write_sharded(state, tmp_path / "source", with_index=True)
+    (tmp_path / "source" / "part-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="part-1"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", "480p_t2v")
+    write_sharded(state, tmp_path / "twice", with_index=False)
+    shutil.copy(tmp_path / "twice" / "part-0.safetensors", tmp_path / "twice" / "part-3.safetensors")
+    with pytest.raises(ConvertError, match=r"part-3\.safetensors has .*another file"):
+        convert_checkpoint(tmp_path / "twice", tmp_path / "out", "480p_t2v")
+
+
+def write_stage(root: Path, name: str) -> tuple[State, State]:
+    """A super-resolution stage as it lies in the original repository: its weights, and its upsampler's."""
+    transformer, upsampler = sr_transformer(), upsampler_720p() if name.startswith("720p") else upsampler_1080p()
+    directory = root / "transformer" / name
+    directory.mkdir(parents=True)
+    save_file(original(transformer.state_dict()), directory / "diffusion_pytorch_model.safetensors")
+    (directory / "config.json").write_text(json.dumps(SMALL_ROPE))
+    upsampler.save_pretrained(root / "upsampler" / name)
+    return transformer.state_dict(), upsampler.state_dict()
+
+
+@pytest.mark.parametrize("name", ["720p_sr_distilled", "1080p_sr_distilled"])
+@pytest.mark.parametrize("given", ["root", "directory", "file"])
+def test_a_super_resolution_stage_keeps_its_upsampler_as_it_is(tmp_path: Path, name: str, given: str) -> None:
+    transformer, upsampler = write_stage(tmp_path / "source", name)
+    inside = tmp_path / "source" / "transformer" / name
+    source = {"root": tmp_path / "source", "directory": inside, "file": next(inside.glob("*.safetensors"))}[given]
+    convert_checkpoint(source, tmp_path / "out", name)
+    loaded = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert equal(loaded.state_dict(), transformer)
+    assert loaded.config.use_meanflow
+    assert tuple(loaded.config.rope_axes_dim) == (4, 6, 6)
+    assert equal(load_upsampler(tmp_path / "out" / "upsampler").state_dict(), upsampler)
+    for file in (tmp_path / "source" / "upsampler" / name).iterdir():
+        assert (tmp_path / "out" / "upsampler" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """The transformer is written when the upsampler turns out to be another one."""
+    name = "720p_sr_distilled"
+    write_stage(tmp_path / "source", name)
+    save_file({"a": torch.zeros(1)}, tmp_path / "source" / "upsampler" / name / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ConvertError, match=r"is no upsampler: .*in_conv"):
+        convert_checkpoint(tmp_path / "source", tmp_path / name, name)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "says"),
+    [
+        ("480p_t2v", original(sr_transformer().state_dict()), "heads of 16 channels need a rope_dim_list"),
+        ("720p_sr_distilled", original(small().state_dict()), "time_r_in is missing"),
+        (
+            "480p_t2v",
+            original(small().state_dict()) | {"byt5_in.fc2.bias": torch.zeros(5)},
+            r"size mismatch for context_embedder_2\.linear_2\.bias",
+        ),
+        ("480p_t2v", original(small().state_dict()) | {"img_in.proj.weight": torch.zeros(5)}, r"shape \(5,\)"),
+        ("540p", original(small().state_dict()), "no checkpoint is called 540p"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, name: str, state: State, says: str) -> None:
+    save_file(state, tmp_path / "one.safetensors")
+    with pytest.raises(ConvertError, match=says):
+        convert_checkpoint(tmp_path / "one.safetensors", tmp_path / "out", name)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
+
+
+def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConvertError, match="is there already"):
+        convert_checkpoint(tmp_path / "one.safetensors", tmp_path / "out", "480p_t2v")
+
+
+def command(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "handler.weights", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (env or {}),
+    )
+
+
+def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    save_file(original(small().state_dict()), tmp_path / "source" / "one.safetensors")
+    config = tmp_path / "source" / "config.json"
+    os.mkfifo(config)  # who reads it waits
+    with command("convert", tmp_path / "source", tmp_path / "480p_t2v") as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) == 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".480p_t2v.partial", "source"]
+    config.unlink()
+    assert weights.main(["convert", str(tmp_path / "source"), str(tmp_path / "480p_t2v")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["480p_t2v", "source"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    save_file(original(small().state_dict()), tmp_path / "one.safetensors")
+    with subprocess.Popen(
+        [sys.executable, "-m", "handler.weights", "convert", tmp_path / "one.safetensors", tmp_path / "480p_t2v"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+    ) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert len(errors.splitlines()) == 1
+    assert "can't be written" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
+
+
+def test_exit_codes_of_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(original(small().state_dict()), tmp_path / "one.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-1000])
+    source, nameless = str(tmp_path / "one.safetensors"), str(tmp_path / "out")
+    assert weights.main(["convert", source, nameless]) == 2
+    assert "--name" in capsys.readouterr().err
+    assert weights.main(["convert", source, nameless, "--name", "480p_t2v_4step"]) == 0
+    capsys.readouterr()
+    for arguments in (
+        [source, nameless, "--name", "480p_t2v"],
+        [source, str(tmp_path / "other"), "--name", "540p"],
+        [str(tmp_path / "absent.safetensors"), str(tmp_path / "480p_t2v")],
+        [str(tmp_path / "cut.safetensors"), str(tmp_path / "480p_t2v")],
+        [str(tmp_path), str(tmp_path / "480p_t2v")],
+    ):
+        assert weights.main(["convert", *arguments]) == 1, arguments
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(SystemExit) as ended:
+        weights.main(["convert", source])
+    assert ended.value.code == 2
+
+
+class LocalHub:
+    """Repositories below a directory; breaks off in the middle of the call of that number."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.asked: list[Files] = []
+        self.breaks_at: int | None = None
+
+    def __call__(self, files: Files, to: Path) -> None:
+        self.asked.append(files)
+        base = self.root / files.repository
+        paths = [path.relative_to(base) for path in sorted(base.rglob("*")) if path.is_file()]
+        for path in paths:
+            wanted = not files.allow or any(fnmatch(str(path), pattern) for pattern in files.allow)
+            if not wanted or any(fnmatch(str(path), pattern) for pattern in files.ignore):
+                continue
+            (to / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / path, to / path)
+            if len(self.asked) == self.breaks_at:
+                raise WeightsError(f"{files.repository}: connection lost")
+
+
+@pytest.fixture(scope="module")
+def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    pipeline = demo.build_pipeline()
+    for name in ("480p_t2v_distilled", "720p_t2v"):
+        pipeline.save_pretrained(root / f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}")
+    for name in ("720p_sr_distilled", "1080p_sr_distilled"):
+        write_stage(root / "tencent/HunyuanVideo-1.5", name)
+    (root / "tencent/HunyuanVideo-1.5/transformer/480p_i2v").mkdir()
+    (root / "tencent/HunyuanVideo-1.5/transformer/480p_i2v/huge.safetensors").write_bytes(b"not wanted")
+    four_steps = root / "lightx2v/Hy1.5-Distill-Models/hy1.5_t2v_480p_lightx2v_4step.safetensors"
+    four_steps.parent.mkdir(parents=True)
+    state = original(small(7).state_dict())
+    save_file({f"model.{name}": tensor.bfloat16() for name, tensor in state.items()}, four_steps)
+    (four_steps.parent / "another.safetensors").write_bytes(b"not wanted")
+    return root
+
+
+@pytest.fixture
+def hub(hub_root: Path) -> LocalHub:
+    return LocalHub(hub_root)
+
+
+@pytest.mark.parametrize("profile", Profile)
+def test_what_a_profile_needs_is_downloaded_and_loads(tmp_path: Path, hub: LocalHub, profile: Profile) -> None:
+    to = tmp_path / "weights"
+    download(profile, to, hub)
+    assert {path.name for path in to.iterdir()} == needed(profile)
+    model = load_model(WorkerSettings(model_path=str(to), profile=profile))
+    assert profile.model in model.models
+    for stage in needed(profile):
+        if stage.endswith("_sr_distilled"):
+            assert sorted(path.name for path in (to / stage).iterdir()) == ["transformer", "upsampler"]
+    if profile is Profile.FAST:
+        state = {name: tensor.bfloat16() for name, tensor in small(7).state_dict().items()}
+        assert equal(load_file(to / "480p_t2v_4step" / TRANSFORMER), state)
+
+
+def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: LocalHub) -> None:
+    download(Profile.FAST, tmp_path, hub)
+    asked = len(hub.asked)
+    download(Profile.FAST, tmp_path, hub)
+    assert len(hub.asked) == asked
+    download(Profile.BALANCED, tmp_path, hub)
+    (transformer,) = hub.asked[asked:]
+    assert transformer.allow == ("transformer/*",), "the text encoders and the VAE are those of fast"
+    shared = Path("vae", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "480p_t2v_distilled" / shared).samefile(tmp_path / "480p_t2v_4step" / shared)
+    assert {path.name for path in tmp_path.iterdir()} == needed(Profile.FAST) | needed(Profile.BALANCED)
+
+
+@pytest.mark.parametrize("breaks_at", [1, 2, 3, 4])
+def test_a_download_that_broke_off_leaves_no_half_and_goes_on(tmp_path: Path, hub: LocalHub, breaks_at: int) -> None:
+    hub.breaks_at = breaks_at
+    with pytest.raises(WeightsError, match="connection lost"):
+        download(Profile.FAST, tmp_path, hub)
+    hub.breaks_at = None
+    names = {path.name for path in tmp_path.iterdir()} - {".download"}
+    assert names < needed(Profile.FAST)
+    untouched = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    download(Profile.FAST, tmp_path, hub)
+    assert {path.name for path in tmp_path.iterdir()} == needed(Profile.FAST)
+    assert untouched == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+
+
+def test_what_is_there_in_part_is_left_alone_and_named(tmp_path: Path, hub: LocalHub) -> None:
+    download(Profile.QUALITY, tmp_path, hub)
+    asked = len(hub.asked)
+    index = tmp_path / "720p_t2v" / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}))
+    with pytest.raises(WeightsError, match="720p_t2v is there, but not complete"):
+        download(Profile.QUALITY, tmp_path, hub)
+    assert index.exists()
+    assert len(hub.asked) == asked
+
+
+def test_exit_codes_of_download(tmp_path: Path, hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["download", "quality", "--to", str(tmp_path / "weights")]
+    assert weights.main(arguments, hub) == 2
+    said = capsys.readouterr()
+    assert "European Union, the United Kingdom and South Korea" in said.out
+    assert "--accept-licence" in said.err
+    assert not hub.asked
+    hub.breaks_at = 1
+    assert weights.main([*arguments, "--accept-licence"], hub) == 1
+    assert capsys.readouterr().err.splitlines() == ["tencent/HunyuanVideo-1.5: connection lost"]
+    hub.breaks_at = None
+    assert weights.main([*arguments, "--accept-licence"], hub) == 0
+    assert "720p_t2v: ready" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        weights.main(["download", "fastest", "--to", str(tmp_path)], hub)
+    assert ended.value.code == 2
+
+
+class HubServer(ThreadingHTTPServer):
+    """Those repositories over HTTP: as much of the hub as its own client asks for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _HubRequest)
+        self.root = root
+        self.received: list[str] = []
+
+
+class _HubRequest(BaseHTTPRequestHandler):
+    server: HubServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path).strip("/")
+        if path.startswith("api/models/"):
+            owner, name, *rest = path.removeprefix("api/models/").split("/")
+            base = self.server.root / owner / name
+            files = [{"type": "file", "oid": "0", **describe(path, base)} for path in base.rglob("*") if path.is_file()]
+            self._answer(json.dumps(files if rest[:1] == ["tree"] else {"id": f"{owner}/{name}", "sha": COMMIT}))
+        else:
+            repository, found, file = path.partition(f"/resolve/{COMMIT}/")
+            self.server.received += [file] if found and self.command == "GET" else []
+            self._answer((self.server.root / repository / file).read_bytes() if found else None)
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    def _answer(self, answer: str | bytes | None) -> None:
+        body = answer.encode() if isinstance(answer, str) else answer or b""
+        self.send_response(404 if answer is None else 200)
+        etag = hashlib.sha256(body).hexdigest()
+        for header, value in {"X-Repo-Commit": COMMIT, "ETag": etag, "Content-Length": len(body)}.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def describe(path: Path, base: Path) -> dict[str, object]:
+    size = path.stat().st_size
+    lfs = {"oid": hashlib.sha256(path.read_bytes()).hexdigest(), "size": size, "pointerSize": 130}
+    return {"path": str(path.relative_to(base)), "size": size, "lfs": lfs}
+
+
+@pytest.fixture
+def hub_server(hub_root: Path) -> Iterator[HubServer]:
+    with HubServer(hub_root) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_hubs_own_client_fetches_what_is_needed_and_no_more(tmp_path: Path, hub_server: HubServer) -> None:
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    with command("download", "fast", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == needed(Profile.FAST)
+    assert not list((tmp_path / "weights").rglob(".cache"))
+    unwanted = {"another.safetensors", "transformer/480p_i2v/huge.safetensors", TRANSFORMER.as_posix()}
+    assert not unwanted & set(hub_server.received)
+    assert len(hub_server.received) == len(set(hub_server.received))
+
+
+def test_without_a_connection_what_came_before_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    """The hub's client by itself would: it falls back on what lies in the directory."""
+    begun = tmp_path / "weights" / ".download" / "1080p_sr_distilled.original"
+    write_stage(begun, "1080p_sr_distilled")
+    (begun / "upsampler" / "1080p_sr_distilled" / "config.json").unlink()
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    with command("download", "quality", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("tencent/HunyuanVideo-1.5: ")
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [".download"]
