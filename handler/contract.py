@@ -324,6 +324,7 @@ class Manifest(BaseModel):
     input: JobInput
     model: str = Field(description='The model that rendered, for example "demo".')
     attention: str = Field(default="", description="The attention kernel that was used, in diffusers' names.")
+    approximations: tuple[str, ...] = Field(default=(), description="What was asked for that changes the numbers.")
     seed: int
     width: int
     height: int

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from handler.contract import Profile
+
+
+class Approximation(StrEnum):
+    """What makes renders faster or smaller, and not quite the same."""
+
+    FP8_WEIGHTS = "fp8-weights"
+    FIRST_BLOCK_CACHE = "first-block-cache"
+
+
+def _listed(value: object) -> object:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class WorkerSettings(BaseSettings):
@@ -45,6 +58,12 @@ class WorkerSettings(BaseSettings):
         default=False,
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
         description="Use sageattention (8-bit, approximate) where it is installed; goes before flash-attn.",
+    )
+    approximations: Annotated[tuple[Approximation, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        default=(),
+        validation_alias="HUNYUAN_APPROXIMATIONS",
+        description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little), "
+        "with commas between. Manifests name them.",
     )
     offload_cpu: bool = Field(
         default=False,

@@ -160,6 +160,7 @@ class Worker:
                 input=job_input.without_data(),
                 model=self._model.name,
                 attention=self._model.attention,
+                approximations=tuple(self._model.approximations),
                 seed=seed,
                 width=width,
                 height=height,

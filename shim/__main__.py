@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -16,7 +16,7 @@ import typer
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from handler.contract import DEFAULT_MODEL, Resolution
+from handler.contract import DEFAULT_MODEL, AspectRatio, Resolution
 from shim.client import Answer, Client, ClientError, RefusedError, TaskFailedError, UnreachableError
 from shim.settings import ClientSettings, ShimSettings
 from storage.settings import explain
@@ -78,13 +78,28 @@ def generate(
     duration: Duration = 5,
     resolution: Size = Resolution.P720,
     model: Annotated[str, typer.Option(help="Model to use.")] = DEFAULT_MODEL,
+    aspect_ratio: Annotated[AspectRatio, typer.Option(help="Width to height.")] = AspectRatio.WIDE,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same video again.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
+    image: Annotated[str | None, typer.Option(help="URL of an image to start from.")] = None,
     output: Output = None,
     server: Server = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate a video, show how far it is, and save it."""
+    wanted = {
+        "prompt": prompt,
+        "duration": duration,
+        "resolution": resolution,
+        "model": model,
+        "aspect_ratio": aspect_ratio,
+        "seed": seed,
+        "negative_prompt": negative_prompt,
+        "image": image,
+    }
+    request = {name: value for name, value in wanted.items() if value is not None}
     with _client(server) as client:
-        _generate(client, prompt, duration, resolution, model, output, as_json)
+        _generate(client, request, output, as_json)
 
 
 @app.command()
@@ -127,7 +142,8 @@ def demo(
     typer.echo("starting the server with the demo model ...", err=True)
     try:
         with demo_server.running() as address, _client(address) as client:
-            _generate(client, prompt, duration, resolution, DEFAULT_MODEL, output, as_json=False)
+            request = {"prompt": prompt, "duration": duration, "resolution": resolution}
+            _generate(client, request, output, as_json=False)
     except demo_server.DemoError as exc:
         _fail(str(exc), ExitCode.FAILED)
 
@@ -153,16 +169,8 @@ def _weights(command: str, arguments: list[str]) -> NoReturn:
     raise typer.Exit(done.returncode)
 
 
-def _generate(
-    client: Client,
-    prompt: str,
-    duration: int,
-    resolution: Resolution,
-    model: str,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    task_id = client.generate(prompt=prompt, duration=duration, resolution=resolution, model=model)
+def _generate(client: Client, request: Mapping[str, object], output: Path | None, as_json: bool) -> None:
+    task_id = client.generate(request)
     typer.echo(f"task {task_id}", err=True)
     with tqdm(total=100, unit="%", bar_format="{desc:<16}|{bar}| {n:3.0f} % [{elapsed}]", file=sys.stderr) as bar:
 

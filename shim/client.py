@@ -61,8 +61,8 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def generate(self, **request: object) -> str:
-        """Submit a task; its id."""
+    def generate(self, request: Mapping[str, object]) -> str:
+        """Submit a task by the body of a POST /generate; its id."""
         task_id: str = self._ask("POST", "/generate", json=request)["task_id"]
         return task_id
 

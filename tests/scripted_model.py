@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 
 import numpy as np
@@ -21,6 +21,7 @@ class ScriptedModel:
     models = (DEFAULT_MODEL,)
     attention = "none"
     takes_images = True
+    approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
 
     def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:

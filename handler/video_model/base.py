@@ -54,6 +54,11 @@ class VideoModel(Protocol):
         ...
 
     @property
+    def approximations(self) -> Sequence[str]:
+        """What it does that is not exact, by name."""
+        ...
+
+    @property
     def load_seconds(self) -> Mapping[str, float]:
         """Seconds that each phase of loading took."""
         ...

@@ -20,6 +20,7 @@ from diffusers import HunyuanVideo15Pipeline
 from PIL import Image, ImageOps
 
 from handler.contract import Gpu, JobInput, Resolution, Stage, num_frames
+from handler.video_model.attention import causal_mask
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, Route, bucket_size
 from handler.video_model.memory import Budget, DoesNotFitError, Workload
@@ -74,8 +75,10 @@ class PipelineModel:
         upscalers: Mapping[str, Upscaler] | None = None,
         attention: str = "",
         memory: Budget | None = None,
+        approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
     ) -> None:
+        self.approximations = approximations
         self.name = name
         self.load_seconds = load_seconds or {}
         self._memory = memory
@@ -251,6 +254,7 @@ class PipelineModel:
             video: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         finally:
             hook.remove()
+            causal_mask.cache_clear()  # half a gigabyte at real size
         on_progress(Stage.DECODING, 1.0)
         return video
 

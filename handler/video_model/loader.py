@@ -34,7 +34,8 @@ from handler.contract import (
 )
 from handler.settings import WorkerSettings
 from handler.video_model import demo
-from handler.video_model.attention import choose_backend, use_mask_free_attention
+from handler.video_model.approximations import approximate
+from handler.video_model.attention import choose_backend, use_fast_causal_mask, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
 from handler.video_model.catalog import (
     CHECKPOINTS,
@@ -124,6 +125,9 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
+    bases = [base.pipeline.transformer for base in parts.bases.values()]
+    approximate(bases, parts.transformers[len(bases) :], settings.approximations)
+    use_fast_causal_mask(next(iter(parts.bases.values())).pipeline.vae)
     memory = None
     if device == "cuda":
         memory = put_on_gpu(parts, settings)
@@ -138,6 +142,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         upscalers=parts.upscalers,
         attention=backend,
         memory=memory,
+        approximations=settings.approximations,
         load_seconds={"checkpoints": read - started, "placement": time.monotonic() - read},
     )
 

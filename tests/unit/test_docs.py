@@ -32,7 +32,7 @@ def settings_rows(settings: type[BaseSettings]) -> list[str]:
         default = field.default
         if default is PydanticUndefined:
             shown = "required"
-        elif default is None:
+        elif default in (None, ()):
             shown = ""
         else:
             shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"

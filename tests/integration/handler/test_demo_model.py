@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from handler.contract import JobInput, Stage
 from handler.settings import WorkerSettings
 from handler.video_model import demo
-from handler.video_model.attention import CHUNK, NATIVE, MaskFreeAttnProcessor, use_mask_free_attention
+from handler.video_model.attention import (
+    CHUNK,
+    NATIVE,
+    MaskFreeAttnProcessor,
+    causal_mask,
+    use_fast_causal_mask,
+    use_mask_free_attention,
+)
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
@@ -205,6 +213,18 @@ def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -
     render(model)
     assert len(masks) == 16 * 2 * 2, "steps x guidance x blocks"
     assert set(masks) == {None}
+
+
+def test_the_vaes_mask_is_the_stock_one_made_at_once() -> None:
+    for frames, pixels in ((1, 1), (3, 4), (7, 12)):
+        arguments = frames, pixels, torch.float32, torch.device("cpu"), 2
+        assert torch.equal(causal_mask(*arguments), HunyuanVideo15AttnBlock.prepare_causal_attention_mask(*arguments))
+    latents = torch.randn(1, 8, 5, 4, 6)
+    with torch.no_grad():
+        vae = demo.build_pipeline().vae
+        stock = vae.decode(latents).sample
+        use_fast_causal_mask(vae)
+        assert torch.equal(vae.decode(latents).sample, stock)
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]

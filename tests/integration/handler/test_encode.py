@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from handler.encode import EncodeError, Target, encode
+from handler.encode import EncodeError, Target, codec, encode
 from handler.video_model.base import Frames
 from tests.mp4 import probe
 
@@ -81,6 +81,11 @@ def test_the_poster_is_the_middle_frame(tmp_path: Path) -> None:
     assert np.allclose(pixel(tmp_path / "poster.jpg", 640, 360), (120, 120, 120), atol=3)
     poster = probe(tmp_path / "poster.jpg", container=False)
     assert (poster.width, poster.height) == (1280, 720)
+
+
+def test_the_gpus_encoder_is_used_only_where_it_works() -> None:
+    has_encoder = Path("/dev/nvidia0").exists()
+    assert codec()[1] in (("h264_nvenc", "libx264") if has_encoder else ("libx264",))
 
 
 @pytest.mark.parametrize("frames", [0, 24, 26])

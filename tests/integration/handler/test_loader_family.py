@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
+from pydantic import ValidationError
 
 from handler.contract import JobInput, Profile, Resolution
-from handler.settings import WorkerSettings
+from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
-from handler.video_model.base import ModelLoadError, ModelOutOfMemoryError
+from handler.video_model.approximations import approximate
+from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError
 from handler.video_model.catalog import ROUTES
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model, place
@@ -124,6 +126,41 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
         videos.append(np.concatenate(list(chunks)))
     resident, streamed = videos
     assert np.array_equal(resident, streamed)
+
+
+@pytest.mark.parametrize("approximation", Approximation)
+def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
+    job = JobInput(prompt="A paper boat on a rainy street", duration=5)
+
+    def video(model: PipelineModel) -> Frames:
+        return np.concatenate(list(model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())))
+
+    exact = video(single(steps=4))
+    pipeline = demo.build_pipeline()
+    # So high a threshold that each step but the first takes the rest from the one before.
+    approximate([pipeline.transformer], [], {approximation}, cache_threshold=10.0)
+    model = single(pipeline, steps=4)
+    first, second = video(model), video(model)
+    assert np.array_equal(first, second), "the second video starts from a clean cache"
+    assert 0 < np.abs(exact.astype(int) - first).mean() < 30
+
+
+def test_what_is_asked_for_is_applied_and_named() -> None:
+    model = load_model(WorkerSettings(model_path="demo", approximations=tuple(Approximation)))
+    assert isinstance(model, PipelineModel)
+    assert tuple(model.approximations) == ("fp8-weights", "first-block-cache")
+    (base,) = model._bases.values()
+    assert base.pipeline.transformer.is_cache_enabled
+    weight = base.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
+    assert weight.dtype is torch.float8_e4m3fn
+
+
+def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUNYUAN_APPROXIMATIONS", "fp8-weights, first-block-cache")
+    assert WorkerSettings().approximations == (Approximation.FP8_WEIGHTS, Approximation.FIRST_BLOCK_CACHE)
+    monkeypatch.setenv("HUNYUAN_APPROXIMATIONS", "faster")
+    with pytest.raises(ValidationError, match="HUNYUAN_APPROXIMATIONS"):
+        WorkerSettings()
 
 
 def test_a_job_that_can_not_fit_fails_at_once() -> None:
