@@ -311,7 +311,7 @@ def test_what_can_not_be_loaded_names_the_setting_and_what_is_wrong(tmp_path: Pa
         "broken": "can't be loaded",
         "garbled": "can't be loaded",
         "image": "ImageToVideo",
-        "": "one checkpoint",
+        "": "broken, garbled, image",
     }
     for name, words in cases.items():
         with pytest.raises(ModelLoadError, match="HUNYUAN_MODEL_PATH") as caught:
