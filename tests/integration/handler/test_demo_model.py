@@ -15,7 +15,7 @@ from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from handler.contract import JobInput, Stage
+from handler.contract import JobInput, Resolution, Stage
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import (
@@ -27,7 +27,8 @@ from handler.video_model.attention import (
     use_mask_free_attention,
 )
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
-from handler.video_model.generate import PipelineModel
+from handler.video_model.catalog import Route
+from handler.video_model.generate import Base, PipelineModel
 from handler.video_model.loader import load_model
 from tests.small_models import single
 
@@ -196,6 +197,46 @@ def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk:
     stock, ours = latents
     assert (stock - ours).abs().max() < 1e-4
     assert stock.std() > 0.1
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 1.0])
+@pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN" in the rain', "a word " * 70 + "at its end"])
+def test_our_whole_way_from_prompt_to_latents_equals_the_stock_pipelines(
+    prompt: str, guidance_scale: float | None
+) -> None:
+    """`PipelineModel`, as a job meets it, against diffusers called as its documentation says."""
+    stock = demo.build_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler.set_shift(5.0)
+    stock.guider = stock.guider.new(guidance_scale=guidance_scale or 6.0)
+    expected = stock(
+        prompt=prompt,
+        negative_prompt="blurry",
+        height=72,
+        width=128,
+        num_frames=121,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).frames
+
+    pipeline = demo.build_pipeline()
+    use_mask_free_attention(pipeline.transformer, NATIVE)
+    model = PipelineModel(
+        name="demo",
+        bases={"demo": Base(demo.CHECKPOINT, pipeline)},
+        routes={("HunyuanVideo-1.5", Resolution.P720): Route("demo")},
+    )
+    job_input = JobInput(
+        prompt=prompt,
+        duration=5,
+        resolution=Resolution.P720,
+        negative_prompt="blurry",
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+    )
+    latents = model._latents(job_input, None, 7, lambda *_: None, Event()) * pipeline.vae.config.scaling_factor
+    assert (latents - expected).abs().max() < 1e-4
 
 
 def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from handler.contract import ErrorCode, JobInput, Resolution, Stage
 from handler.images import ImageError
 from handler.video_model.attention import CHUNK, NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames
+from handler.video_model.catalog import Checkpoint, Route, Sampling
+from handler.video_model.generate import Base, PipelineModel
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
 from tests.queues import NOWHERE
@@ -55,6 +57,33 @@ def test_mask_free_attention_is_exact_from_an_image(prompt: str, guidance_scale:
     stock, ours = latents
     assert stock.shape == ours.shape == (1, 8, 7, 9, 16)
     assert (stock - ours).abs().max() < 1e-4
+
+
+def test_our_whole_way_from_an_image_to_latents_equals_the_stock_pipelines() -> None:
+    stock = image_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    stock.target_size = 96
+    stock.guider = stock.guider.new(guidance_scale=6.0)
+    expected = stock(
+        prompt=PROMPT,
+        image=picture(size=(1280, 720)),
+        num_frames=121,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).frames
+    pipeline = image_pipeline()
+    use_mask_free_attention(pipeline.transformer, NATIVE)
+    routes = {("HunyuanVideo-1.5", Resolution.P720): Route("base")}
+    model = PipelineModel(
+        name="image",
+        bases={"base": Base(Checkpoint("base", 96, Sampling(2, guidance_scale=6.0)), pipeline)},
+        routes=routes,
+        image_routes=routes,
+    )
+    job_input = JobInput(prompt=PROMPT, duration=5, resolution=Resolution.P720, image="https://example.com/x.png")
+    latents = model._latents(job_input, picture(size=(1280, 720)), 7, lambda *_: None, Event())
+    assert (latents * pipeline.vae.config.scaling_factor - expected).abs().max() < 1e-4
 
 
 def render(image: Image.Image) -> Frames:
