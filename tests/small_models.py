@@ -23,8 +23,8 @@ LATENTS = 8
 
 
 def single(pipeline: HunyuanVideo15Pipeline | None = None, *, steps: int = 2) -> PipelineModel:
-    """A model of one checkpoint that renders 128x72."""
-    checkpoint = Checkpoint("demo", demo.CHECKPOINT.base_size, Sampling(steps))
+    """A model of one checkpoint that renders 64x32."""
+    checkpoint = Checkpoint("demo", 48, Sampling(steps))
     base = Base(checkpoint, pipeline or demo.build_pipeline())
     routes = {(DEFAULT_MODEL, resolution): Route("demo") for resolution in Resolution}
     return PipelineModel(name="demo", bases={"demo": base}, routes=routes)
