@@ -120,6 +120,32 @@ def test_a_bad_job_sent_past_the_shim_fails_with_the_documented_code(service: Se
     assert "10-500" in failed["error"]
 
 
+def test_a_server_in_front_of_a_runpod_endpoint_has_no_queue_and_no_worker_of_its_own(
+    service: Service, tmp_path: Path
+) -> None:
+    """As in front of RunPod's cloud; the endpoint is the other server's, which speaks the same."""
+    kept = service.directory / "data"
+    environment = {
+        "RUNPOD_ENDPOINT_ID": "local",
+        "RUNPOD_API_KEY": (kept / "platform-token").read_text(),
+        "RUNPOD_ENDPOINT_BASE_URL": f"{service.address}/v2",
+        "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{(kept / 'bucket' / 'port').read_text()}",
+        "BUCKET_ACCESS_KEY_ID": (kept / "bucket" / "access-key").read_text(),
+        "BUCKET_SECRET_ACCESS_KEY": (kept / "bucket" / "secret-key").read_text(),
+    }
+    with running_service(tmp_path, **environment) as front:
+        assert front.descendants() == []
+        assert front.http.get("/health").json()["model_loaded"] is True
+        task_id = front.generate(duration=5, resolution="720p")
+        completed = front.finished(task_id)
+        assert completed["video_url"] == f"{front.address}/videos/{task_id}.mp4"
+        assert len(front.http.get(completed["video_url"]).content) == completed["file_size"]
+        assert service.status(task_id)["status"] == "completed", "the endpoint knows the same job"
+        assert front.http.get("/status/no-such-task").status_code == 404
+    with running_service(tmp_path, **environment) as front:
+        assert front.status(task_id)["status"] == "completed", "nothing was kept here, and nothing is missing"
+
+
 def test_the_command_line_client_makes_a_file(service: Service, tmp_path: Path) -> None:
     run = subprocess.run(
         [
