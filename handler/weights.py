@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 from handler.contract import Profile
 from handler.video_model.base import ModelError
-from handler.video_model.catalog import known_name, needed
+from handler.video_model.catalog import IMAGE_BASES, known_name, needed
 
 LICENCE: Final = """\
 The weights of HunyuanVideo-1.5 come under the Tencent Hunyuan Community License Agreement. It does not cover the
@@ -65,8 +65,8 @@ class Recipe:
     original: Files | None = None
 
 
-_480P_T2V_DISTILLED: Final = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v_distilled"
-_720P_T2V: Final = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v"
+_DIFFUSERS: Final = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-"
+_480P_T2V_DISTILLED: Final = f"{_DIFFUSERS}480p_t2v_distilled"
 _FOUR_STEPS: Final = Files("lightx2v/Hy1.5-Distill-Models", ("hy1.5_t2v_480p_lightx2v_4step.safetensors",))
 
 
@@ -78,7 +78,8 @@ def _super_resolution(name: str) -> Files:
 RECIPES: Final[Mapping[str, Recipe]] = {
     "480p_t2v_4step": Recipe(_480P_T2V_DISTILLED, _FOUR_STEPS),
     "480p_t2v_distilled": Recipe(_480P_T2V_DISTILLED),
-    "720p_t2v": Recipe(_720P_T2V),
+    "720p_t2v": Recipe(f"{_DIFFUSERS}720p_t2v"),
+    **{name: Recipe(f"{_DIFFUSERS}{name}") for name in IMAGE_BASES.values()},
     "720p_sr_distilled": Recipe(original=_super_resolution("720p_sr_distilled")),
     "1080p_sr_distilled": Recipe(original=_super_resolution("1080p_sr_distilled")),
 }
@@ -113,8 +114,10 @@ def fetch_from_hub(files: Files, to: Path) -> None:
             raise WeightsError(f"{files.repository}: {file.filename} did not come through whole, try again")
 
 
-def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub) -> None:
+def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub, *, images: bool = False) -> None:
     """Make `to` hold every checkpoint that the profile needs. Those that are there already are left alone.
+
+    With `images` also the one for videos that start from an image.
 
     Each appears under its name when it is complete. Where two share their text encoders and VAE, these are fetched
     once and linked. While a checkpoint is converted, the disk holds it twice.
@@ -122,7 +125,7 @@ def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub) -> None:
     Raises:
         WeightsError, ModelError, OSError: something can't be had, converted or written. Calling again goes on.
     """
-    for name in sorted(needed(profile)):
+    for name in sorted(needed(profile) | ({IMAGE_BASES[profile]} if images else set())):
         final = to / name
         if _is_complete(final):
             print(f"{name}: is there")
@@ -232,7 +235,7 @@ def main(arguments: Sequence[str] | None = None, fetch: Fetch = fetch_from_hub) 
             return _USAGE
     try:
         if given.command == "download":
-            download(given.profile, given.to, fetch)
+            download(given.profile, given.to, fetch, images=given.images)
         else:
             name = given.name or known_name(given.target.name) or known_name(given.source.name)
             if name is None:
@@ -254,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     get = commands.add_parser("download", help="get every checkpoint that a profile needs")
     get.add_argument("profile", type=Profile, choices=list(Profile), help="fast, balanced or quality")
     get.add_argument("--to", type=Path, required=True, help="directory for them; HUNYUAN_MODEL_PATH later on")
+    get.add_argument("--images", action="store_true", help="and what videos that start from an image take")
     get.add_argument("--accept-licence", action="store_true", help="you have read the licence, and accept it")
     convert = commands.add_parser("convert", help="convert a checkpoint of the original layout")
     convert.add_argument("source", type=Path, help="a .safetensors file, or a directory with one or with its shards")

@@ -32,7 +32,7 @@ from handler.video_model.convert import ConvertError, convert_checkpoint, conver
 from handler.video_model.loader import load_model
 from handler.video_model.super_resolution import load_upsampler
 from handler.weights import Files, WeightsError, download
-from tests.small_models import sr_transformer, upsampler_720p, upsampler_1080p
+from tests.small_models import image_pipeline, sr_transformer, upsampler_720p, upsampler_1080p
 
 State = dict[str, torch.Tensor]
 TRANSFORMER = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -400,6 +400,7 @@ def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = demo.build_pipeline()
     for name in ("480p_t2v_distilled", "720p_t2v"):
         pipeline.save_pretrained(root / f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}")
+    image_pipeline().save_pretrained(root / "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v_distilled")
     for name in ("720p_sr_distilled", "1080p_sr_distilled"):
         write_stage(root / "tencent/HunyuanVideo-1.5", name)
     (root / "tencent/HunyuanVideo-1.5/transformer/480p_i2v").mkdir()
@@ -430,6 +431,12 @@ def test_what_a_profile_needs_is_downloaded_and_loads(tmp_path: Path, hub: Local
     if profile is Profile.FAST:
         state = {name: tensor.bfloat16() for name, tensor in small(7).state_dict().items()}
         assert equal(load_file(to / "480p_t2v_4step" / TRANSFORMER), state)
+
+
+def test_image_to_video_weights_come_on_demand(tmp_path: Path, hub: LocalHub) -> None:
+    download(Profile.BALANCED, tmp_path, hub, images=True)
+    assert {path.name for path in tmp_path.iterdir()} == needed(Profile.BALANCED) | {"480p_i2v_distilled"}
+    assert load_model(WorkerSettings(model_path=str(tmp_path))).takes_images
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: LocalHub) -> None:
