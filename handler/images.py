@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import ipaddress
 import socket
@@ -67,39 +68,48 @@ def _fetched(source: str, allowed: Allowed) -> bytes:
         raise ImageError("the image's URL is malformed") from exc
     if url.scheme not in ("http", "https") or not url.host or url.userinfo:
         raise ImageError("the image must be an http or https URL with no user name, or a data URL")
-    address = _address(url, allowed)
-    # To that address and no other: a second look-up could be answered differently.
-    headers = {"Host": url.netloc.decode(), "Accept": "image/jpeg, image/png, image/webp"}
-    request_url = url.copy_with(host=address)
-    body = bytearray()
-    deadline = time.monotonic() + _SECONDS
+    addresses = _addresses(url, allowed)
     try:
-        with (
-            httpx.Client(timeout=httpx.Timeout(10, connect=3.05), trust_env=False) as client,
-            client.stream("GET", request_url, headers=headers, extensions={"sni_hostname": url.host}) as response,
-        ):
-            if response.status_code != 200:
-                raise ImageError(f"the image's server answered {response.status_code}")
-            for chunk in response.iter_bytes():
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    raise ImageError("the image is larger than 20 MB")
-                if time.monotonic() > deadline:
-                    raise ImageError("the image took longer than 20 s to arrive")
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return _body(url, address)
+        return _body(url, addresses[-1])
     except httpx.HTTPError as exc:
         raise ImageError(f"the image can't be fetched ({type(exc).__name__})") from exc
+
+
+def _body(url: httpx.URL, address: str) -> bytes:
+    """What that address answers, and no other: a second look-up could be answered differently."""
+    headers = {"Host": url.netloc.decode(), "Accept": "image/jpeg, image/png, image/webp"}
+    body = bytearray()
+    deadline = time.monotonic() + _SECONDS
+    with (
+        httpx.Client(timeout=httpx.Timeout(10, connect=3.05), trust_env=False) as client,
+        client.stream(
+            "GET", url.copy_with(host=address), headers=headers, extensions={"sni_hostname": url.host}
+        ) as response,
+    ):
+        if response.status_code != 200:
+            raise ImageError(f"the image's server answered {response.status_code}")
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise ImageError("the image is larger than 20 MB")
+            if time.monotonic() > deadline:
+                raise ImageError("the image took longer than 20 s to arrive")
     return bytes(body)
 
 
-def _address(url: httpx.URL, allowed: Allowed) -> str:
+def _addresses(url: httpx.URL, allowed: Allowed) -> list[str]:
+    """Every address of the host, IPv4 first: not each network carries the other."""
     try:
         found = socket.getaddrinfo(url.host, url.port or 443, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
         raise ImageError("the image's host can't be found") from exc
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0])))
     if not addresses or not all(allowed(address) for address in addresses):
         raise ImageError("the image's host is not on the open internet")
-    return addresses[0]
+    return addresses
 
 
 def _decoded(body: bytes) -> Image.Image:

@@ -191,6 +191,16 @@ def test_a_worker_killed_in_mid_render_costs_no_task(service: Service) -> None:
     assert gone
 
 
+def test_a_killed_bucket_comes_back_and_costs_no_task(service: Service) -> None:
+    task_id = service.generate(duration=5, resolution="720p")
+    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
+    (gateway,) = [process for process in service.descendants() if "juicefs" in process.name()]
+    gateway.kill()
+    completed = service.finished(task_id)
+    assert completed["status"] == "completed"
+    assert len(service.http.get(completed["video_url"]).content) == completed["file_size"]
+
+
 def test_a_killed_server_loses_no_task_and_leaves_no_orphan(tmp_path: Path) -> None:
     service = Service(tmp_path)
     try:
