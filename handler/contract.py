@@ -8,7 +8,7 @@ here is one of the API reference's limits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
@@ -291,6 +291,23 @@ def _shown(value: object) -> str:
     """`value` as JSON, cut to a length that fits an error message."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_offered(job_input: JobInput, models: Collection[str], *, takes_images: bool) -> None:
+    """Whether there are weights for the job: the shim asks before it queues, the handler before it renders.
+
+    `models` are those that can be rendered.
+
+    Raises:
+        InvalidInputError: INVALID_MODEL naming them, or INVALID_REQUEST where it starts from an image and none can.
+    """
+    if job_input.model not in models:
+        known = ", ".join(f'"{name}"' for name in models)
+        text = f"model: this server has the weights for {known} only"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_MODEL))
+    if job_input.image is not None and not takes_images:
+        text = "image: this server has no image-to-video weights"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))
 
 
 class Stage(StrEnum):

@@ -26,6 +26,7 @@ from handler.contract import (
     Manifest,
     Progress,
     Stage,
+    check_offered,
     num_frames,
     parse_input,
 )
@@ -134,9 +135,7 @@ class Worker:
 
     def _run(self, job: Job, meter: _Meter, cancelled: Event) -> JobResult:
         job_input = parse_input(job.input)
-        if job_input.model not in self._model.models:
-            offered = ", ".join(f'"{name}"' for name in self._model.models)
-            raise JobError.of(ErrorCode.INVALID_MODEL, f"this server has the weights for {offered} only")
+        check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
         bucket = self._bucket_for(job)
         finished = self._patiently(partial(_stored_manifest, bucket, job.task_id), cancelled)
         if finished is not None:
@@ -196,8 +195,6 @@ class Worker:
     def _image(self, job_input: JobInput) -> Image.Image | None:
         if job_input.image is None:
             return None
-        if not self._model.takes_images:
-            raise JobError.of(ErrorCode.INVALID_REQUEST, "image: this server has no image-to-video weights")
         try:
             return self._load_image(job_input.image)
         except ImageError as exc:

@@ -62,11 +62,6 @@ class Supervised:
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
 
-    @property
-    def pid(self) -> int | None:
-        """Process id of the life that runs now."""
-        return self._process.pid if self._process is not None else None
-
     async def run(self) -> None:
         """Keep the process running until `stop`. Raises what `Launch.ended` raises."""
         failures = 0

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import anyio.to_thread
 from pydantic import ValidationError
 
-from handler.contract import ErrorCode, InvalidInputError, JobFailure, JobInput, JobResult, Manifest, Stage
+from handler.contract import KNOWN_MODELS, JobInput, JobResult, Manifest, Stage, check_offered
 from shim.estimates import estimated_time
-from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError, Workers
+from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError, StorageError
@@ -82,7 +82,8 @@ class Tasks:
         Raises:
             InvalidInputError: no worker has the weights for what was asked for.
         """
-        _check_offered(job_input, await self._queue.workers())
+        workers = await self._queue.workers()
+        check_offered(job_input, workers.models or KNOWN_MODELS, takes_images=workers.takes_images)
         backlog = await self._queue.backlog()
         observed = await self._queue.render_times()
         job = await self._queue.submit(job_input)
@@ -108,14 +109,3 @@ class Tasks:
         if manifest is not None:
             return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
         raise unavailable or TaskNotFoundError(task_id)
-
-
-def _check_offered(job_input: JobInput, workers: Workers) -> None:
-    offered = workers.models
-    if offered and job_input.model not in offered:
-        known = ", ".join(f'"{name}"' for name in offered)
-        text = f"model: this server has the weights for {known} only"
-        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_MODEL))
-    if job_input.image is not None and not workers.takes_images:
-        text = "image: this server has no image-to-video weights"
-        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))

@@ -83,10 +83,19 @@ class Parts:
     image_routes: Routes = field(default_factory=dict)
 
     @property
+    def base_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """Of the base models."""
+        return [base.pipeline.transformer for base in self.bases.values()]
+
+    @property
+    def upscaler_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """Of the super-resolution stages."""
+        return [upscaler.stage.transformer for upscaler in self.upscalers.values()]
+
+    @property
     def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """Of the base models and of the upscalers."""
-        bases = [base.pipeline.transformer for base in self.bases.values()]
-        return bases + [upscaler.stage.transformer for upscaler in self.upscalers.values()]
+        """All of them."""
+        return self.base_transformers + self.upscaler_transformers
 
     def workloads(self) -> list[Workload]:
         """Each video that may be asked for, by what it comes to."""
@@ -125,8 +134,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
-    bases = [base.pipeline.transformer for base in parts.bases.values()]
-    approximate(bases, parts.transformers[len(bases) :], settings.approximations)
+    approximate(parts.base_transformers, parts.upscaler_transformers, settings.approximations)
     use_fast_causal_mask(next(iter(parts.bases.values())).pipeline.vae)
     memory = None
     if device == "cuda":

@@ -134,7 +134,10 @@ def test_an_image_that_can_not_be_used_fails_the_job_and_says_why() -> None:
 def test_a_model_without_image_weights_says_so() -> None:
     model = ScriptedModel()
     model.takes_images = False
-    code, text = failure(Worker(model, Bucket(NOWHERE), version="1"), data_url(picture()))
+    job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p", "image": data_url(picture())}
+    with pytest.raises(JobError) as caught:
+        Worker(model, Bucket(NOWHERE), version="1").run(Job("task-1", job_input), lambda _: None, Event())
+    code, text = caught.value.failure.error_code, caught.value.failure.error
     assert (code, "image-to-video" in text) == (ErrorCode.INVALID_REQUEST, True)
 
 
