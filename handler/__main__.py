@@ -44,7 +44,7 @@ def main() -> None:
         worker = Worker(
             model, Bucket(bucket) if bucket else None, version=version(_DISTRIBUTION), work_dir=settings.work_dir
         )
-        serverless.serve(worker, tells_progress=settings.job_url is not None)
+        serverless.serve(worker, tells_progress=settings.job_url is not None, on_stop=reporter.stopping)
 
 
 def _settings() -> tuple[WorkerSettings, BucketSettings | None]:

@@ -106,6 +106,7 @@ class ErrorCode(StrEnum):
     TASK_NOT_FOUND = "TASK_NOT_FOUND"
     VIDEO_NOT_READY = "VIDEO_NOT_READY"
     RANGE_NOT_SATISFIABLE = "RANGE_NOT_SATISFIABLE"
+    IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED"
     QUEUE_FULL = "QUEUE_FULL"
     MODEL_NOT_LOADED = "MODEL_NOT_LOADED"
     QUEUE_UNAVAILABLE = "QUEUE_UNAVAILABLE"
@@ -362,11 +363,16 @@ class JobResult(Manifest):
 
 
 class WorkerState(StrEnum):
-    """Where a worker process is in its life. A load that failed stays observable."""
+    """Where a worker process is in its life. A load that failed stays observable.
+
+    One that is STOPPING finishes what it renders and takes no more; one that has STOPPED renders nothing.
+    """
 
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
 
 
 class Gpu(BaseModel):

@@ -41,8 +41,11 @@ class Reporter:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Send what has not been sent, and end."""
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Send what has not been sent, and end. A worker that ends in good order says so: it holds no job any more."""
+        if error is None and self._report.state is WorkerState.STOPPING:
+            self._report = self._report.model_copy(update={"state": WorkerState.STOPPED})
+            self._unsent = True
         self._closed = True
         self._wake.set()
         if self._url is not None:
@@ -65,6 +68,11 @@ class Reporter:
     def failed(self, error: str) -> None:
         """The model can't be loaded."""
         self._report = self._report.model_copy(update={"state": WorkerState.FAILED, "error": error})
+        self._say()
+
+    def stopping(self) -> None:
+        """The worker was asked to stop: it takes no more jobs. Called by a signal handler: it only leaves word."""
+        self._report = self._report.model_copy(update={"state": WorkerState.STOPPING})
         self._say()
 
     def _say(self) -> None:

@@ -2,25 +2,30 @@
 
 What the SDK (1.12) makes of a handler, and what is done about it: an async handler survives a platform that restarts
 in mid-job and hears of a cancellation at once, a blocking one does neither; an `error` that is no string may be shown
-as COMPLETED; an exception becomes a traceback in the client's hands; its ping process outlives a killed worker.
+as COMPLETED; an exception becomes a traceback in the client's hands; its ping process outlives a killed worker; a
+platform that is away is asked for jobs in a frenzy, and never gets the result that was ready just then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event
+from types import FrameType
 from typing import Any, Final
 
 import runpod
+from runpod.serverless.modules import rp_http, rp_scale
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from handler.contract import Progress
@@ -30,18 +35,91 @@ from handler.worker import Job, JobError, Worker
 #: The id that the SDK gives to each job of `--test_input`.
 _TEST_ID: Final = "local_test"
 _PR_SET_PDEATHSIG: Final = 1
+#: Seconds between questions to a platform that is away: at first, and at most.
+_FIRST_DELAY: Final = 0.25
+_LONGEST_DELAY: Final = 5.0
+#: Seconds for which a result is offered to it. Later it is found in the bucket, by its manifest.
+_RESULT_PATIENCE: Final = 600.0
 
 log = logging.getLogger(__name__)
 
 RunPodJob = dict[str, Any]
+Request = Callable[..., Awaitable[Any]]
 
 
-def serve(worker: Worker, *, tells_progress: bool) -> None:
-    """Take jobs from the platform until SIGTERM, or run the one of `--test_input`. Never returns from the latter."""
+def serve(worker: Worker, *, tells_progress: bool, on_stop: Callable[[], None]) -> None:
+    """Take jobs from the platform until SIGTERM, or run the one of `--test_input`. Never returns from the latter.
+
+    `on_stop` is called by the signal handler, which the SDK's own one follows.
+    """
     os.register_at_fork(after_in_child=_die_with_parent)
     if RunPodLogger.level in ("TRACE", "DEBUG"):  # the SDK's default, at which it logs jobs with their s3Config
         RunPodLogger().level = "INFO"
-    runpod.serverless.start({"handler": make_handler(worker, tells_progress=tells_progress)})
+    rp_scale.get_job = _unhurried(rp_scale.get_job)
+    rp_http._transmit = _persistent(rp_http._transmit)
+    runpod.serverless.start(
+        {
+            "handler": make_handler(worker, tells_progress=tells_progress),
+            "concurrency_modifier": _stop_announcer(on_stop),
+        }
+    )
+
+
+def _unhurried(get_job: Request) -> Request:
+    """The SDK asks again at once when its platform is away, a thousand times a second: wait before it does."""
+    failures = 0
+
+    async def get_job_or_wait(*arguments: Any) -> Any:
+        nonlocal failures
+        try:
+            jobs = await get_job(*arguments)
+        except Exception:
+            await asyncio.sleep(min(_FIRST_DELAY * 2**failures, _LONGEST_DELAY))
+            failures += 1
+            raise
+        failures = 0
+        return jobs
+
+    return get_job_or_wait
+
+
+def _persistent(transmit: Request) -> Request:
+    """The SDK drops a result that it can't deliver at once: go on for a while. Progress is not worth it."""
+
+    async def transmit_until_taken(session: Any, url: str, body: str) -> None:
+        deadline = time.monotonic() + _RESULT_PATIENCE
+        while True:
+            try:
+                await transmit(session, url, body)
+                return
+            except rp_http.ClientError as exc:
+                refused = 400 <= getattr(exc, "status", 0) < 500
+                if refused or time.monotonic() > deadline or json.loads(body).get("status") == "IN_PROGRESS":
+                    raise
+                log.warning("the platform does not take the result, trying again: %s", exc)
+            await asyncio.sleep(_LONGEST_DELAY)
+
+    return transmit_until_taken
+
+
+def _stop_announcer(on_stop: Callable[[], None]) -> Callable[[int], int]:
+    """A `concurrency_modifier`: the SDK asks it once it has set its signal handlers, which ours is put before."""
+    announced = False
+
+    def modify(concurrency: int) -> int:
+        nonlocal announced
+        if not announced:
+            announced = True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, partial(_stop, on_stop, signal.getsignal(number)))
+        return concurrency
+
+    return modify
+
+
+def _stop(on_stop: Callable[[], None], sdk: Any, number: int, frame: FrameType | None) -> None:
+    on_stop()
+    sdk(number, frame)
 
 
 def make_handler(worker: Worker, *, tells_progress: bool) -> Callable[[RunPodJob], Awaitable[dict[str, Any]]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,8 +20,8 @@ from tqdm import tqdm
 
 from handler.contract import DEFAULT_MODEL, AspectRatio, Resolution
 from shim.client import Answer, Client, ClientError, RefusedError, TaskFailedError, UnreachableError
-from shim.settings import ClientSettings, ShimSettings
-from storage.settings import explain
+from shim.settings import ClientSettings, RemoteWorkerSettings, ShimSettings, child_environment
+from storage.settings import bucket_settings, explain
 
 
 class ExitCode(IntEnum):
@@ -70,6 +72,26 @@ def serve(
         server.run(settings)
     except server.StartError as exc:
         _fail(str(exc), ExitCode.USAGE)
+
+
+@app.command()
+def worker(
+    platform: Annotated[str | None, typer.Option(help="Address of a server; else HUNYUAN_PLATFORM_URL.")] = None,
+    token: Annotated[str | None, typer.Option(help="The server's key; else HUNYUAN_PLATFORM_TOKEN.")] = None,
+) -> None:
+    """Render jobs of a server on another host. It needs the server's bucket in BUCKET_*."""
+    from shim.platform import ENDPOINT_ID, worker_environment
+
+    given: dict[str, Any] = {"platform_url": platform, "platform_token": token}
+    with _settings_explained():
+        settings = RemoteWorkerSettings(**{name: value for name, value in given.items() if value is not None})
+        if bucket_settings() is None:
+            _fail("BUCKET_ENDPOINT_URL: needed, and the same bucket as the server's", ExitCode.USAGE)
+    worker_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+    base_url = f"{str(settings.platform_url).rstrip('/')}/v2"
+    key = settings.platform_token.get_secret_value()
+    environment = child_environment(**worker_environment(base_url, ENDPOINT_ID, worker_id, key))
+    os.execve(sys.executable, [sys.executable, "-u", "-m", "handler"], environment)
 
 
 @app.command()

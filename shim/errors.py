@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from handler.contract import ErrorCode, InvalidInputError, JobFailure
-from shim.queue.base import ModelNotLoadedError, QueueFullError, QueueUnavailableError
+from shim.queue.base import IdempotencyConflictError, ModelNotLoadedError, QueueFullError, QueueUnavailableError
 from shim.tasks import TaskNotFoundError
 from storage.errors import StorageError
 
@@ -24,6 +24,7 @@ STATUS: Final[Mapping[ErrorCode, int]] = {
     ErrorCode.TASK_NOT_FOUND: 404,
     ErrorCode.VIDEO_NOT_READY: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
+    ErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
     ErrorCode.REQUEST_TOO_LARGE: 413,
     ErrorCode.RANGE_NOT_SATISFIABLE: 416,
     ErrorCode.INTERNAL_ERROR: 500,
@@ -68,6 +69,8 @@ def api_error(exc: Exception) -> ApiError:
             return ApiError(exc.failure.error_code, exc.failure.error)
         case TaskNotFoundError():
             return ApiError(ErrorCode.TASK_NOT_FOUND, "There is no task with this id")
+        case IdempotencyConflictError():
+            return ApiError(ErrorCode.IDEMPOTENCY_KEY_REUSED, str(exc))
         case QueueFullError():
             return ApiError(ErrorCode.QUEUE_FULL, str(exc))
         case ModelNotLoadedError():

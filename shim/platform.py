@@ -27,14 +27,18 @@ from pydantic import ValidationError
 from handler.contract import ErrorCode, JobFailure, Progress, WorkerReport
 from shim.errors import ApiError
 from shim.queue.base import Job, JobState, QueueUnavailableError
-from shim.queue.dispatch import Delivery, Dispatcher
+from shim.queue.dispatch import Delivery, Dispatcher, WorkerStoppingError
 from shim.queue.runpod import STATE_WORDS
 from shim.queue.sql import SqlQueue
 
+#: The endpoint id of our own platform: `/v2/local/run` and so on.
+ENDPOINT_ID: Final = "local"
 #: How long a worker's question is held where there is no answer yet; the SDK gives up after 90 s.
 HOLD: Final = 20.0
-#: How often another process's submissions are looked for meanwhile.
-_LOOK_AGAIN: Final = 1.0
+#: How long a result waits here for a database that is away, and how often it is tried: the SDK gives up after 600 s,
+#: and after three quick attempts where it is answered with an error.
+_RESULT_PATIENCE: Final = 120.0
+_RESULT_RETRY: Final = 1.0
 #: How long while the server stops.
 _DRAIN_HOLD: Final = 0.5
 _SWEEP_INTERVAL: Final = 5.0
@@ -144,18 +148,27 @@ class Platform:
         return JSONResponse({"jobsToStop": task_ids}) if task_ids else Response(status_code=204)
 
     async def _held(self, request: Request, look: Callable[[], Awaitable[Any]]) -> Any:
-        """What `look` finds, as soon as it finds something; None at the end of the hold or of the connection."""
+        """What `look` finds, as soon as it finds something; None at the end of the hold or of the connection.
+
+        A database that is away has nothing to be found: an error would be answered by a storm of questions.
+        """
         started = time.monotonic()
         while not self._stopped.is_set() and not await request.is_disconnected():
             changed = self._dispatcher.changed
-            if found := await look():
-                return found
+            try:
+                if found := await look():
+                    return found
+            except WorkerStoppingError:
+                return None
+            except QueueUnavailableError as exc:
+                log.warning("a worker that asks is kept waiting: %s", exc)
             remaining = started + self._hold - time.monotonic()
             if remaining <= 0:
                 return None
             waits = [asyncio.create_task(changed.wait()), asyncio.create_task(self._stopped.wait())]
             try:
-                await asyncio.wait(waits, timeout=min(remaining, _LOOK_AGAIN), return_when=asyncio.FIRST_COMPLETED)
+                timeout = min(remaining, self._dispatcher.look_again)
+                await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for wait in waits:
                     wait.cancel()
@@ -169,10 +182,24 @@ class Platform:
         if body.get("status") == "IN_PROGRESS":
             await self._progress(worker_id, task_id, body.get("output"))
         elif "error" in body:
-            await self._dispatcher.fail(worker_id, task_id, JobFailure.from_wire(_text(body["error"])))
+            failure = JobFailure.from_wire(_text(body["error"]))
+            await self._kept(lambda: self._dispatcher.fail(worker_id, task_id, failure))
         else:
-            await self._dispatcher.complete(worker_id, task_id, body.get("output"))
+            await self._kept(lambda: self._dispatcher.complete(worker_id, task_id, body.get("output")))
         return JSONResponse({}, headers={"Connection": "close"})
+
+    async def _kept(self, store: Callable[[], Awaitable[bool]]) -> None:
+        """Store a result, again and again while the database is away."""
+        deadline = time.monotonic() + _RESULT_PATIENCE
+        while True:
+            try:
+                await store()
+                return
+            except QueueUnavailableError as exc:
+                if time.monotonic() > deadline or self._stopped.is_set():
+                    raise
+                log.warning("a result waits for the database: %s", exc)
+            await asyncio.sleep(_RESULT_RETRY)
 
     async def _progress(self, worker_id: str, task_id: str, output: Any) -> None:
         try:
@@ -215,7 +242,7 @@ class Platform:
             if self._stopped.is_set():
                 break
             try:
-                await asyncio.wait_for(self._dispatcher.changed.wait(), _LOOK_AGAIN)
+                await asyncio.wait_for(self._dispatcher.changed.wait(), self._dispatcher.look_again)
             except TimeoutError:
                 continue
         return JSONResponse(await self._described(job))

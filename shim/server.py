@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from handler.contract import DEMO_MODEL
 from shim.app import create_app
 from shim.gpu import local_gpus
 from shim.local import EmbeddedBucket, Launch, LocalError, Supervised, secret_file
-from shim.platform import Platform, worker_environment
+from shim.platform import ENDPOINT_ID, Platform, worker_environment
+from shim.queue.base import QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
@@ -35,13 +37,14 @@ from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError
 from storage.settings import BucketSettings, bucket_settings, explain
 
-#: The endpoint id of our own platform: `/v2/local/run` and so on.
-ENDPOINT_ID: Final = "local"
 #: What a worker exits with when its settings are wrong: starting it again would change nothing.
 _BAD_SETTINGS: Final = 2
 #: What it exits with when its model can't be loaded.
 _NO_MODEL: Final = 3
 _GATEWAY_GRACE: Final = 10.0
+#: Seconds that a database which does not answer is waited for at the start, and how often it is asked.
+_DATABASE_PATIENCE: Final = 30.0
+_DATABASE_RETRY: Final = 1.0
 #: Seconds that open downloads get when the server stops.
 _CONNECTION_GRACE: Final = 10
 
@@ -116,38 +119,72 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
             "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
         )
     token = _token(settings)
-    database = await Database.open(f"sqlite+aiosqlite:///{settings.directory}/queue.sqlite3")
+    instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4))
+    database = await _database(settings)
     try:
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size)
-        dispatcher = Dispatcher(database, find_result=Manifests(store.bucket).find_result)
-        await dispatcher.forget_all_workers()
+        manifests = Manifests(store.bucket)
+        dispatcher = Dispatcher(
+            database,
+            find_result=manifests.find_result,
+            discard=manifests.discard,
+            max_attempts=settings.max_attempts,
+            history=settings.history_ttl,
+        )
+        await dispatcher.forget_workers(f"{instance}-")  # an earlier life's: they ended with it
         platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
         app = create_app(queue, store.bucket, public_url=_public_url(settings), routers=[platform.router])
         base_url = f"http://{_reachable(listener)}/v2"
-        slots = [_WorkerSlot(i, settings, store, dispatcher, base_url, token) for i in range(settings.workers)]
+        slots = [
+            _WorkerSlot(f"{instance}-{index}", index, settings, store, dispatcher, base_url, token)
+            for index in range(settings.workers)
+        ]
         workers = [Supervised(f"worker {index}", slot.launch) for index, slot in enumerate(slots)]
         async with _listening(app, listener) as server:
             keepers = [asyncio.create_task(worker.run()) for worker in workers]
-            sweeper = asyncio.create_task(platform.sweep_forever())
+            chores = [asyncio.create_task(platform.sweep_forever()), asyncio.create_task(database.listen())]
             try:
-                await _until(stopping, [server, sweeper, *keepers])
+                await _until(stopping, [server, *chores, *keepers])
             finally:
                 platform.drain()
                 await asyncio.gather(*(worker.stop(settings.shutdown_grace) for worker in workers))
                 await asyncio.gather(*keepers, return_exceptions=True)
-                sweeper.cancel()
+                for chore in chores:
+                    chore.cancel()
                 platform.stop()
     finally:
         await database.close()
 
 
+async def _database(settings: ShimSettings) -> Database:
+    """The queue's database; one that does not answer yet is waited for."""
+    if settings.database_url is None:
+        return await Database.open(f"sqlite:///{settings.directory}/queue.sqlite3")
+    deadline = time.monotonic() + _DATABASE_PATIENCE
+    while True:
+        try:
+            return await Database.open(settings.database_url.get_secret_value())
+        except (ValueError, QueueError) as exc:
+            if not isinstance(exc, QueueUnavailableError) or time.monotonic() > deadline:
+                raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc
+            log.warning("waiting for the queue's database: %s", exc)
+        await asyncio.sleep(_DATABASE_RETRY)
+
+
 class _WorkerSlot:
-    """The lives of worker number `index`, each under an id of its own: its predecessor's jobs are not its jobs."""
+    """A worker's lives, each under an id of its own: its predecessor's jobs are not its jobs."""
 
     def __init__(
-        self, index: int, settings: ShimSettings, store: _Store, dispatcher: Dispatcher, base_url: str, token: str
+        self,
+        name: str,
+        index: int,
+        settings: ShimSettings,
+        store: _Store,
+        dispatcher: Dispatcher,
+        base_url: str,
+        token: str,
     ) -> None:
-        self._index = index
+        self._name = name
         self._dispatcher = dispatcher
         self._base_url = base_url
         self._token = token
@@ -163,8 +200,8 @@ class _WorkerSlot:
 
     async def launch(self) -> Launch:
         """The next life."""
-        await self._dispatcher.forget_worker(self._worker_id)
-        self._worker_id = f"{ENDPOINT_ID}-{self._index}-{secrets.token_hex(4)}"
+        await self._forget()  # again, if it failed at the end of the last one
+        self._worker_id = f"{self._name}-{secrets.token_hex(4)}"
         environment = {
             **self._environment,
             **worker_environment(self._base_url, ENDPOINT_ID, self._worker_id, self._token),
@@ -175,7 +212,13 @@ class _WorkerSlot:
         if code == _BAD_SETTINGS:
             raise StartError("the worker refused its settings; its lines above name them")
         if code != _NO_MODEL:  # else what it said of itself stays to be seen until its next life
-            await self._dispatcher.forget_worker(self._worker_id, blameless=asked)
+            await self._forget(blameless=asked)
+
+    async def _forget(self, *, blameless: bool = False) -> None:
+        try:
+            await self._dispatcher.forget_worker(self._worker_id, blameless=blameless)
+        except QueueUnavailableError as exc:
+            log.warning("worker %s: its lease must lapse before others take up its task: %s", self._worker_id, exc)
 
 
 @contextmanager

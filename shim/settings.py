@@ -36,6 +36,25 @@ class ShimSettings(BaseSettings):
         validation_alias="HUNYUAN_MAX_QUEUE_SIZE",
         description="Tasks that may wait; more get QUEUE_FULL.",
     )
+    max_attempts: int = Field(
+        default=3,
+        ge=1,
+        validation_alias="HUNYUAN_MAX_ATTEMPTS",
+        description="Workers that a task may lose before it fails.",
+    )
+    history_ttl: float = Field(
+        default=7 * 24 * 3600.0,
+        ge=3600,
+        validation_alias="HUNYUAN_HISTORY_TTL",
+        description="Seconds after its end for which the queue remembers a task. A finished video's status stays "
+        "available for as long as the bucket has it.",
+    )
+    database_url: SecretStr | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_DATABASE_URL",
+        description="PostgreSQL that several servers share as their queue: `postgresql://user:password@host/database`. "
+        "Else a SQLite file in HUNYUAN_DATA_DIR. Never logged.",
+    )
     model_path: str | None = Field(
         default=None,
         min_length=1,
@@ -57,7 +76,8 @@ class ShimSettings(BaseSettings):
         default=None,
         min_length=16,
         validation_alias="HUNYUAN_PLATFORM_TOKEN",
-        description="Key for the RunPod-compatible endpoints under /v2. Else one is made and kept in HUNYUAN_DATA_DIR.",
+        description="Key for the RunPod-compatible endpoints under /v2, where workers and jobs come in: the same for "
+        "servers that share a database. Else one is made and kept in HUNYUAN_DATA_DIR.",
     )
     shutdown_grace: float = Field(
         default=30.0,
@@ -95,6 +115,19 @@ class ShimSettings(BaseSettings):
     def directory(self) -> Path:
         """`data_dir`, absolute."""
         return self.data_dir.expanduser().resolve()
+
+
+class RemoteWorkerSettings(BaseSettings):
+    """What `hunyuan worker` needs to know, beside its bucket and what the handler reads for itself."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+
+    platform_url: HttpUrl = Field(
+        validation_alias="HUNYUAN_PLATFORM_URL", description="Address of a server, or of what balances between several."
+    )
+    platform_token: SecretStr = Field(
+        min_length=16, validation_alias="HUNYUAN_PLATFORM_TOKEN", description="The servers' key. Never logged."
+    )
 
 
 class ClientSettings(BaseSettings):

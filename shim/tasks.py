@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from handler.contract import KNOWN_MODELS, JobInput, JobResult, Manifest, Stage, check_offered
 from shim.estimates import estimated_time
-from shim.queue.base import Job, JobQueue, JobState, QueueUnavailableError
+from shim.queue.base import Idempotency, Job, JobQueue, JobState, QueueUnavailableError
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError, StorageError
@@ -66,16 +66,25 @@ class Manifests:
             poster_url=self._bucket.presign(layout.poster_key(task_id)),
         )
 
+    async def discard(self, task_id: str) -> None:
+        """Remove what a cancelled task left, the manifest first: a video is whole or it is not there (a `Discard`)."""
+        keys = (layout.manifest_key(task_id), layout.video_key(task_id), layout.poster_key(task_id))
+        try:
+            for key in keys:
+                await anyio.to_thread.run_sync(self._bucket.delete, key)
+        except StorageError as exc:
+            log.warning("%s: what it left in the bucket stays there: %s", task_id, exc)
+
 
 class Tasks:
-    """Submit and look up tasks over a queue and a bucket; the truth stays with those two."""
+    """Submit, look up and cancel look up tasks over a queue and a bucket; the truth stays with those two."""
 
     def __init__(self, queue: JobQueue, manifests: Manifests) -> None:
         self._queue = queue
         self._manifests = manifests
 
-    async def submit(self, job_input: JobInput) -> Accepted:
-        """Queue a job and say when it will be done.
+    async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
+        """Queue a job, unless it was queued under the same key before, and say when it will be done.
 
         Raises what `JobQueue.submit` raises, and:
 
@@ -86,8 +95,25 @@ class Tasks:
         check_offered(job_input, workers.models or KNOWN_MODELS, takes_images=workers.takes_images)
         backlog = await self._queue.backlog()
         observed = await self._queue.render_times()
-        job = await self._queue.submit(job_input)
+        idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
+        job = await self._queue.submit(job_input, idempotency)
         return Accepted(job.task_id, estimated_time(job_input, backlog, observed))
+
+    async def cancel(self, task_id: str) -> Job:
+        """Stop a waiting or running task and remove what it left in the bucket; a finished one stays as it is.
+
+        Raises:
+            TaskNotFoundError: nobody knows it.
+            QueueUnavailableError, StorageError: whoever may know it can't be asked.
+        """
+        if not layout.is_task_id(task_id):
+            raise TaskNotFoundError(task_id)
+        job = await self._queue.cancel(task_id)
+        if job is None:
+            return await self.find(task_id)
+        if job.state is JobState.CANCELLED:
+            await self._manifests.discard(task_id)
+        return job
 
     async def find(self, task_id: str) -> Job:
         """The task as of now. A finished one that the queue has forgotten, or can't tell of, is in the bucket.

@@ -1,8 +1,12 @@
 """Fixtures every room's tests share."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.postgres import Postgres, running_postgres
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run beside each other already: torch with a thread for each core would only get in its own way.
@@ -12,3 +16,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One for all tests of a process; each makes a database of its own."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/queue.sqlite3"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_database()

@@ -1,20 +1,21 @@
-"""Both job queues with the worker's side at hand, and the time in the test's hands."""
+"""The job queues with the worker's side at hand, and the time in the test's hands."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import HttpUrl, SecretStr
+from sqlalchemy import text
 
 from handler.contract import JobInput, JobResult, Resolution, WorkerReport, WorkerState, num_frames
 from shim.app import create_app
 from shim.platform import Platform
-from shim.queue.base import FindResult, JobQueue
+from shim.queue.base import Discard, FindResult, JobQueue
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
@@ -90,21 +91,29 @@ class Bench:
         return delivery.task_id
 
 
+async def discard_nothing(_: str) -> None:
+    return None
+
+
 @asynccontextmanager
-async def sql_bench(directory: Path, *, find_result: FindResult = find_nothing, **limits: Any) -> AsyncIterator[Bench]:
+async def sql_bench(
+    url: str, *, find_result: FindResult = find_nothing, discard: Discard = discard_nothing, **limits: Any
+) -> AsyncIterator[Bench]:
+    """The SQL queue in the database at `url`."""
     clock = Clock()
-    database = await Database.open(f"sqlite+aiosqlite:///{directory}/queue.sqlite3", clock=clock)
+    database = await Database.open(url, clock=clock)
     try:
         queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3))
-        yield Bench(queue, database, Dispatcher(database, find_result=find_result, **limits), clock)
+        dispatcher = Dispatcher(database, find_result=find_result, discard=discard, **limits)
+        yield Bench(queue, database, dispatcher, clock)
     finally:
         await database.close()
 
 
 @asynccontextmanager
-async def platform_bench(directory: Path, *, hold: float = 0.3) -> AsyncIterator[Bench]:
+async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]:
     """The SQL queue behind our platform, on a real port."""
-    async with sql_bench(directory) as bench:
+    async with sql_bench(url) as bench:
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=hold)
         app = create_app(bench.queue, Bucket(NOWHERE), routers=[platform.router])
@@ -114,9 +123,9 @@ async def platform_bench(directory: Path, *, hold: float = 0.3) -> AsyncIterator
 
 
 @asynccontextmanager
-async def runpod_bench(directory: Path) -> AsyncIterator[Bench]:
+async def runpod_bench(url: str) -> AsyncIterator[Bench]:
     """`RunPodQueue` over HTTP to our platform."""
-    async with platform_bench(directory) as bench:
+    async with platform_bench(url) as bench:
         queue = RunPodQueue(
             endpoint_id="local",
             api_key=TOKEN,
@@ -131,4 +140,23 @@ async def runpod_bench(directory: Path) -> AsyncIterator[Bench]:
             await queue.close()
 
 
-BENCHES: dict[str, Callable[[Path], AbstractAsyncContextManager[Bench]]] = {"sql": sql_bench, "runpod": runpod_bench}
+async def add_history(database: Database, count: int) -> None:
+    """So many jobs that ended a minute ago, as the queue would have left them."""
+    output = json.dumps(result("00000000-0000-4000-8000-000000000000").model_dump(mode="json"))
+    numbers = {
+        "sqlite": "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :count) ",
+        "postgresql": "WITH numbers AS (SELECT n FROM generate_series(1, :count) AS n) ",
+    }
+    async with database.write() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO jobs (task_id, state, input, worker_id, attempts, progress, stage, created_at, "
+                "started_at, finished_at, output, stop_requested) "
+                + numbers[connection.dialect.name]
+                + "SELECT 'old-' || n, 'completed', CAST(:input AS JSON), 'old-' || (n % 8), 1, 100, 'storing', "
+                ":now - 90, :now - 80, :now - 60, CAST(:output AS JSON), false FROM numbers"
+            ),
+            {"count": count, "now": database.clock(), "input": JOB.model_dump_json(), "output": output},
+        )
+        if connection.dialect.name == "postgresql":  # as autovacuum would; SQLite analyses nothing unasked
+            await connection.execute(text("ANALYZE jobs"))

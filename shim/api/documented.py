@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Header, Request
 from pydantic import BaseModel, Field
 
 from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
@@ -18,6 +18,11 @@ _DRAINED_BODY: Final = 1024 * 1024
 _GIB: Final = 1024**3
 
 router = APIRouter()
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(description="The same key and request again give the same task, not another one. Any text of your own."),
+]
 
 
 class GenerateResponse(BaseModel):
@@ -127,7 +132,7 @@ async def limited_body(request: Request) -> bytes:
 @router.post(
     "/generate",
     status_code=202,
-    responses=error_responses(400, 413, 500, 503),
+    responses=error_responses(400, 409, 413, 500, 503),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -136,10 +141,12 @@ async def limited_body(request: Request) -> bytes:
     },
 )
 async def generate(
-    body: Annotated[bytes, Depends(limited_body)], use: Annotated[Services, Depends(services)]
+    body: Annotated[bytes, Depends(limited_body)],
+    use: Annotated[Services, Depends(services)],
+    idempotency_key: IdempotencyKey = None,
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
-    accepted = await use.tasks.submit(parse_input(body))
+    accepted = await use.tasks.submit(parse_input(body), idempotency_key)
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
@@ -148,17 +155,28 @@ async def status(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:
     """Check the status of a video generation task."""
-    job = await use.tasks.find(task_id)
+    return _status(await use.tasks.find(task_id), request, use)
+
+
+@router.delete("/tasks/{task_id:path}", responses=error_responses(404, 500, 503))
+async def cancel(
+    task_id: str, request: Request, use: Annotated[Services, Depends(services)]
+) -> ProcessingStatus | CompletedStatus | FailedStatus:
+    """Cancel a task that waits or runs, and answer with its status from then on. A finished one stays as it is."""
+    return _status(await use.tasks.cancel(task_id), request, use)
+
+
+def _status(job: Job, request: Request, use: Services) -> ProcessingStatus | CompletedStatus | FailedStatus:
     if job.result is not None:
         return CompletedStatus(
-            task_id=task_id,
-            video_url=f"{public_url(request, use)}/videos/{task_id}.mp4",
+            task_id=job.task_id,
+            video_url=f"{public_url(request, use)}/videos/{job.task_id}.mp4",
             duration=job.result.input.duration,
             resolution=job.result.input.resolution,
             file_size=job.result.file_size,
         )
     if job.failure is not None:
-        return FailedStatus(task_id=task_id, error=job.failure.error, error_code=job.failure.error_code)
+        return FailedStatus(task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code)
     return _processing(job)
 
 

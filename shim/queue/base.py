@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 
 from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resolution, Stage, WorkerReport, WorkerState
 
@@ -13,6 +15,8 @@ from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resoluti
 #: It raises nothing: where the bucket can't be asked the answer is None, and the worker asks again before it renders.
 FindResult = Callable[[str], Awaitable[JobResult | None]]
 
+#: Removes what a job left in the bucket, by its task id. It raises nothing.
+Discard = Callable[[str], Awaitable[None]]
 
 #: What render times are alike for: the model asked for, resolution, duration in seconds.
 Kind = tuple[str, Resolution, int]
@@ -32,6 +36,10 @@ class QueueError(Exception):
 
 class QueueFullError(QueueError):
     """As many jobs wait as may wait."""
+
+
+class IdempotencyConflictError(QueueError):
+    """The same idempotency key came with another request before."""
 
 
 class QueueUnavailableError(QueueError):
@@ -77,6 +85,28 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Idempotency:
+    """What makes a request that is sent again the same one: digests of the client's key and of what it asks for.
+
+    Source: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/.
+    """
+
+    key: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, key: str, job_input: JobInput) -> Self:
+        """From the client's key and its request."""
+        asked = json.dumps(job_input.wire(), sort_keys=True)
+        return cls(_digest(key), _digest(asked))
+
+    def check(self, fingerprint: str | None) -> None:
+        """Raise IdempotencyConflictError unless the task that the key stands for was asked for with `fingerprint`."""
+        if fingerprint != self.fingerprint:
+            raise IdempotencyConflictError("This Idempotency-Key was sent with another request before")
+
+
+@dataclass(frozen=True)
 class Backlog:
     """The work ahead of a new job: one input for each waiting and running job, None where the queue hides it."""
 
@@ -119,10 +149,11 @@ class JobQueue(Protocol):
     Every method may raise QueueUnavailableError.
     """
 
-    async def submit(self, job_input: JobInput) -> Job:
-        """Queue a job.
+    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Job:
+        """Queue a job; or, where one was submitted with the same idempotency key before, give that one as of now.
 
         Raises:
+            IdempotencyConflictError: the one before was another; nothing was queued.
             QueueFullError: as many jobs wait as may wait; nothing was queued.
             ModelNotLoadedError: no worker could run it now; nothing was queued.
         """
@@ -159,3 +190,7 @@ class JobQueue(Protocol):
     async def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,43 +3,83 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, Final, Self
 
-from sqlalchemy import ColumnElement, Row, Select, update
-from sqlalchemy.exc import InterfaceError, OperationalError
+import psycopg
+from sqlalchemy import ColumnElement, Row, Select, Table, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from shim.queue.base import JobState, QueueUnavailableError
-from shim.queue.schema import jobs, open_engine, outcomes, workers, writing
+from shim.queue.engine import SUBMIT_LOCK, connection_parameters, database_url, open_engine, writing
+from shim.queue.schema import jobs, outcomes, workers
+
+#: Seconds after which to look for what nobody rang for: where other servers are not heard, and where they are.
+_LOOK_AGAIN: Final = 1.0
+_LOOK_AGAIN_LISTENING: Final = 10.0
+_LISTEN_AGAIN: Final = 1.0
+_CHANNEL: Final = "hunyuan_queue"
+
+log = logging.getLogger(__name__)
 
 
 class Database:
     """Transactions, the time, and a bell that rings when there is something new to look for.
 
-    `clock` gives seconds since the epoch. A worker counts as there for `worker_timeout` seconds after it was last seen.
+    On PostgreSQL the bell is heard by every server on the same database, as long as `listen` runs in each; and the
+    time is the database's, so that servers whose clocks differ agree on when a lease lapses. `clock` gives seconds
+    since the epoch in its place. A worker counts as there for `worker_timeout` seconds after it was last seen.
     """
 
     def __init__(
-        self, engine: AsyncEngine, *, clock: Callable[[], float] = time.time, worker_timeout: float = 60.0
+        self, engine: AsyncEngine, *, clock: Callable[[], float] | None = None, worker_timeout: float = 60.0
     ) -> None:
         self._engine = engine
         self._writing = writing(engine)
+        self._is_postgresql = engine.dialect.name == "postgresql"
         self._changed = asyncio.Event()
-        self.clock = clock
+        self._name = uuid.uuid4().hex
+        self._listening = False
+        self._clock = clock
+        self._ahead = 0.0
         self.worker_timeout = worker_timeout
 
     @classmethod
-    async def open(cls, url: str, *, clock: Callable[[], float] = time.time, worker_timeout: float = 60.0) -> Self:
-        """The database at `url` (SQLAlchemy's form), its tables made where they are missing."""
-        return cls(await open_engine(url), clock=clock, worker_timeout=worker_timeout)
+    async def open(cls, url: str, *, clock: Callable[[], float] | None = None, worker_timeout: float = 60.0) -> Self:
+        """The database at `url`, its tables made or brought up to date.
+
+        Raises:
+            ValueError: `url` is no address of a database that we know.
+            QueueUnavailableError: it does not answer, or refuses us.
+            QueueError: a newer release of the service made it.
+        """
+        database = cls(await open_engine(database_url(url)), clock=clock, worker_timeout=worker_timeout)
+        await database.set_clock()
+        return database
 
     async def close(self) -> None:
         """Let go of its connections."""
         await self._engine.dispose()
+
+    def clock(self) -> float:
+        """Seconds since the epoch, by the database's clock."""
+        return self._clock() if self._clock is not None else time.time() + self._ahead
+
+    async def set_clock(self) -> None:
+        """Ask the database for the time. Raises QueueUnavailableError."""
+        if not self._is_postgresql or self._clock is not None:
+            return
+        async with self.read() as connection:
+            asked = time.time()
+            answer = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
+            self._ahead = float(answer) - (asked + time.time()) / 2
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -49,19 +89,65 @@ class Database:
                 yield connection
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes, committed at the end of the block. Raises QueueUnavailableError."""
+    async def write(self, *, rings: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes, committed at the end of the block, and then rings if it `rings`.
+
+        Raises QueueUnavailableError.
+        """
         with _translated():
             async with self._writing.begin() as connection:
                 yield connection
+                if rings and self._is_postgresql:  # delivered if and when this transaction is committed
+                    await connection.execute(
+                        text("SELECT pg_notify(:channel, :name)"), {"channel": _CHANNEL, "name": self._name}
+                    )
+        if rings:
+            self._ring()
+
+    async def admit_one_by_one(self, connection: AsyncConnection) -> None:
+        """Until its transaction ends, hold back every other one that adds to the queue, on every server.
+
+        SQLite lets in one writer at a time anyway.
+        """
+        if self._is_postgresql:
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": SUBMIT_LOCK})
 
     @property
     def changed(self) -> asyncio.Event:
-        """Set at the next `ring`. Get it before you look."""
+        """Set when the bell rings next. Get it before you look."""
         return self._changed
 
-    def ring(self) -> None:
-        """Wake everyone who waits for `changed`."""
+    @property
+    def look_again(self) -> float:
+        """Seconds after which to look even if the bell was not heard."""
+        return _LOOK_AGAIN_LISTENING if self._listening else _LOOK_AGAIN
+
+    async def listen(self) -> None:
+        """Hear the bells that other servers ring, until cancelled. SQLite serves one server: there are no others."""
+        if not self._is_postgresql:
+            await asyncio.Event().wait()
+        while True:
+            try:
+                await self._listen()
+            except psycopg.Error as exc:
+                log.warning("the bells of other servers are not heard: %s", exc)
+            finally:
+                self._listening = False
+            await asyncio.sleep(_LISTEN_AGAIN)
+
+    async def _listen(self) -> None:
+        url = self._engine.url
+        address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        connecting = psycopg.AsyncConnection.connect(address, autocommit=True, **connection_parameters(url))
+        async with await connecting as connection:
+            await connection.execute(f"LISTEN {_CHANNEL}")
+            self._listening = True
+            self._ring()  # for what was missed
+            async for notification in connection.notifies():
+                if notification.payload != self._name:
+                    self._ring()
+
+    def _ring(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -72,9 +158,14 @@ class Database:
 
 @contextmanager
 def _translated() -> Iterator[None]:
+    """A server that is away, stops, or is a replica that takes no writes just now, is one that does not answer."""
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeoutError) as exc:
+    except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as exc:
+        raise QueueUnavailableError("The job queue's database does not answer") from exc
+    except DBAPIError as exc:
+        if not exc.connection_invalidated:
+            raise
         raise QueueUnavailableError("The job queue's database does not answer") from exc
 
 
@@ -100,6 +191,13 @@ async def end(
             update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
         )
     return ended.rowcount
+
+
+async def upsert(connection: AsyncConnection, table: Table, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Insert `row`, or make the `changes` to the row that has its primary key already."""
+    insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    keys: Sequence[str] = [column.name for column in table.primary_key]
+    await connection.execute(insert(table).values(**row).on_conflict_do_update(index_elements=keys, set_=dict(changes)))
 
 
 async def fetch_one(connection: AsyncConnection, statement: Select[Any]) -> Row[Any] | None:

@@ -11,12 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from handler.contract import ErrorCode, JobFailure, Progress, WorkerReport, WorkerState
-from shim.queue.base import FindResult, JobState
-from shim.queue.database import Database, end, fetch_all, fetch_one
+from shim.queue.base import Discard, FindResult, JobState, QueueError
+from shim.queue.database import Database, end, fetch_all, fetch_one, upsert
 from shim.queue.schema import jobs, render_times, valid_manifest, workers
 
 #: Seconds after which a stop that the worker has not followed is sent again.
@@ -25,8 +25,14 @@ _STOP_AGAIN: Final = 2.0
 _MEAN_OVER: Final = 20
 #: Rows of workers unseen for so many seconds are removed.
 _WORKER_TTL: Final = 3600.0
+#: How many jobs that ended long ago one sweep removes: few enough to keep nobody waiting.
+_SWEPT: Final = 1000
 
 log = logging.getLogger(__name__)
+
+
+class WorkerStoppingError(QueueError):
+    """That worker is about to end: there is nothing for it any more."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +49,51 @@ class Dispatcher:
 
     A running job belongs to its worker for `lease` seconds after that worker's last sign of life. One whose lease
     lapses is looked for in the bucket with `find_result`, else queued again at the front; after `max_attempts` it
-    fails.
+    fails. What a cancelled job finished all the same is removed with `discard`. Jobs are forgotten `history` seconds
+    after they ended.
     """
 
     def __init__(
-        self, database: Database, *, find_result: FindResult, max_attempts: int = 3, lease: float = 60.0
+        self,
+        database: Database,
+        *,
+        find_result: FindResult,
+        discard: Discard,
+        max_attempts: int = 3,
+        lease: float = 60.0,
+        history: float = 7 * 24 * 3600.0,
     ) -> None:
         self._database = database
         self._find_result = find_result
+        self._discard = discard
         self._max_attempts = max_attempts
         self._lease = lease
+        self._history = history
 
     @property
     def changed(self) -> asyncio.Event:
-        """Set when there is something new to take or to stop, in this process. Get it before you look."""
+        """Set when there is something new to take or to stop. Get it before you look."""
         return self._database.changed
+
+    @property
+    def look_again(self) -> float:
+        """Seconds after which to look even if `changed` was not set."""
+        return self._database.look_again
 
     async def take(self, worker_id: str) -> Delivery | None:
         """The job at the front, now this worker's.
 
         The SDK asks when it is idle. A job that the table says is still with this worker has lost its result, or
         never reached it: that one is settled first, and usually handed out again.
+
+        Raises:
+            WorkerStoppingError: the worker said that it takes no more.
         """
         await self._settle(jobs.c.worker_id == worker_id)
         async with self._database.read() as connection:
-            if not await self._has_news(connection, worker_id):
+            worker = await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
+            _check_taking(worker)
+            if not await self._has_news(connection, worker_id, worker):
                 return None
         now = self._database.clock()
         async with self._database.write() as connection:
@@ -114,7 +140,7 @@ class Dispatcher:
         A result is a result, whoever brings it: a worker that was given up for dead may still finish first, and
         then the one that renders the job again is told to stop.
         """
-        async with self._database.write() as connection:
+        async with self._database.write(rings=True) as connection:
             completed = await end(
                 connection,
                 self._database.clock(),
@@ -127,12 +153,14 @@ class Dispatcher:
             if completed:
                 await _observe(connection, output)
             await connection.execute(_stopped(worker_id, task_id))
-        self._database.ring()
+            state = await connection.scalar(select(jobs.c.state).where(jobs.c.task_id == task_id))
+        if state == JobState.CANCELLED:
+            await self._discard(task_id)
         return bool(completed)
 
     async def fail(self, worker_id: str, task_id: str, failure: JobFailure) -> bool:
         """Store a job's failure; False if it had ended before or is another worker's by now."""
-        async with self._database.write() as connection:
+        async with self._database.write(rings=True) as connection:
             failed = await end(
                 connection,
                 self._database.clock(),
@@ -142,13 +170,15 @@ class Dispatcher:
                 failure=failure.model_dump(mode="json"),
             )
             await connection.execute(_stopped(worker_id, task_id))
-        self._database.ring()
         return bool(failed)
 
     async def report(self, worker_id: str, report: WorkerReport) -> None:
-        """Note what a worker says of itself: a sign of life, for its job too."""
+        """Note what a worker says of itself: a sign of life, for its job too, until it says that it has stopped."""
+        if report.state is WorkerState.STOPPED:
+            await self.forget_worker(worker_id, blameless=True)
+            return
         now = self._database.clock()
-        async with self._database.write() as connection:
+        async with self._database.write(rings=report.state is WorkerState.STOPPING) as connection:
             await _save_worker(connection, worker_id, now, report.state, report.model_dump(mode="json"))
             await self._extend(connection, worker_id, now)
 
@@ -157,22 +187,24 @@ class Dispatcher:
 
         The SDK pings from a process of its own, which can outlive the worker: a ping alone makes no worker ready.
         """
-        now = self._database.clock()
         if not task_ids:
             return
+        now = self._database.clock()
+        named = jobs.c.task_id.in_(task_ids)
         async with self._database.write() as connection:
-            await self._extend(connection, worker_id, now, jobs.c.task_id.in_(task_ids))
             await connection.execute(
                 update(workers)
-                .where(
-                    workers.c.worker_id == worker_id,
-                    select(jobs.c.seq).where(*_held(worker_id), jobs.c.task_id.in_(task_ids)).exists(),
-                )
+                .where(workers.c.worker_id == worker_id, select(jobs.c.seq).where(*_held(worker_id), named).exists())
                 .values(last_seen=now)
             )
+            await self._extend(connection, worker_id, now, named)
 
     async def stops(self, worker_id: str) -> list[str]:
-        """The jobs that this worker is to stop now; one that it goes on with is named again after 2 seconds."""
+        """The jobs that this worker is to stop now; one that it goes on with is named again after 2 seconds.
+
+        Raises:
+            WorkerStoppingError: the worker said that it takes no more, and there is nothing to stop.
+        """
         now = self._database.clock()
         due = (
             jobs.c.worker_id == worker_id,
@@ -181,6 +213,7 @@ class Dispatcher:
         )
         async with self._database.read() as connection:
             if await connection.scalar(select(jobs.c.seq).where(*due).limit(1)) is None:
+                _check_taking(await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id)))
                 return []
         async with self._database.write() as connection:
             rows = await connection.execute(update(jobs).where(*due).values(stop_sent_at=now).returning(jobs.c.task_id))
@@ -193,18 +226,24 @@ class Dispatcher:
             await connection.execute(_stopped(worker_id))
         await self._settle(jobs.c.worker_id == worker_id, blameless=blameless)
 
-    async def forget_all_workers(self) -> None:
-        """No worker of an earlier life is there any more."""
+    async def forget_workers(self, prefix: str) -> None:
+        """The workers whose ids begin with `prefix` are gone: settle what they were at."""
         async with self._database.write() as connection:
-            await connection.execute(delete(workers))
-        await self._settle(true())
+            await connection.execute(delete(workers).where(workers.c.worker_id.startswith(prefix, autoescape=True)))
+        await self._settle(jobs.c.worker_id.startswith(prefix, autoescape=True))
 
     async def sweep(self) -> None:
-        """Settle the jobs whose lease has lapsed, and drop the rows of workers long unseen."""
+        """Settle the jobs whose lease has lapsed; drop what nobody has asked for in a long time."""
+        await self._database.set_clock()
         now = self._database.clock()
         await self._settle(jobs.c.lease_expires_at < now)
+        ended = jobs.c.finished_at < now - self._history
+        async with self._database.read() as connection:
+            old = await fetch_all(connection, select(jobs.c.seq).where(ended).limit(_SWEPT))
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
+            if old:  # `ended` again: it may have been queued again meanwhile
+                await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
 
     async def _settle(self, which: ColumnElement[bool], *, blameless: bool = False) -> None:
         """Running jobs that nobody is at: done after all, or queued again, or given up."""
@@ -216,18 +255,30 @@ class Dispatcher:
                 log.info("%s: its result was lost on the way, its manifest is in the bucket", row.task_id)
                 await self.complete(row.worker_id, row.task_id, result.model_dump(mode="json"))
             elif row.attempts >= self._max_attempts and not blameless:
-                log.error("%s: given up after %d attempts", row.task_id, row.attempts)
-                text = f"The worker was lost {row.attempts} times while it rendered this task"
-                failure = JobFailure(error=text, error_code=ErrorCode.GENERATION_FAILED)
-                await self.fail(row.worker_id, row.task_id, failure)
+                await self._give_up(row, which)
             else:
-                await self._give_back(row, blameless)
+                await self._give_back(row, which, blameless)
 
-    async def _give_back(self, row: Row[Any], blameless: bool) -> None:
-        async with self._database.write() as connection:
+    async def _give_up(self, row: Row[Any], which: ColumnElement[bool]) -> None:
+        text = f"The worker was lost {row.attempts} times while it rendered this task"
+        failure = JobFailure(error=text, error_code=ErrorCode.GENERATION_FAILED)
+        async with self._database.write(rings=True) as connection:
+            lost = await end(
+                connection,
+                self._database.clock(),
+                JobState.FAILED,
+                *_unchanged(row),
+                which,
+                failure=failure.model_dump(mode="json"),
+            )
+        if lost:
+            log.error("%s: given up after %d attempts", row.task_id, row.attempts)
+
+    async def _give_back(self, row: Row[Any], which: ColumnElement[bool], blameless: bool) -> None:
+        async with self._database.write(rings=True) as connection:
             result = await connection.execute(
                 update(jobs)
-                .where(*_held(row.worker_id), jobs.c.task_id == row.task_id, jobs.c.attempts == row.attempts)
+                .where(*_unchanged(row), which)
                 .values(
                     state=JobState.QUEUED,
                     worker_id=None,
@@ -237,16 +288,14 @@ class Dispatcher:
             )
         if result.rowcount:
             log.warning("%s: worker %s was lost, the task is queued again", row.task_id, row.worker_id)
-            self._database.ring()
 
-    async def _has_news(self, connection: AsyncConnection, worker_id: str) -> bool:
+    async def _has_news(self, connection: AsyncConnection, worker_id: str, worker: Row[Any] | None) -> bool:
         """Whether there is anything to write for a worker that asks; mostly there is not."""
         to_stop = select(jobs.c.task_id).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested == true())
         if await connection.scalar(_front()) is not None or await connection.scalar(to_stop.limit(1)) is not None:
             return True
-        row = await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
         fresh = self._database.clock() - self._database.worker_timeout / 4
-        return row is None or row.state != WorkerState.READY or row.last_seen <= fresh
+        return worker is None or worker.state != WorkerState.READY or worker.last_seen <= fresh
 
     async def _extend(
         self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool]
@@ -264,6 +313,16 @@ def _held(worker_id: str) -> tuple[ColumnElement[bool], ...]:
     return jobs.c.state == JobState.RUNNING, jobs.c.worker_id == worker_id
 
 
+def _unchanged(row: Row[Any]) -> tuple[ColumnElement[bool], ...]:
+    """That job, if nobody has taken, ended or given it back since `row` was read."""
+    return *_held(row.worker_id), jobs.c.task_id == row.task_id, jobs.c.attempts == row.attempts
+
+
+def _check_taking(worker: Row[Any] | None) -> None:
+    if worker is not None and worker.state == WorkerState.STOPPING:
+        raise WorkerStoppingError(worker.worker_id)
+
+
 def _stopped(worker_id: str, task_id: str | None = None) -> Update:
     """The worker is no longer at that job, or at any: it need not be told to stop."""
     statement = update(jobs).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested == true())
@@ -276,10 +335,8 @@ async def _save_worker(
     connection: AsyncConnection, worker_id: str, now: float, state: WorkerState, report: Any = None
 ) -> None:
     """Insert or update a worker's row; with no `report` the last one stays."""
-    values = {"last_seen": now, "state": state} | ({"report": report} if report is not None else {})
-    result = await connection.execute(update(workers).where(workers.c.worker_id == worker_id).values(**values))
-    if result.rowcount == 0:
-        await connection.execute(insert(workers).values(worker_id=worker_id, **values))
+    seen = {"last_seen": now, "state": state} | ({"report": report} if report is not None else {})
+    await upsert(connection, workers, {"worker_id": worker_id, **seen}, seen)
 
 
 async def _observe(connection: AsyncConnection, output: Any) -> None:
@@ -288,23 +345,14 @@ async def _observe(connection: AsyncConnection, output: Any) -> None:
     if manifest is None:
         return
     seconds = manifest.timings.get("total", 0.0)
-    kind = (
-        render_times.c.model == manifest.input.model,
-        render_times.c.resolution == manifest.input.resolution,
-        render_times.c.duration == manifest.input.duration,
-    )
-    row = await fetch_one(connection, select(render_times).where(*kind))
-    if row is None:
-        await connection.execute(
-            insert(render_times).values(
-                model=manifest.input.model,
-                resolution=manifest.input.resolution,
-                duration=manifest.input.duration,
-                mean=seconds,
-                samples=1,
-            )
-        )
-        return
-    samples = min(row.samples + 1, _MEAN_OVER)
-    mean = row.mean + (seconds - row.mean) / samples
-    await connection.execute(update(render_times).where(*kind).values(mean=mean, samples=samples))
+    known = render_times.c
+    samples = case((known.samples < _MEAN_OVER, known.samples + 1), else_=literal(_MEAN_OVER))
+    row = {
+        "model": manifest.input.model,
+        "resolution": manifest.input.resolution,
+        "duration": manifest.input.duration,
+        "mean": seconds,
+        "samples": 1,
+    }
+    changes = {"mean": known.mean + (seconds - known.mean) / samples, "samples": samples}
+    await upsert(connection, render_times, row, changes)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from handler.contract import ErrorCode, JobFailure, JobInput, Manifest, Progress, Stage
 from shim.queue.base import (
     Backlog,
+    Idempotency,
     Job,
     JobState,
     Kind,
@@ -70,7 +71,8 @@ class RunPodQueue:
 
     `base_url` as in RunPod's API (`https://api.runpod.ai/v2`); `execution_timeout` in seconds is how long RunPod lets
     one job run. The bound on waiting jobs is checked against the endpoint's own count, which other shims may be
-    adding to at the same moment: it is exact for one shim, approximate for several.
+    adding to at the same moment: it is exact for one shim, approximate for several. RunPod knows no idempotency keys:
+    they are remembered here, for as long as this shim lives.
     """
 
     def __init__(
@@ -99,18 +101,23 @@ class RunPodQueue:
         self._health_seen: tuple[float, Mapping[str, Any]] | None = None
         self._times: dict[Kind, float] = {}
         self._submitting = asyncio.Lock()
+        self._submitted: OrderedDict[str, tuple[str, str]] = OrderedDict()  # idempotency key -> fingerprint, task_id
 
     async def close(self) -> None:
         """Let go of connections."""
         await self._http.aclose()
 
-    async def submit(self, job_input: JobInput) -> Job:
+    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Job:
         """Queue a job; RunPod starts a worker for it if it must.
 
         A request that may have arrived is not sent twice: after a timeout the error is QueueUnavailableError, and the
         job may yet run, once.
         """
         async with self._submitting:
+            if idempotency is not None and idempotency.key in self._submitted:
+                fingerprint, task_id = self._submitted[idempotency.key]
+                idempotency.check(fingerprint)
+                return await self.get(task_id) or Job(task_id, JobState.QUEUED)
             waiting = (await self._health(fresh=True))["jobs"]["inQueue"]
             if waiting >= self._max_queue_size:
                 raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
@@ -119,7 +126,10 @@ class RunPodQueue:
                 "policy": {"executionTimeout": int(self._execution_timeout * 1000)},
             }
             answer = _body(await self._ask("POST", "/run", json=body, repeatable=False))
-        job = Job(str(answer["id"]), JobState.QUEUED)
+            job = Job(str(answer["id"]), JobState.QUEUED)
+            if idempotency is not None:
+                self._submitted[idempotency.key] = idempotency.fingerprint, job.task_id
+                _keep_newest(self._submitted)
         self._remember(job)
         return job
 
@@ -266,9 +276,13 @@ class RunPodQueue:
             )
         self._seen[job.task_id] = _Seen(job, now, first_at)
         self._seen.move_to_end(job.task_id)
-        if len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
+        _keep_newest(self._seen)
         return job
+
+
+def _keep_newest(remembered: OrderedDict[str, Any]) -> None:
+    if len(remembered) > _REMEMBERED:
+        remembered.popitem(last=False)
 
 
 def _failure(word: str, answer: Mapping[str, Any]) -> JobFailure | None:

@@ -1,33 +1,13 @@
-"""The tables of the SQL queue, and how its database is opened."""
+"""The tables of the SQL queue. `migrations/` makes them; a test holds the two against each other."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Connection,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    event,
-    func,
-    insert,
-    select,
-)
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
 
 from handler.contract import Manifest
-from shim.queue.base import JobState, QueueError
-
-VERSION: Final = 1
 
 metadata = MetaData()
 
@@ -52,12 +32,16 @@ jobs = Table(
     Column("failure", JSON(none_as_null=True)),
     Column("stop_requested", Boolean, nullable=False, default=False),
     Column("stop_sent_at", Float),
+    Column("idempotency_key", String(64)),  # a digest, see `shim.queue.base.Idempotency`
+    Column("fingerprint", String(64)),
 )
 
-# What waits, runs or must be stopped is found at the same cost however many jobs have ended.
+# What waits, runs, must be stopped or is old enough to go is found at the same cost however many jobs have ended.
 Index("jobs_by_state", jobs.c.state, jobs.c.seq)
 Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
+Index("jobs_by_finish", jobs.c.finished_at)
+Index("jobs_by_idempotency_key", jobs.c.idempotency_key, unique=True)
 
 workers = Table(
     "workers",
@@ -87,8 +71,6 @@ outcomes = Table(
     Column("total", BigInteger, nullable=False),
 )
 
-schema_version = Table("schema_version", metadata, Column("version", Integer, nullable=False))
-
 
 def valid_manifest(output: Any) -> Manifest | None:
     """A job's output, if it is what our handler returns."""
@@ -96,55 +78,3 @@ def valid_manifest(output: Any) -> Manifest | None:
         return Manifest.model_validate(output)
     except ValidationError:
         return None
-
-
-async def open_engine(url: str) -> AsyncEngine:
-    """An engine on the database at `url`, its tables made where they are missing.
-
-    Raises:
-        QueueError: a newer release of the service made the database.
-    """
-    engine = create_async_engine(url)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine.sync_engine, "connect", _configure_sqlite)
-        event.listen(engine.sync_engine, "begin", _begin_sqlite)
-    try:
-        async with writing(engine).begin() as connection:
-            await connection.run_sync(_create)
-    except BaseException:
-        await engine.dispose()
-        raise
-    return engine
-
-
-def writing(engine: AsyncEngine) -> AsyncEngine:
-    """The same engine, for transactions that write."""
-    return engine.execution_options(writes=True)
-
-
-def _create(connection: Connection) -> None:
-    metadata.create_all(connection)
-    version = connection.scalar(select(func.max(schema_version.c.version)))
-    if version is None:
-        connection.execute(insert(schema_version).values(version=VERSION))
-        connection.execute(insert(outcomes), [{"state": state, "total": 0} for state in JobState if state.is_terminal])
-    elif version > VERSION:
-        raise QueueError(f"the queue's database has version {version}, this release knows {VERSION}: upgrade it")
-
-
-def _configure_sqlite(connection: Any, _: object) -> None:
-    """WAL, so that readers never wait for a writer; FULL, so that an accepted task outlives a power cut, too.
-
-    Source: https://www.sqlite.org/pragma.html#pragma_synchronous. An fsync for each commit is nothing beside a render.
-    """
-    connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
-    cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """A transaction that will write takes the lock at once: an upgrade half-way would fail instead of waiting."""
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

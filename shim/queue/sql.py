@@ -1,4 +1,4 @@
-"""The REST side of our own job queue, in a SQL database: SQLite in WAL mode on one machine."""
+"""The REST side of our own job queue, in a SQL database: SQLite on one machine, PostgreSQL for many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from handler.contract import (
@@ -20,7 +20,16 @@ from handler.contract import (
     WorkerState,
     parse_input,
 )
-from shim.queue.base import Backlog, Job, JobState, ModelNotLoadedError, QueueFullError, RenderTimes, Workers
+from shim.queue.base import (
+    Backlog,
+    Idempotency,
+    Job,
+    JobState,
+    ModelNotLoadedError,
+    QueueFullError,
+    RenderTimes,
+    Workers,
+)
 from shim.queue.database import Database, end, fetch_all, fetch_one
 from shim.queue.schema import jobs, outcomes, render_times, valid_manifest, workers
 
@@ -36,13 +45,15 @@ class SqlQueue:
         """Let go of the database."""
         await self._database.close()
 
-    async def submit(self, job_input: JobInput) -> Job:
+    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Job:
         """Queue a job, if a worker has the model loaded and there is room. See `JobQueue.submit`."""
-        async with self._database.write() as connection:
+        async with self._database.write(rings=True) as connection:
+            await self._database.admit_one_by_one(connection)
+            if idempotency is not None and (before := await self._submitted(connection, idempotency)) is not None:
+                return before
             await self._check_ready(connection)
             position = await self._check_room(connection)
-            task_id = await self._insert(connection, job_input.wire(), {})
-        self._database.ring()
+            task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
         return Job(task_id, JobState.QUEUED, queue_position=position)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
@@ -51,20 +62,15 @@ class SqlQueue:
         Raises:
             QueueFullError: as many jobs wait as may wait.
         """
-        async with self._database.write() as connection:
+        async with self._database.write(rings=True) as connection:
+            await self._database.admit_one_by_one(connection)
             await self._check_room(connection)
-            task_id = await self._insert(connection, payload, extras)
-        self._database.ring()
-        return task_id
+            return await self._insert(connection, payload, extras)
 
     async def get(self, task_id: str) -> Job | None:
         """The job as of now."""
         async with self._database.read() as connection:
-            row = await fetch_one(connection, select(jobs).where(jobs.c.task_id == task_id))
-            if row is None:
-                return None
-            position = await self._position(connection, row) if row.state == JobState.QUEUED else None
-        return self._job(row, position)
+            return await self._find(connection, jobs.c.task_id == task_id)
 
     async def output(self, task_id: str) -> Any:
         """What the job returned, word for word; None before it did."""
@@ -74,7 +80,7 @@ class SqlQueue:
     async def cancel(self, task_id: str) -> Job | None:
         """Stop a waiting or running job. The worker of a running one is told through `stops`."""
         failure = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
-        async with self._database.write() as connection:
+        async with self._database.write(rings=True) as connection:
             await end(
                 connection,
                 self._database.clock(),
@@ -83,13 +89,13 @@ class SqlQueue:
                 failure=failure.model_dump(mode="json"),
                 stop_requested=jobs.c.state == JobState.RUNNING,
             )
-        self._database.ring()
-        return await self.get(task_id)
+            return await self._find(connection, jobs.c.task_id == task_id)
 
     async def purge(self) -> int:
         """Cancel every waiting job; how many there were."""
         failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
         async with self._database.write() as connection:
+            await self._database.admit_one_by_one(connection)
             return await end(
                 connection,
                 self._database.clock(),
@@ -104,14 +110,14 @@ class SqlQueue:
         Raises:
             QueueFullError: as many jobs wait as may wait.
         """
-        async with self._database.write() as connection:
+        async with self._database.write(rings=True) as connection:
+            await self._database.admit_one_by_one(connection)
             await self._check_room(connection)
             result = await connection.execute(
                 update(jobs)
                 .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
                 .values(state=JobState.QUEUED, failure=None, attempts=0, progress=0, stage=None, finished_at=None)
             )
-        self._database.ring()
         return result.rowcount > 0
 
     async def backlog(self) -> Backlog:
@@ -151,7 +157,28 @@ class SqlQueue:
             rows = await fetch_all(connection, select(outcomes))
         return {JobState(row.state): row.total for row in rows}
 
-    async def _insert(self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any]) -> str:
+    async def _submitted(self, connection: AsyncConnection, idempotency: Idempotency) -> Job | None:
+        which = jobs.c.idempotency_key == idempotency.key
+        row = await fetch_one(connection, select(jobs.c.fingerprint).where(which))
+        if row is None:
+            return None
+        idempotency.check(row.fingerprint)
+        return await self._find(connection, which)
+
+    async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> Job | None:
+        row = await fetch_one(connection, select(jobs).where(which))
+        if row is None:
+            return None
+        position = await self._position(connection, row) if row.state == JobState.QUEUED else None
+        return self._job(row, position)
+
+    async def _insert(
+        self,
+        connection: AsyncConnection,
+        payload: Any,
+        extras: Mapping[str, Any],
+        idempotency: Idempotency | None = None,
+    ) -> str:
         task_id = str(uuid.uuid4())
         await connection.execute(
             insert(jobs).values(
@@ -160,6 +187,8 @@ class SqlQueue:
                 input=payload,
                 extras=dict(extras) or None,
                 created_at=self._database.clock(),
+                idempotency_key=idempotency.key if idempotency else None,
+                fingerprint=idempotency.fingerprint if idempotency else None,
             )
         )
         return task_id

@@ -1,4 +1,4 @@
-"""What every `JobQueue` promises: our SQL queue, and RunPod's over HTTP (against our own platform)."""
+"""What every `JobQueue` promises: our SQL queue on both databases, and RunPod's over HTTP (against our platform)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from handler.contract import ErrorCode, JobFailure, Progress, Stage
-from shim.queue.base import JobState, QueueFullError, kind_of
-from tests.queues import BENCHES, JOB, Bench, result
+from shim.queue.base import Idempotency, IdempotencyConflictError, JobState, QueueFullError, kind_of
+from tests.queues import JOB, Bench, result, runpod_bench, sql_bench
 
 
-@pytest.fixture(params=BENCHES)
+@pytest.fixture(params=["sqlite", "postgresql", "runpod"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
-    async with BENCHES[request.param](tmp_path) as made:
+    on_postgresql = request.param == "postgresql"
+    url = request.getfixturevalue("postgres").create_database() if on_postgresql else f"sqlite:///{tmp_path}/queue.db"
+    async with runpod_bench(url) if request.param == "runpod" else sql_bench(url) as made:
         await made.worker()
         yield made
 
@@ -156,6 +158,27 @@ async def test_the_bound_holds_for_requests_at_the_same_moment(bench: Bench) -> 
     assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) == 9
     bench.later()
     assert len((await bench.queue.backlog()).waiting) == 3
+
+
+async def test_a_key_that_comes_again_gives_the_same_job(bench: Bench) -> None:
+    key = Idempotency.of("a key of the client", JOB)
+    jobs = await asyncio.gather(*(bench.queue.submit(JOB, key) for _ in range(5)))
+    assert len({job.task_id for job in jobs}) == 1
+    assert await bench.take() == jobs[0].task_id
+    again = await bench.queue.submit(JOB, key)
+    assert (again.task_id, again.state) == (jobs[0].task_id, JobState.RUNNING)
+    assert (await bench.queue.submit(JOB, Idempotency.of("another key", JOB))).task_id != again.task_id
+
+
+async def test_a_key_that_comes_with_another_request_is_refused_and_one_for_a_full_queue_is_not(bench: Bench) -> None:
+    key = Idempotency.of("a key of the client", JOB)
+    first = await bench.queue.submit(JOB, key)
+    for _ in range(2):
+        await bench.queue.submit(JOB)
+    assert (await bench.queue.submit(JOB, key)).task_id == first.task_id
+    other = JOB.model_copy(update={"duration": 6})
+    with pytest.raises(IdempotencyConflictError):
+        await bench.queue.submit(other, Idempotency.of("a key of the client", other))
 
 
 async def test_the_backlog_counts_what_waits_and_runs(bench: Bench) -> None:

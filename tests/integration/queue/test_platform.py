@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,8 +18,8 @@ INPUT = JOB.wire()
 
 
 @pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with platform_bench(tmp_path) as made:
+async def bench(database_url: str) -> AsyncIterator[Bench]:
+    async with platform_bench(database_url) as made:
         yield made
 
 
@@ -111,8 +110,8 @@ async def test_an_empty_queue_holds_the_worker_instead_of_letting_it_ask_in_a_fr
         assert time.monotonic() - started >= 0.25, path
 
 
-async def test_a_held_worker_gets_a_new_job_at_once(tmp_path: Path) -> None:
-    async with platform_bench(tmp_path, hold=20) as bench:
+async def test_a_held_worker_gets_a_new_job_at_once(database_url: str) -> None:
+    async with platform_bench(database_url, hold=20) as bench:
         headers = {"Authorization": TOKEN}
         async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=30) as client:
             held = asyncio.create_task(client.get("/job-take/w1?a=b"))

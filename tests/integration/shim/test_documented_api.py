@@ -82,7 +82,7 @@ async def server(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterat
 
 @asynccontextmanager
 async def running(directory: Path, bucket: Bucket, **options: Any) -> AsyncIterator[Server]:
-    async with sql_bench(directory, max_queue_size=10) as bench:
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=10) as bench:
         app = create_app(bench.queue, bucket, **options)
         async with serving(app) as address, httpx.AsyncClient(base_url=address, timeout=30) as http:
             yield Server(bench, bucket, http, app)

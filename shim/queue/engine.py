@@ -1,0 +1,129 @@
+"""How the SQL queue's database is opened: SQLite on one machine, PostgreSQL for many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import alembic.command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import URL, Connection, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from shim.queue.base import QueueError, QueueUnavailableError
+
+#: PostgreSQL's advisory locks are numbers; these are ours, within the queue's database.
+MIGRATION_LOCK: Final = 1_500_001
+SUBMIT_LOCK: Final = 1_500_002
+
+#: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. A server that
+#: vanishes without a word is noticed within seconds, not after the kernel's quarter of an hour.
+_POSTGRESQL: Final = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "application_name": "hunyuan",
+    "options": "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
+}
+
+
+def database_url(text: str) -> URL:
+    """`text` as SQLAlchemy takes it, with our driver: `sqlite:///file` or `postgresql://user:password@host/database`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError as exc:
+        raise ValueError("takes postgresql://user:password@host:5432/database") from exc
+    match url.get_backend_name():
+        case "sqlite":
+            return url.set(drivername="sqlite+aiosqlite")
+        case "postgresql" | "postgres":
+            return url.set(drivername="postgresql+psycopg")
+        case other:
+            raise ValueError(f"takes postgresql://user:password@host:5432/database, not {other}")
+
+
+async def open_engine(url: URL) -> AsyncEngine:
+    """An engine on the database at `url`, its tables made or brought up to date.
+
+    Raises:
+        QueueUnavailableError: the database does not answer, or refuses us.
+        QueueError: a newer release of the service made the database.
+    """
+    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+    try:
+        async with writing(engine).begin() as connection:
+            await connection.run_sync(migrate)
+    except DBAPIError as exc:
+        await engine.dispose()
+        raise QueueUnavailableError(f"the database {url.render_as_string()} can't be used: {exc.orig}") from exc
+    except BaseException:
+        await engine.dispose()
+        raise
+    return engine
+
+
+def writing(engine: AsyncEngine) -> AsyncEngine:
+    """The same engine, for transactions that write."""
+    return engine.execution_options(writes=True)
+
+
+def migrate(connection: Connection, revision: str = "head") -> None:
+    """Bring the tables up to `revision` and keep what is in them; one server at a time, the others wait."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    try:
+        alembic.command.upgrade(config, revision)
+    except CommandError as exc:
+        raise QueueError(f"a newer release made the queue's database, this one must be upgraded: {exc}") from exc
+
+
+def _postgresql(url: URL) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        connect_args=connection_parameters(url),
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=10,
+        pool_timeout=5,
+    )
+
+
+def connection_parameters(url: URL) -> dict[str, Any]:
+    """How we connect to PostgreSQL; what the URL says of it goes before."""
+    return {name: value for name, value in _POSTGRESQL.items() if name not in url.query}
+
+
+def _sqlite(url: URL) -> AsyncEngine:
+    engine = create_async_engine(url)
+    event.listen(engine.sync_engine, "connect", _configure_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _: object) -> None:
+    """WAL, so that readers never wait for a writer; FULL, so that an accepted task outlives a power cut, too.
+
+    Source: https://www.sqlite.org/pragma.html#pragma_synchronous. An fsync for each commit is nothing beside a render.
+    """
+    connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A transaction that will write takes the lock at once: an upgrade half-way would fail instead of waiting."""
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
