@@ -4,9 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.postgres import Postgres, running_postgres
+
+# A few examples on each run of everything; many with --hypothesis-profile=full.
+hypothesis.settings.register_profile("short", max_examples=40, print_blob=True)
+hypothesis.settings.register_profile("full", max_examples=400, print_blob=True)
+hypothesis.settings.load_profile("short")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run beside each other already: torch with a thread for each core would only get in its own way.

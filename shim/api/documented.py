@@ -15,14 +15,10 @@ from shim.queue.base import Job, QueueUnavailableError, Workers
 
 MAX_BODY: Final = 64 * 1024
 _DRAINED_BODY: Final = 1024 * 1024
+_MAX_IDEMPOTENCY_KEY: Final = 255
 _GIB: Final = 1024**3
 
 router = APIRouter()
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(description="The same key and request again give the same task, not another one. Any text of your own."),
-]
 
 
 class GenerateResponse(BaseModel):
@@ -129,6 +125,26 @@ async def limited_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def idempotency_key(
+    given: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            description="Any text of your own, up to 255 characters. The same request with the same key again gives "
+            "the same task, not another one.",
+        ),
+    ] = None,
+) -> str | None:
+    """The request's key, if it has one.
+
+    Raises:
+        ApiError: INVALID_REQUEST for one that is empty or too long.
+    """
+    if given is not None and not 1 <= len(given.strip()) <= _MAX_IDEMPOTENCY_KEY:
+        raise ApiError(ErrorCode.INVALID_REQUEST, f"Idempotency-Key takes 1-{_MAX_IDEMPOTENCY_KEY} characters")
+    return given
+
+
 @router.post(
     "/generate",
     status_code=202,
@@ -143,10 +159,10 @@ async def limited_body(request: Request) -> bytes:
 async def generate(
     body: Annotated[bytes, Depends(limited_body)],
     use: Annotated[Services, Depends(services)],
-    idempotency_key: IdempotencyKey = None,
+    key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
-    accepted = await use.tasks.submit(parse_input(body), idempotency_key)
+    accepted = await use.tasks.submit(parse_input(body), key)
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings
 from handler.contract import ErrorCode
 from handler.settings import WorkerSettings
 from shim.errors import STATUS
-from shim.settings import ClientSettings, ShimSettings
+from shim.settings import ClientSettings, RemoteWorkerSettings, ShimSettings
 from storage.settings import BucketSettings
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +22,7 @@ SETTINGS: dict[str, type[BaseSettings]] = {
     "The server": ShimSettings,
     "The bucket": BucketSettings,
     "The worker": WorkerSettings,
+    "A worker on another host": RemoteWorkerSettings,
     "The command line client": ClientSettings,
 }
 

@@ -1,0 +1,349 @@
+"""The SQL queue against a model of it that fits on a page: any calls in any order, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import text
+
+from handler.contract import ErrorCode, JobFailure, JobResult, Progress, Stage, WorkerReport, WorkerState
+from shim.queue.base import (
+    Idempotency,
+    IdempotencyConflictError,
+    Job,
+    JobState,
+    ModelNotLoadedError,
+    QueueFullError,
+)
+from shim.queue.database import Database
+from shim.queue.dispatch import Delivery, Dispatcher
+from shim.queue.sql import SqlQueue
+from tests.queues import JOB, Clock, result
+
+T = TypeVar("T")
+MAX_WAITING = 4
+MAX_ATTEMPTS = 3
+LEASE = 60.0
+WORKERS = st.sampled_from(["w1", "w2", "w3"])
+OTHER = JOB.model_copy(update={"duration": 6})
+FAILURE = JobFailure(error="bad luck", error_code=ErrorCode.OOM_ERROR)
+
+
+@dataclass
+class Expected:
+    """What a job should be like."""
+
+    task_id: str
+    state: JobState = JobState.QUEUED
+    worker: str | None = None
+    attempts: int = 0
+    progress: int = 0
+    lease: float = 0.0
+
+    @property
+    def is_running(self) -> bool:
+        return self.state is JobState.RUNNING
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """`jobs` is the model, in the order of submission; `queue` and `dispatcher` are the real ones."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.clock = Clock()
+        self.stored: set[str] = set()
+        self.jobs: dict[str, Expected] = {}
+        self.keys: dict[str, tuple[str, bool]] = {}
+        self.last_seen: dict[str, float] = {}
+        self.ended = dict.fromkeys((JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED), 0)
+        self.database = self.run(Database.open(url, clock=self.clock))
+        self.queue = SqlQueue(self.database, max_queue_size=MAX_WAITING)
+        self.dispatcher = Dispatcher(
+            self.database, find_result=self.find_result, discard=self.discard, max_attempts=MAX_ATTEMPTS, lease=LEASE
+        )
+        self.run(self.empty())
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(call)
+
+    async def empty(self) -> None:
+        async with self.database.write() as connection:
+            for table in ("jobs", "workers", "render_times"):
+                await connection.execute(text(f"DELETE FROM {table}"))
+            await connection.execute(text("UPDATE outcomes SET total = 0"))
+
+    def teardown(self) -> None:
+        self.run(self.database.close())
+        self.runner.close()
+
+    async def find_result(self, task_id: str) -> JobResult | None:
+        return result(task_id) if task_id in self.stored else None
+
+    async def discard(self, task_id: str) -> None:
+        self.stored.discard(task_id)
+
+    # The model's half of what happens.
+
+    @property
+    def waiting(self) -> list[Expected]:
+        return [job for job in self.jobs.values() if job.state is JobState.QUEUED]
+
+    def end(self, job: Expected, state: JobState) -> None:
+        job.state = state
+        self.ended[state] += 1
+
+    def settle(self, *jobs: Expected, blameless: bool = False) -> None:
+        for job in jobs:
+            if job.task_id in self.stored:
+                self.end(job, JobState.COMPLETED)
+                job.progress = 100
+            elif job.attempts >= MAX_ATTEMPTS and not blameless:
+                self.end(job, JobState.FAILED)
+            else:
+                job.state, job.worker = JobState.QUEUED, None
+                job.attempts -= blameless
+
+    def held_by(self, worker: str) -> list[Expected]:
+        return [job for job in self.jobs.values() if job.is_running and job.worker == worker]
+
+    def has_ready_worker(self) -> bool:
+        return any(seen > self.clock.now - 60 for seen in self.last_seen.values())
+
+    def taken(self, worker: str, job: Expected, delivery: Delivery | None) -> None:
+        assert delivery is not None
+        assert delivery.task_id == job.task_id, "the queue is first in, first out"
+        job.state, job.worker, job.lease = JobState.RUNNING, worker, self.clock.now + LEASE
+        job.attempts += 1
+
+    # What can happen.
+
+    @initialize()
+    def a_worker_is_there(self) -> None:
+        self.a_worker_reports("w1")
+
+    @rule(seconds=st.sampled_from([1, 20, 61]))
+    def time_passes(self, seconds: int) -> None:
+        self.clock.now += seconds
+
+    @rule(worker=WORKERS)
+    def a_worker_reports(self, worker: str) -> None:
+        self.run(self.dispatcher.report(worker, WorkerReport(state=WorkerState.READY, model="scripted")))
+        self.last_seen[worker] = self.clock.now
+        for job in self.held_by(worker):
+            job.lease = self.clock.now + LEASE
+
+    @rule(count=st.integers(1, 6))
+    def clients_submit_at_the_same_moment(self, count: int) -> None:
+        async def submit_all() -> list[Job | BaseException]:
+            calls = (self.queue.submit(JOB) for _ in range(count))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        outcomes = self.run(submit_all())
+        accepted = [outcome for outcome in outcomes if isinstance(outcome, Job)]
+        refused = [outcome for outcome in outcomes if not isinstance(outcome, Job)]
+        if self.has_ready_worker():
+            assert len(accepted) == min(count, max(MAX_WAITING - len(self.waiting), 0))
+            assert all(isinstance(outcome, QueueFullError) for outcome in refused)
+        else:
+            assert all(isinstance(outcome, ModelNotLoadedError) for outcome in outcomes)
+        for job in sorted(accepted, key=lambda job: job.queue_position or 0):
+            self.jobs[job.task_id] = Expected(job.task_id)
+
+    @rule(key=st.sampled_from(["k1", "k2"]), other=st.booleans())
+    def a_client_submits_with_a_key(self, key: str, other: bool) -> None:
+        asked = OTHER if other else JOB
+        try:
+            job = self.run(self.queue.submit(asked, Idempotency.of(key, asked)))
+        except IdempotencyConflictError:
+            assert self.keys[key][1] is not other
+        except QueueFullError:
+            assert key not in self.keys
+            assert len(self.waiting) >= MAX_WAITING
+        except ModelNotLoadedError:
+            assert key not in self.keys
+            assert not self.has_ready_worker()
+        else:
+            assert self.keys.setdefault(key, (job.task_id, other)) == (job.task_id, other)
+            self.jobs.setdefault(job.task_id, Expected(job.task_id))
+
+    @rule(worker=WORKERS)
+    def a_worker_asks(self, worker: str) -> None:
+        self.settle(*self.held_by(worker))
+        waiting = self.waiting
+        delivery = self.run(self.dispatcher.take(worker))
+        if waiting:
+            self.taken(worker, waiting[0], delivery)
+            self.last_seen[worker] = self.clock.now
+        else:
+            assert delivery is None
+            if self.last_seen.get(worker, 0.0) <= self.clock.now - 15:
+                self.last_seen[worker] = self.clock.now
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def workers_ask_at_the_same_moment(self) -> None:
+        workers = ["x1", "x2", "x3", "x4", "x5", "x6"]
+        for worker in workers:
+            self.settle(*self.held_by(worker))
+        waiting = self.waiting
+
+        async def take_all() -> list[Delivery | None]:
+            return await asyncio.gather(*(self.dispatcher.take(worker) for worker in workers))
+
+        deliveries = dict(zip(workers, self.run(take_all()), strict=True))
+        taken = {delivery.task_id: worker for worker, delivery in deliveries.items() if delivery is not None}
+        assert set(taken) == {job.task_id for job in waiting[: len(workers)]}, "each once, and the first ones"
+        for job in waiting[: len(workers)]:
+            self.taken(taken[job.task_id], job, deliveries[taken[job.task_id]])
+        for worker in workers:
+            self.last_seen[worker] = self.clock.now  # at least those that got one; the rest may be as fresh
+        for worker, delivery in deliveries.items():
+            if delivery is None:
+                self.run(self.dispatcher.report(worker, WorkerReport(state=WorkerState.READY, model="scripted")))
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), percent=st.integers(0, 99))
+    def progress_arrives(self, data: st.DataObject, percent: int) -> None:
+        job = self.any_job(data)
+        worker = self.any_worker(data, job)
+        progress = Progress(progress=percent, stage=Stage.DENOISING)
+        self.run(self.dispatcher.record_progress(worker, job.task_id, progress))
+        if job.is_running and job.worker == worker:
+            job.progress, job.lease = max(job.progress, percent), self.clock.now + LEASE
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_ping_names_a_job(self, data: st.DataObject) -> None:
+        job = self.any_job(data)
+        worker = self.any_worker(data, job)
+        self.run(self.dispatcher.ping(worker, [job.task_id]))
+        if job.is_running and job.worker == worker:
+            job.lease = self.clock.now + LEASE
+            if worker in self.last_seen:
+                self.last_seen[worker] = self.clock.now
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_result_arrives(self, data: st.DataObject) -> None:
+        job = self.any_job(data)
+        worker = self.any_worker(data, job)
+        output = result(job.task_id).model_dump(mode="json")
+        completed = self.run(self.dispatcher.complete(worker, job.task_id, output))
+        assert completed is not job.state.is_terminal
+        if completed:
+            self.end(job, JobState.COMPLETED)
+            job.progress = 100
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_failure_arrives(self, data: st.DataObject) -> None:
+        job = self.any_job(data)
+        worker = self.any_worker(data, job)
+        failed = self.run(self.dispatcher.fail(worker, job.task_id, FAILURE))
+        assert failed is (job.is_running and job.worker == worker)
+        if failed:
+            self.end(job, JobState.FAILED)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_manifest_is_stored(self, data: st.DataObject) -> None:
+        job = self.any_job(data)
+        if job.is_running:
+            self.stored.add(job.task_id)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_client_cancels(self, data: st.DataObject) -> None:
+        job = self.any_job(data)
+        seen = self.run(self.queue.cancel(job.task_id))
+        if not job.state.is_terminal:
+            self.end(job, JobState.CANCELLED)
+        assert seen is not None
+        assert seen.state is job.state
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_client_retries(self, data: st.DataObject) -> None:
+        job = self.any_job(data)
+        try:
+            retried = self.run(self.queue.retry(job.task_id))
+        except QueueFullError:
+            assert len(self.waiting) >= MAX_WAITING
+            return
+        assert retried is (job.state is JobState.FAILED)
+        if retried:
+            job.state, job.worker, job.attempts, job.progress = JobState.QUEUED, None, 0, 0
+
+    @rule(data=st.data(), blameless=st.booleans())
+    def a_worker_is_lost(self, data: st.DataObject, blameless: bool) -> None:
+        running = [job.worker for job in self.jobs.values() if job.is_running and job.worker]
+        worker = data.draw(st.sampled_from([*running, "w1", "w2"]))
+        held = self.held_by(worker)
+        self.run(self.dispatcher.forget_worker(worker, blameless=blameless))
+        self.settle(*held, blameless=blameless)
+        self.last_seen.pop(worker, None)
+
+    @rule()
+    def leases_are_swept(self) -> None:
+        lapsed = [job for job in self.jobs.values() if job.is_running and job.lease < self.clock.now]
+        self.run(self.dispatcher.sweep())
+        self.settle(*lapsed)
+
+    def any_job(self, data: st.DataObject) -> Expected:
+        """Any at all, but mostly one that runs: most of what can go wrong goes wrong with those."""
+        running = [job for job in self.jobs.values() if job.is_running]
+        return data.draw(st.sampled_from([*running * 3, *self.jobs.values()]))
+
+    def any_worker(self, data: st.DataObject, job: Expected) -> str:
+        """Any at all, but mostly the one that has the job."""
+        return data.draw(st.sampled_from([job.worker or "w1"] * 3 + ["w1", "w2", "w3"]))
+
+    # What must hold after each of them.
+
+    @invariant()
+    def every_job_is_as_expected(self) -> None:
+        for expected in self.jobs.values():
+            job = self.run(self.queue.get(expected.task_id))
+            assert job is not None
+            assert job.state is expected.state
+            assert job.progress == expected.progress
+            assert (job.result is not None) == (job.state is JobState.COMPLETED)
+            assert (job.failure is not None) == (job.state in (JobState.FAILED, JobState.CANCELLED))
+
+    @invariant()
+    def the_queue_counts_what_there_is(self) -> None:
+        backlog = self.run(self.queue.backlog())
+        assert len(backlog.waiting) == len(self.waiting)
+        assert len(backlog.running) == sum(job.is_running for job in self.jobs.values())
+        assert self.run(self.queue.ended()) == self.ended
+        for position, job in enumerate(self.waiting, start=1):
+            seen = self.run(self.queue.get(job.task_id))
+            assert seen is not None
+            assert seen.queue_position == position
+
+
+@pytest.mark.timeout(1200)
+def test_the_queue_is_as_its_model(database_url: str) -> None:
+    class Machine(QueueMachine):
+        def __init__(self) -> None:
+            super().__init__(database_url)
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from handler.contract import ErrorCode, Gpu, JobFailure, Progress, Stage, Worker
 from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
+from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
 from tests.http_server import serving
 from tests.queues import JOB, NOWHERE, Bench, result, sql_bench
@@ -42,8 +43,8 @@ class Server:
     http: httpx.AsyncClient
     app: Any
 
-    async def generate(self, **fields: Any) -> httpx.Response:
-        return await self.http.post("/generate", json={**REQUEST, **fields})
+    async def generate(self, headers: Mapping[str, str] | None = None, **fields: Any) -> httpx.Response:
+        return await self.http.post("/generate", json={**REQUEST, **fields}, headers=headers)
 
     async def task(self) -> str:
         response = await self.generate()
@@ -130,6 +131,60 @@ async def test_the_prompt_is_trimmed(server: Server) -> None:
     assert delivery.input["prompt"] == "y" * 500
 
 
+# The same request again
+
+
+async def test_a_request_that_is_sent_again_with_its_key_makes_one_task(server: Server) -> None:
+    responses = [await server.generate(headers={"Idempotency-Key": "order 1"}) for _ in range(3)]
+    assert [response.status_code for response in responses] == [202] * 3
+    assert len({response.json()["task_id"] for response in responses}) == 1
+    other = await server.generate(headers={"Idempotency-Key": "order 2"})
+    assert other.json()["task_id"] != responses[0].json()["task_id"]
+
+
+async def test_a_key_is_good_for_one_request(server: Server) -> None:
+    await server.generate(headers={"Idempotency-Key": "order 1"})
+    response = await server.generate(duration=6, headers={"Idempotency-Key": "order 1"})
+    assert_error(response, 409, ErrorCode.IDEMPOTENCY_KEY_REUSED)
+    for key in ("", " ", "x" * 256):
+        response = await server.generate(headers={"Idempotency-Key": key})
+        assert_error(response, 400, ErrorCode.INVALID_REQUEST, "Idempotency-Key")
+
+
+# Cancel
+
+
+async def test_a_waiting_task_is_cancelled_and_never_starts(server: Server) -> None:
+    task_id = await server.task()
+    response = await server.http.delete(f"/tasks/{task_id}")
+    assert response.status_code == 200
+    assert response.json() == (await server.http.get(f"/status/{task_id}")).json()
+    assert (response.json()["status"], response.json()["error_code"]) == ("failed", "CANCELLED")
+    assert await server.bench.dispatcher.take("w1") is None
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY)
+
+
+async def test_what_a_running_task_had_stored_is_removed_when_it_is_cancelled(server: Server) -> None:
+    task_id = await server.task()
+    await server.bench.take()
+    await asyncio.to_thread(server.bucket.put_bytes, b"...", layout.video_key(task_id), content_type="video/mp4")
+    assert (await server.http.delete(f"/tasks/{task_id}")).json()["error_code"] == "CANCELLED"
+    with pytest.raises(ObjectNotFoundError):
+        await asyncio.to_thread(server.bucket.head, layout.video_key(task_id))
+    assert await server.bench.dispatcher.stops("w1") == [task_id]
+
+
+async def test_a_finished_task_is_not_cancelled(server: Server) -> None:
+    task_id = await server.finished()
+    assert (await server.http.delete(f"/tasks/{task_id}")).json()["status"] == "completed"
+    assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
+
+
+@pytest.mark.parametrize("task_id", ["no-such-task", "../../etc/passwd", "%00", "x" * 300])
+async def test_a_task_that_is_not_known_can_not_be_cancelled(server: Server, task_id: str) -> None:
+    assert_error(await server.http.delete(f"/tasks/{task_id}"), 404, ErrorCode.TASK_NOT_FOUND)
+
+
 # 400, one code for each field
 
 
@@ -171,7 +226,7 @@ async def test_a_model_whose_weights_are_not_there_is_refused_naming_those_that_
 
 
 async def test_optional_parameters_reach_the_worker(server: Server) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "aspect_ratio": "9:16",
         "seed": 7,
         "negative_prompt": "blurry",
@@ -523,12 +578,13 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
     assert {path: sorted(methods) for path, methods in schema["paths"].items()} == {
         "/generate": ["post"],
         "/status/{task_id}": ["get"],
+        "/tasks/{task_id}": ["delete"],
         "/health": ["get"],
         "/ready": ["get"],
         "/videos/{file_name}": ["get", "head"],
     }
     post = schema["paths"]["/generate"]["post"]
-    assert set(post["responses"]) == {"202", "400", "413", "500", "503"}
+    assert set(post["responses"]) == {"202", "400", "409", "413", "500", "503"}
     body = post["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["duration"] == {
         "default": 10,
