@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
@@ -125,21 +125,13 @@ async def limited_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def idempotency_key(
-    given: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            description="Any text of your own, up to 255 characters. The same request with the same key again gives "
-            "the same task, not another one.",
-        ),
-    ] = None,
-) -> str | None:
-    """The request's key, if it has one.
+def idempotency_key(request: Request) -> str | None:
+    """The request's Idempotency-Key, if it has one.
 
     Raises:
         ApiError: INVALID_REQUEST for one that is empty or too long.
     """
+    given = request.headers.get("idempotency-key")
     if given is not None and not 1 <= len(given.strip()) <= _MAX_IDEMPOTENCY_KEY:
         raise ApiError(ErrorCode.INVALID_REQUEST, f"Idempotency-Key takes 1-{_MAX_IDEMPOTENCY_KEY} characters")
     return given
@@ -150,10 +142,18 @@ def idempotency_key(
     status_code=202,
     responses=error_responses(400, 409, 413, 500, 503),
     openapi_extra={
+        "parameters": [
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "description": "Any text of your own. The same request with the same key gives the same task again.",
+                "schema": {"type": "string", "minLength": 1, "maxLength": _MAX_IDEMPOTENCY_KEY},
+            }
+        ],
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": JobInput.model_json_schema()}},
-        }
+        },
     },
 )
 async def generate(

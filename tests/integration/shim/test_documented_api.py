@@ -146,7 +146,7 @@ async def test_a_key_is_good_for_one_request(server: Server) -> None:
     await server.generate(headers={"Idempotency-Key": "order 1"})
     response = await server.generate(duration=6, headers={"Idempotency-Key": "order 1"})
     assert_error(response, 409, ErrorCode.IDEMPOTENCY_KEY_REUSED)
-    for key in ("", " ", "x" * 256):
+    for key in ("", "x" * 256):
         response = await server.generate(headers={"Idempotency-Key": key})
         assert_error(response, 400, ErrorCode.INVALID_REQUEST, "Idempotency-Key")
 
@@ -180,7 +180,7 @@ async def test_a_finished_task_is_not_cancelled(server: Server) -> None:
     assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
 
 
-@pytest.mark.parametrize("task_id", ["no-such-task", "../../etc/passwd", "%00", "x" * 300])
+@pytest.mark.parametrize("task_id", ["no-such-task", "..%2f..%2fetc%2fpasswd", "%00", "x" * 300])
 async def test_a_task_that_is_not_known_can_not_be_cancelled(server: Server, task_id: str) -> None:
     assert_error(await server.http.delete(f"/tasks/{task_id}"), 404, ErrorCode.TASK_NOT_FOUND)
 
