@@ -37,6 +37,10 @@ unit: $(VENV)/.dev ## Run the tests that need no server and no model
 bench-gpu: $(VENV)/.local ## Measure the model's real dimensions on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
 	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
+.PHONY: bench-queue
+bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with a million jobs that have ended (BENCH="--history 1000000")
+	$(BIN)/python -m benchmarks.queue $(BENCH)
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .

@@ -1,0 +1,24 @@
+"""A long history costs nothing. With a million jobs and more cycles: `make bench-queue`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.queue import Cost, measure
+from tests.postgres import Postgres
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_calls_cost_the_same_with_a_long_history(kind: str, tmp_path: Path, postgres: Postgres) -> None:
+    def new_database(name: str) -> str:
+        return f"sqlite:///{tmp_path}/{name}.db" if kind == "sqlite" else postgres.create_database()
+
+    costs: dict[str, Cost] = {}
+    for attempt in range(3):  # medians, but a machine may be busy with one of them for longer
+        empty, full = new_database(f"empty{attempt}"), new_database(f"full{attempt}")
+        costs = dict(await measure(empty, full, history=200_000, cycles=100))
+        if all(cost.ratio <= 1.2 for cost in costs.values()):
+            return
+    raise AssertionError(costs)
