@@ -65,7 +65,7 @@ def serve(
     """Start the REST server, with its bucket and workers where the environment names none."""
     from shim import server
 
-    given: dict[str, Any] = {"host": host, "port": port, "model_path": model}
+    given: dict[str, Any] = {"HUNYUAN_HOST": host, "HUNYUAN_PORT": port, "HUNYUAN_MODEL_PATH": model}
     with _settings_explained():
         settings = ShimSettings(**{name: value for name, value in given.items() if value is not None})
     try:
@@ -82,7 +82,7 @@ def worker(
     """Render jobs of a server on another host. It needs the server's bucket in BUCKET_*."""
     from shim.platform import ENDPOINT_ID, worker_environment
 
-    given: dict[str, Any] = {"platform_url": platform, "platform_token": token}
+    given: dict[str, Any] = {"HUNYUAN_PLATFORM_URL": platform, "HUNYUAN_PLATFORM_TOKEN": token}
     with _settings_explained():
         settings = RemoteWorkerSettings(**{name: value for name, value in given.items() if value is not None})
         if bucket_settings() is None:

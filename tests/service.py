@@ -45,7 +45,7 @@ class Service:
     def __init__(self, directory: Path, **environment: str) -> None:
         self.directory = directory
         self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
+        self.address = f"http://{environment.get('HUNYUAN_HOST', '127.0.0.1')}:{self.port}"
         self.log = directory / "serve.log"
         self._environment: Mapping[str, str] = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_"))},
