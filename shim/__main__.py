@@ -135,6 +135,13 @@ def status(task_id: str, server: Server = None, as_json: AsJson = False) -> None
 
 
 @app.command()
+def cancel(task_id: str, server: Server = None, as_json: AsJson = False) -> None:
+    """Cancel a task that waits or runs."""
+    with _client(server) as client:
+        _print(client.cancel(task_id), as_json)
+
+
+@app.command()
 def download(task_id: str, output: Output = None, server: Server = None, as_json: AsJson = False) -> None:
     """Save a finished task's video."""
     with _client(server) as client:

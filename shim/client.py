@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from handler.contract import ErrorCode
 Answer = Mapping[str, Any]
 
 _POLL_INTERVAL: Final = 1.0
+#: Seconds after which a request whose answer was lost is sent again.
+_AGAIN_AFTER: Final = (1.0, 3.0)
 #: How long a wait outlasts a server that is away: long enough for a restart.
 _OUTAGE: Final = 120.0
 
@@ -62,9 +65,24 @@ class Client:
         self._http.close()
 
     def generate(self, request: Mapping[str, object]) -> str:
-        """Submit a task by the body of a POST /generate; its id."""
-        task_id: str = self._ask("POST", "/generate", json=request)["task_id"]
+        """Submit a task by the body of a POST /generate; its id. An answer that is lost on the way is asked for again."""
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        for delay in _AGAIN_AFTER:
+            try:
+                return self._submit(request, headers)
+            except UnreachableError as exc:
+                if isinstance(exc.__cause__, httpx.ConnectError):
+                    raise
+            time.sleep(delay)
+        return self._submit(request, headers)
+
+    def _submit(self, request: Mapping[str, object], headers: Mapping[str, str]) -> str:
+        task_id: str = self._ask("POST", "/generate", json=request, headers=headers)["task_id"]
         return task_id
+
+    def cancel(self, task_id: str) -> Answer:
+        """Cancel the task; its status from then on."""
+        return self._ask("DELETE", f"/tasks/{task_id}")
 
     def status(self, task_id: str) -> Answer:
         """The task's status."""

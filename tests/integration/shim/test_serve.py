@@ -245,7 +245,7 @@ def test_the_commands_say_what_they_found_by_their_exit_code(service: Service, t
     health = hunyuan("health", "--json", **here)
     assert health.returncode == 5, "no worker, no model"
     assert json.loads(health.stdout)["model_loaded"] is False
-    for command in ("status", "download"):
+    for command in ("status", "download", "cancel"):
         missing = hunyuan(command, "no-such-task", directory=tmp_path, **here)
         assert (missing.returncode, "TASK_NOT_FOUND" in missing.stderr) == (4, True)
     refused = hunyuan("generate", "A paper boat on a rainy street", directory=tmp_path, **here)
@@ -276,5 +276,5 @@ def test_a_finished_task_can_be_shown_and_saved(service: Service, large: tuple[s
 
 def test_help_names_every_command() -> None:
     text = hunyuan("--help").stdout
-    for command in ("serve", "generate", "status", "download", "health", "demo"):
+    for command in ("serve", "worker", "generate", "status", "cancel", "download", "health", "demo"):
         assert command in text
