@@ -65,7 +65,7 @@ class Client:
         self._http.close()
 
     def generate(self, request: Mapping[str, object]) -> str:
-        """Submit a task by the body of a POST /generate; its id. An answer that is lost on the way is asked for again."""
+        """Submit a task by the body of a POST /generate; its id. An answer that was lost is asked for again."""
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         for delay in _AGAIN_AFTER:
             try:

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ from shim.client import Client, UnreachableError
 class ForgetfulServer(BaseHTTPRequestHandler):
     """Takes a task, and loses its first answer on the way."""
 
-    keys: list[str | None] = []
+    keys: ClassVar[list[str | None]] = []
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
