@@ -60,6 +60,10 @@ constraints: ## Renew constraints.txt from the newest releases that pyproject.to
 	$(VENV)/renew/bin/pip freeze --all | grep -vE '^(pip|setuptools|hunyuan-video-service)\b' | sed -E 's/\+[a-z0-9]+$$//' > constraints.txt
 	rm -rf $(VENV)/renew
 
+.PHONY: release
+release: $(VENV)/.dev ## Build wheel and source archive into dist/ and check them (RELEASE=--draft before the changelog has the day)
+	$(BIN)/python -m infra.release $(RELEASE)
+
 .PHONY: clean
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache dist demo.mp4
