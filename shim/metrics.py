@@ -203,7 +203,7 @@ def _storage_error(exc: Exception) -> str | None:
             return "unavailable"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a registry takes it as a key
 class _Scrape:
     """What is looked up at a scrape and kept nowhere: a worker that is gone leaves no series behind."""
 
