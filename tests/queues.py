@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import HttpUrl, SecretStr
@@ -105,7 +107,7 @@ async def sql_bench(
     clock = Clock()
     database = await Database.open(url, clock=clock)
     try:
-        metrics = Metrics()
+        metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
         queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics)
         dispatcher = Dispatcher(database, find_result=find_result, discard=discard, observer=metrics, **limits)
         yield Bench(queue, database, dispatcher, clock, metrics)

@@ -260,9 +260,9 @@ async def test_an_unexpected_error_is_counted_as_a_500_and_has_its_request_id(tm
 async def test_request_ids_are_kept_where_they_are_fit_for_a_log(http: httpx.AsyncClient) -> None:
     assert (await http.get("/health", headers={"X-Request-ID": "a-Z.0_9"})).headers["x-request-id"] == "a-Z.0_9"
     made = set()
-    for unfit in (None, "", "x" * 129, "two words", 'a"b', "é".encode()):
-        headers = {"X-Request-ID": unfit} if unfit is not None else {}
-        made.add((await http.get("/health", headers=headers)).headers["x-request-id"])
+    for unfit in (b"", b"x" * 129, b"two words", b'a"b', "é".encode()):
+        made.add((await http.get("/health", headers={b"X-Request-ID": unfit})).headers["x-request-id"])
+    made.add((await http.get("/health")).headers["x-request-id"])
     assert len(made) == 6, "each its own"
     assert all(len(request_id) == 32 for request_id in made)
 
