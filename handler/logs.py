@@ -60,12 +60,17 @@ class LogOptions(BaseModel):
     )
 
 
+def begin(**fields: str) -> None:
+    """As `bind`, for work that must inherit no field from whatever started it."""
+    _fields.set(fields)
+
+
 def bind(**fields: str) -> None:
     """Put `fields` on every further line of this context: of this asyncio task and what it starts, of this thread.
 
     A thread pool has contexts of its own: carry this one in with `contextvars.copy_context().run`.
     """
-    _fields.set({**_fields.get(), **fields})
+    begin(**{**_fields.get(), **fields})
 
 
 def configure(options: LogOptions, **fields: str) -> None:

@@ -31,7 +31,7 @@ from runpod.serverless.modules import rp_http, rp_scale
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from handler.contract import Progress
-from handler.logs import bind
+from handler.logs import begin
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
 
@@ -162,7 +162,7 @@ def make_handler(worker: Worker, *, tells_progress: bool) -> Callable[[RunPodJob
 
     async def handler(job: RunPodJob) -> dict[str, Any]:
         work = _job(job)
-        bind(task_id=work.task_id)  # the SDK runs each job in an asyncio task of its own
+        begin(task_id=work.task_id)  # the SDK runs each job in an asyncio task of its own
         cancelled = Event()
         tell = partial(_tell, job) if tells_progress else _keep
         run = partial(copy_context().run, worker.run, work, tell, cancelled)

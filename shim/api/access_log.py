@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from handler.logs import bind
+from handler.logs import begin, bind
 from shim.metrics import Metrics
 from storage import layout
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class AccessLog:
     """ASGI middleware. A request's own X-Request-ID is kept where it is fit for a log, and is in the answer.
 
-    It binds the id for good: the HTTP server runs each request in a context of its own, and what it logs after we are
-    through belongs to the request, too.
+    The id stays bound: the HTTP server runs each request in a context of its own, and what it logs after we are through
+    belongs to the request, too. A pipelined request's context is a copy of its predecessor's: it begins anew.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -43,7 +43,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        bind(request_id=request_id)
+        begin(request_id=request_id)
         started = time.perf_counter()
         answer: tuple[int, float] | None = None
 

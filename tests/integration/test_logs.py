@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,18 @@ def test_requests_are_logged_by_route_with_their_id_and_no_query(service: Servic
     assert found[0]["task_id"] == "no-such-task"
     assert found[0]["duration_ms"] >= 0
     assert "hush" not in service.log.read_text()
+
+
+def test_a_pipelined_request_inherits_nothing_from_the_one_before_it(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for path, request_id in (("/status/no-such-task", "first"), ("/nowhere", "second"), ("/ready", "last")):
+            close = "Connection: close\r\n" if request_id == "last" else ""
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n{close}\r\n".encode())
+        while connection.recv(65536):
+            pass
+    by_id = {line["request_id"]: line for line in lines(service) if line.get("request_id") in ("first", "second")}
+    assert by_id["first"]["task_id"] == "no-such-task"
+    assert "task_id" not in by_id["second"]
 
 
 def test_beats_are_logged_at_debug_and_what_people_ask_at_info(service: Service) -> None:
