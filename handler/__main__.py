@@ -14,6 +14,8 @@ from typing import Final, NoReturn
 
 from pydantic import ValidationError
 
+from handler import logs
+from handler.logs import LogFormat
 from handler.report import Reporter
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError, VideoModel
@@ -29,11 +31,10 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Run the worker."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     # Until the SDK takes over, a stop is at once: there is no job to lose.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings, bucket = _settings()
+    logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
     key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
     url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "") or None
     with Reporter(url, key=key, model=settings.model_path) as reporter:
@@ -44,7 +45,10 @@ def main() -> None:
         worker = Worker(
             model, Bucket(bucket) if bucket else None, version=version(_DISTRIBUTION), work_dir=settings.work_dir
         )
-        serverless.serve(worker, tells_progress=settings.job_url is not None, on_stop=reporter.stopping)
+        has_platform = settings.job_url is not None
+        if has_platform and settings.log_format is LogFormat.JSON:
+            serverless.log_as_ours()
+        serverless.serve(worker, tells_progress=has_platform, on_stop=reporter.stopping)
 
 
 def _settings() -> tuple[WorkerSettings, BucketSettings | None]:

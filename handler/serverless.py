@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from threading import Event
 from types import FrameType
@@ -29,6 +31,7 @@ from runpod.serverless.modules import rp_http, rp_scale
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from handler.contract import Progress
+from handler.logs import begin
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
 
@@ -41,7 +44,16 @@ _LONGEST_DELAY: Final = 5.0
 #: Seconds for which a result is offered to it. Later it is found in the bucket, by its manifest.
 _RESULT_PATIENCE: Final = 600.0
 
+#: Its DEBUG and TRACE are left out: they show jobs with their s3Config.
+_SDK_LEVELS: Final = {
+    "TIP": logging.INFO,
+    "INFO": logging.INFO,
+    "WARN": logging.WARNING,
+    "ERROR": logging.ERROR,
+}
+
 log = logging.getLogger(__name__)
+_sdk_log = logging.getLogger("runpod")
 
 RunPodJob = dict[str, Any]
 Request = Callable[..., Awaitable[Any]]
@@ -63,6 +75,28 @@ def serve(worker: Worker, *, tells_progress: bool, on_stop: Callable[[], None]) 
             "concurrency_modifier": _stop_announcer(on_stop),
         }
     )
+
+
+def log_as_ours() -> None:
+    """Let the SDK's lines be lines of ours, with the job's id as a field. At INFO: see `serve`."""
+    RunPodLogger.log = _log_for_sdk
+    sys.stdout = _Lines()  # it prints a banner
+
+
+def _log_for_sdk(_: RunPodLogger, message: object, message_level: str = "INFO", job_id: str | None = None) -> None:
+    level = _SDK_LEVELS.get(message_level)
+    if level is not None:
+        _sdk_log.log(level, "%s", message, extra={"task_id": job_id} if job_id else None)
+
+
+class _Lines(io.TextIOBase):
+    """A stdout of which each line is logged."""
+
+    def write(self, text: str, /) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                _sdk_log.info("%s", line)
+        return len(text)
 
 
 def _unhurried(get_job: Request) -> Request:
@@ -127,9 +161,12 @@ def make_handler(worker: Worker, *, tells_progress: bool) -> Callable[[RunPodJob
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
 
     async def handler(job: RunPodJob) -> dict[str, Any]:
+        work = _job(job)
+        begin(task_id=work.task_id)  # the SDK runs each job in an asyncio task of its own
         cancelled = Event()
         tell = partial(_tell, job) if tells_progress else _keep
-        render = asyncio.get_running_loop().run_in_executor(thread, worker.run, _job(job), tell, cancelled)
+        run = partial(copy_context().run, worker.run, work, tell, cancelled)
+        render = asyncio.get_running_loop().run_in_executor(thread, run)
         try:
             result = await asyncio.shield(render)
         except asyncio.CancelledError:
@@ -140,6 +177,7 @@ def make_handler(worker: Worker, *, tells_progress: bool) -> Callable[[RunPodJob
                 log.info("%s: cancelled", job["id"])
             raise
         except JobError as exc:
+            log.warning("%s: failed with %s", work.task_id, exc.failure.error_code)
             return {"error": exc.failure.model_dump_json()}
         return result.model_dump(mode="json")
 

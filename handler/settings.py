@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from handler.contract import Profile
+from handler.logs import LogOptions
 
 
 class Approximation(StrEnum):
@@ -23,7 +24,7 @@ def _listed(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(LogOptions, BaseSettings):
     """What `python -m handler` needs to know, beside its bucket.
 
     Raises:

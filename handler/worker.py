@@ -136,6 +136,8 @@ class Worker:
     def _run(self, job: Job, meter: _Meter, cancelled: Event) -> JobResult:
         job_input = parse_input(job.input)
         check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
+        kind = job_input.model, job_input.resolution, job_input.duration
+        log.info("%s: begins: %s, %s, %d s", job.task_id, *kind, extra={"prompt": job_input.prompt})
         bucket = self._bucket_for(job)
         finished = self._patiently(partial(_stored_manifest, bucket, job.task_id), cancelled)
         if finished is not None:
@@ -256,6 +258,7 @@ class _Meter:
         now = time.monotonic()
         if stage is not self._stage:
             self._seconds[self._stage.value] = now - self._stage_since
+            log.info("%s took %.1f s, next is %s", self._stage, now - self._stage_since, stage)
             self._stage, self._stage_since = stage, now
         begin, end = span
         self._percent = max(self._percent, int(begin + (end - begin) * min(fraction, 1.0)))

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from handler.contract import ErrorCode, InvalidInputError
 from shim.api import documented, videos
+from shim.api.access_log import AccessLog
 from shim.api.dependencies import Services
+from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, api_error
+from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
 from shim.tasks import Manifests, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
@@ -27,10 +32,15 @@ def create_app(
     queue: JobQueue,
     bucket: Bucket,
     *,
+    metrics: Metrics | None = None,
     public_url: str | None = None,
     routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
-    """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces."""
+    """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces.
+
+    `metrics` are those that `queue` and `bucket` were given, too; without them /metrics has its own of requests only.
+    """
+    metrics = metrics or Metrics()
     # Slightly over a multiple of 3 s, the TCP retransmission timer; a read is one chunk, not a whole video.
     store = httpx.AsyncClient(timeout=httpx.Timeout(30, connect=3.05), limits=httpx.Limits(max_connections=200))
 
@@ -39,16 +49,17 @@ def create_app(
         async with store:
             yield
 
-    app = FastAPI(title="HunyuanVideo API", version=version(DISTRIBUTION), lifespan=lifespan, redoc_url=None)
+    app = _Observed(metrics, title="HunyuanVideo API", version=version(DISTRIBUTION), lifespan=lifespan, redoc_url=None)
     app.state.services = Services(
         tasks=Tasks(queue, Manifests(bucket)),
         queue=queue,
         bucket=bucket,
         store=store,
+        metrics=metrics,
         version=version(DISTRIBUTION),
         public_url=public_url,
     )
-    for router in (documented.router, videos.router, *routers):
+    for router in (documented.router, videos.router, metrics_router, *routers):
         app.include_router(router)
     for expected in (
         ApiError,
@@ -61,6 +72,18 @@ def create_app(
     ):
         app.add_exception_handler(expected, _on_error)
     return app
+
+
+class _Observed(FastAPI):
+    """FastAPI with every request counted and logged."""
+
+    def __init__(self, metrics: Metrics, **options: Any) -> None:
+        super().__init__(**options)
+        self._metrics = metrics
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Everything there is, with the log outermost: what makes a 500 of an error is within it, too."""
+        return AccessLog(super().build_middleware_stack(), self._metrics)
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:

@@ -56,9 +56,12 @@ class Supervised:
     in its process group goes with it. It can't outlive us: see `shim.tether`.
     """
 
-    def __init__(self, name: str, launch: Callable[[], Awaitable[Launch]]) -> None:
+    def __init__(
+        self, name: str, launch: Callable[[], Awaitable[Launch]], on_restart: Callable[[], None] = lambda: None
+    ) -> None:
         self._name = name
         self._launch = launch
+        self._on_restart = on_restart
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
 
@@ -76,6 +79,7 @@ class Supervised:
             delay = _BACK_OFF[min(failures, len(_BACK_OFF) - 1)]
             failures += 1
             log.warning("%s ended with code %d; starting it again in %.1f s", self._name, code, delay)
+            self._on_restart()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
 

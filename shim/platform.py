@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from handler.contract import ErrorCode, JobFailure, Progress, WorkerReport
+from shim.api.access_log import bind_path_ids
 from shim.errors import ApiError
 from shim.queue.base import Job, JobState, QueueUnavailableError
 from shim.queue.dispatch import Delivery, Dispatcher, WorkerStoppingError
@@ -84,7 +85,9 @@ class Platform:
         self._draining = False
         self._stopped = asyncio.Event()
         self.router = APIRouter(
-            prefix=f"/v2/{endpoint_id}", dependencies=[Depends(self._authorize)], include_in_schema=False
+            prefix=f"/v2/{endpoint_id}",
+            dependencies=[Depends(self._authorize), Depends(bind_path_ids)],
+            include_in_schema=False,
         )
         for method, path, route in (
             ("GET", "/job-take/{worker_id}", self._take),
@@ -252,7 +255,9 @@ class Platform:
         if not isinstance(body, dict) or not isinstance(body.get("input"), dict):
             raise ApiError(ErrorCode.INVALID_REQUEST, 'the body must be a JSON object with an "input" object')
         extras = {name: value for name, value in body.items() if name not in ("id", "input")}
-        return await self._queue.enqueue(body["input"], extras)
+        task_id = await self._queue.enqueue(body["input"], extras)
+        log.info("%s: accepted", task_id, extra={"task_id": task_id, "prompt": str(body["input"].get("prompt"))})
+        return task_id
 
     async def _status(self, task_id: str) -> Response:
         return JSONResponse(await self._described(await self._known(task_id)))

@@ -21,10 +21,12 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from handler import logs
 from handler.contract import DEMO_MODEL
 from shim.app import create_app
 from shim.gpu import local_gpus
 from shim.local import EmbeddedBucket, Launch, LocalError, Supervised, secret_file
+from shim.metrics import Metrics
 from shim.platform import ENDPOINT_ID, Platform, worker_environment
 from shim.queue.base import QueueError, QueueUnavailableError
 from shim.queue.database import Database
@@ -61,8 +63,7 @@ def run(settings: ShimSettings) -> None:
     Raises:
         StartError: a setting is wrong, the port is taken, or another server uses the same data.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, and ours are presigned
+    logs.configure(settings)
     uvloop.run(_serve(settings))
 
 
@@ -82,17 +83,18 @@ async def _serve(settings: ShimSettings) -> None:
         async with AsyncExitStack() as stack:
             stack.enter_context(_data_directory(settings))
             listener = stack.enter_context(_listener(settings))
-            store = await stack.enter_async_context(_store(settings))
+            metrics = Metrics(data_directory=settings.directory)
+            store = await stack.enter_async_context(_store(settings, metrics))
             if settings.runpod_endpoint_id is not None:
-                await _serve_runpod(settings, listener, store, stopping)
+                await _serve_runpod(settings, listener, store, metrics, stopping)
             else:
-                await _serve_local(settings, listener, store, stopping)
+                await _serve_local(settings, listener, store, metrics, stopping)
     except LocalError as exc:
         raise StartError(str(exc)) from exc
 
 
 async def _serve_runpod(
-    settings: ShimSettings, listener: socket.socket, store: _Store, stopping: asyncio.Event
+    settings: ShimSettings, listener: socket.socket, store: _Store, metrics: Metrics, stopping: asyncio.Event
 ) -> None:
     """The shim alone: RunPod keeps the queue and runs the workers."""
     endpoint_id, api_key = settings.runpod_endpoint()
@@ -101,17 +103,20 @@ async def _serve_runpod(
         api_key=api_key.get_secret_value(),
         base_url=str(settings.runpod_base_url),
         max_queue_size=settings.max_queue_size,
+        observer=metrics,
     )
     try:
         log.info("jobs go to RunPod endpoint %s", endpoint_id)
-        app = create_app(queue, store.bucket, public_url=_public_url(settings))
+        app = create_app(queue, store.bucket, metrics=metrics, public_url=_public_url(settings))
         async with _listening(app, listener) as server:
             await _until(stopping, [server])
     finally:
         await queue.close()
 
 
-async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _Store, stopping: asyncio.Event) -> None:
+async def _serve_local(
+    settings: ShimSettings, listener: socket.socket, store: _Store, metrics: Metrics, stopping: asyncio.Event
+) -> None:
     """The shim, its queue, and the workers of this machine."""
     if settings.model_path is None:
         log.warning(
@@ -122,7 +127,7 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
     instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4))
     database = await _database(settings)
     try:
-        queue = SqlQueue(database, max_queue_size=settings.max_queue_size)
+        queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
         manifests = Manifests(store.bucket)
         dispatcher = Dispatcher(
             database,
@@ -130,16 +135,22 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
             discard=manifests.discard,
             max_attempts=settings.max_attempts,
             history=settings.history_ttl,
+            observer=metrics,
         )
         await dispatcher.forget_workers(f"{instance}-")  # an earlier life's: they ended with it
         platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
-        app = create_app(queue, store.bucket, public_url=_public_url(settings), routers=[platform.router])
+        app = create_app(
+            queue, store.bucket, metrics=metrics, public_url=_public_url(settings), routers=[platform.router]
+        )
         base_url = f"http://{_reachable(listener)}/v2"
         slots = [
             _WorkerSlot(f"{instance}-{index}", index, settings, store, dispatcher, base_url, token)
             for index in range(settings.workers)
         ]
-        workers = [Supervised(f"worker {index}", slot.launch) for index, slot in enumerate(slots)]
+        workers = [
+            Supervised(f"worker {index}", slot.launch, metrics.supervise(f"worker {index}"))
+            for index, slot in enumerate(slots)
+        ]
         async with _listening(app, listener) as server:
             keepers = [asyncio.create_task(worker.run()) for worker in workers]
             chores = [asyncio.create_task(platform.sweep_forever()), asyncio.create_task(database.listen())]
@@ -254,24 +265,24 @@ def _reachable(listener: socket.socket) -> str:
 
 
 @asynccontextmanager
-async def _store(settings: ShimSettings) -> AsyncIterator[_Store]:
+async def _store(settings: ShimSettings, metrics: Metrics) -> AsyncIterator[_Store]:
     """The bucket that the environment names, else the embedded one for as long as the server runs."""
     try:
         named = bucket_settings()
     except ValidationError as exc:
         raise StartError(explain(exc)) from exc
     if named is not None:
-        yield _Store(await _checked(named), {})
+        yield _Store(await _checked(named, metrics), {})
         return
     if settings.runpod_endpoint_id is not None:
         raise StartError("BUCKET_ENDPOINT_URL: needed with RUNPOD_ENDPOINT_ID, and the same bucket as the endpoint's")
     embedded = EmbeddedBucket(settings.directory / "bucket")
     await embedded.format()
-    gateway = Supervised("S3 gateway", embedded.launch)
+    gateway = Supervised("S3 gateway", embedded.launch, metrics.supervise("S3 gateway"))
     keeper = asyncio.create_task(gateway.run())
     try:
         await embedded.wait_until_listening()
-        bucket = Bucket(embedded.settings)
+        bucket = Bucket(embedded.settings, observe=metrics.s3_request)
         await anyio.to_thread.run_sync(bucket.create)
         yield _Store(bucket, embedded.environment())
     finally:
@@ -279,9 +290,9 @@ async def _store(settings: ShimSettings) -> AsyncIterator[_Store]:
         await keeper
 
 
-async def _checked(named: BucketSettings) -> Bucket:
+async def _checked(named: BucketSettings, metrics: Metrics) -> Bucket:
     """The bucket, asked once: wrong keys stop the start, a store that is away does not."""
-    bucket = Bucket(named)
+    bucket = Bucket(named, observe=metrics.s3_request)
     try:
         await anyio.to_thread.run_sync(bucket.check)
     except StorageDeniedError as exc:

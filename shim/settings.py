@@ -9,8 +9,10 @@ from typing import Self
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from handler.logs import LogOptions
 
-class ShimSettings(BaseSettings):
+
+class ShimSettings(LogOptions, BaseSettings):
     """What `hunyuan serve` needs to know.
 
     Raises:

@@ -9,6 +9,7 @@ import anyio.to_thread
 from pydantic import ValidationError
 
 from handler.contract import KNOWN_MODELS, JobInput, JobResult, Manifest, Stage, check_offered
+from handler.logs import bind
 from shim.estimates import estimated_time
 from shim.queue.base import Idempotency, Job, JobQueue, JobState, QueueUnavailableError
 from storage import layout
@@ -48,7 +49,7 @@ class Manifests:
         except ObjectNotFoundError:
             return None
         except ValidationError:
-            log.error("%s: what stands for its manifest is none", task_id)
+            log.error("%s: what stands for its manifest is none", task_id, extra={"task_id": task_id})
             return None
 
     async def find_result(self, task_id: str) -> JobResult | None:
@@ -56,7 +57,7 @@ class Manifests:
         try:
             manifest = await self.find(task_id)
         except StorageError as exc:
-            log.warning("%s: can't look for its manifest: %s", task_id, exc)
+            log.warning("%s: can't look for its manifest: %s", task_id, exc, extra={"task_id": task_id})
             return None
         if manifest is None:
             return None
@@ -73,7 +74,8 @@ class Manifests:
             for key in keys:
                 await anyio.to_thread.run_sync(self._bucket.delete, key)
         except StorageError as exc:
-            log.warning("%s: what it left in the bucket stays there: %s", task_id, exc)
+            text = "%s: what it left in the bucket stays there: %s"
+            log.warning(text, task_id, exc, extra={"task_id": task_id})
 
 
 class Tasks:
@@ -97,6 +99,9 @@ class Tasks:
         observed = await self._queue.render_times()
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
         job = await self._queue.submit(job_input, idempotency)
+        bind(task_id=job.task_id)
+        kind = job_input.model, job_input.resolution, job_input.duration
+        log.info("%s: accepted: %s, %s, %d s", job.task_id, *kind, extra={"prompt": job_input.prompt})
         return Accepted(job.task_id, estimated_time(job_input, backlog, observed))
 
     async def cancel(self, task_id: str) -> Job:
@@ -108,6 +113,7 @@ class Tasks:
         """
         if not layout.is_task_id(task_id):
             raise TaskNotFoundError(task_id)
+        bind(task_id=task_id)
         job = await self._queue.cancel(task_id)
         if job is None:
             return await self.find(task_id)
@@ -124,6 +130,7 @@ class Tasks:
         """
         if not layout.is_task_id(task_id):
             raise TaskNotFoundError(task_id)
+        bind(task_id=task_id)
         unavailable: QueueUnavailableError | None = None
         try:
             job = await self._queue.get(task_id)

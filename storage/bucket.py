@@ -6,8 +6,8 @@ threads); every failure leaves as one of `storage.errors`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -65,11 +65,17 @@ class ObjectHead:
 
 
 class Bucket:
-    """Objects of one bucket, by key."""
+    """Objects of one bucket, by key.
 
-    def __init__(self, settings: BucketSettings) -> None:
+    Each request is made within `observe(operation)`, which sees how long it takes and what it raises.
+    """
+
+    def __init__(
+        self, settings: BucketSettings, *, observe: Callable[[str], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self.name = settings.name
         self._settings = settings
+        self._observe = observe
         self._client = _client(settings, str(settings.endpoint_url))
         public = settings.public_endpoint_url
         self._public_client = _client(settings, str(public)) if public else self._client
@@ -81,30 +87,31 @@ class Bucket:
             StorageDeniedError: the credentials are refused or the bucket does not exist.
             StorageUnavailableError: the server does not answer.
         """
-        try:
-            with self._translated("the bucket"):
-                self._client.head_bucket(Bucket=self.name)
-        except ObjectNotFoundError as exc:
-            raise StorageDeniedError(f"bucket {self.name!r} does not exist") from exc
+        with self._observe("head_bucket"):
+            try:
+                with self._translated("the bucket"):
+                    self._client.head_bucket(Bucket=self.name)
+            except ObjectNotFoundError as exc:
+                raise StorageDeniedError(f"bucket {self.name!r} does not exist") from exc
 
     def create(self) -> None:
         """Create the bucket unless it is there already."""
         try:
             self.check()
         except StorageDeniedError:
-            with self._translated("the bucket"):
+            with self._requesting("create_bucket", "the bucket"):
                 self._client.create_bucket(Bucket=self.name)
 
     def put_file(self, path: Path, key: str, *, content_type: str) -> None:
         """Upload the file at `path`; the object appears whole or not at all."""
-        with self._translated(key):
+        with self._requesting("put_object", key):
             self._client.upload_file(
                 str(path), self.name, key, ExtraArgs={"ContentType": content_type}, Config=_TRANSFER_CONFIG
             )
 
     def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
         """Write a small object."""
-        with self._translated(key):
+        with self._requesting("put_object", key):
             self._client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=content_type)
 
     def get_bytes(self, key: str) -> bytes:
@@ -113,7 +120,7 @@ class Bucket:
         Raises:
             ObjectNotFoundError: there is none.
         """
-        with self._translated(key):
+        with self._requesting("get_object", key):
             return self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
 
     def open_range(
@@ -131,13 +138,13 @@ class Bucket:
         Raises:
             ObjectNotFoundError: there is none.
         """
-        with self._translated(key):
+        with self._requesting("head_object", key):
             answer = self._client.head_object(Bucket=self.name, Key=key)
         return ObjectHead(answer["ContentLength"], answer["ETag"], answer["ContentType"])
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is removed already."""
-        with self._translated(key):
+        with self._requesting("delete_object", key):
             self._client.delete_object(Bucket=self.name, Key=key)
 
     def presign(
@@ -160,6 +167,11 @@ class Bucket:
                 Params={"Bucket": self.name, "Key": key},
                 ExpiresIn=self._settings.url_expires_in if expires_in is None else expires_in,
             )
+
+    @contextmanager
+    def _requesting(self, operation: str, what: str) -> Iterator[None]:
+        with self._observe(operation), self._translated(what):
+            yield
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:

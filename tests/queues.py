@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import HttpUrl, SecretStr
@@ -14,6 +16,7 @@ from sqlalchemy import text
 
 from handler.contract import JobInput, JobResult, Resolution, WorkerReport, WorkerState, num_frames
 from shim.app import create_app
+from shim.metrics import Metrics
 from shim.platform import Platform
 from shim.queue.base import Discard, FindResult, JobQueue
 from shim.queue.database import Database
@@ -75,6 +78,7 @@ class Bench:
     database: Database
     dispatcher: Dispatcher
     clock: Clock
+    metrics: Metrics
     address: str = ""
 
     def later(self, seconds: float = 2.0) -> None:
@@ -103,9 +107,10 @@ async def sql_bench(
     clock = Clock()
     database = await Database.open(url, clock=clock)
     try:
-        queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3))
-        dispatcher = Dispatcher(database, find_result=find_result, discard=discard, **limits)
-        yield Bench(queue, database, dispatcher, clock)
+        metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
+        queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics)
+        dispatcher = Dispatcher(database, find_result=find_result, discard=discard, observer=metrics, **limits)
+        yield Bench(queue, database, dispatcher, clock, metrics)
     finally:
         await database.close()
 
@@ -116,7 +121,7 @@ async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]
     async with sql_bench(url) as bench:
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=hold)
-        app = create_app(bench.queue, Bucket(NOWHERE), routers=[platform.router])
+        app = create_app(bench.queue, Bucket(NOWHERE), metrics=bench.metrics, routers=[platform.router])
         async with serving(app) as bench.address:
             yield bench
             platform.stop()

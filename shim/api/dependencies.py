@@ -8,6 +8,7 @@ import anyio.to_thread
 import httpx
 from fastapi import Request
 
+from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
 from storage.bucket import Bucket
@@ -21,6 +22,7 @@ class Services:
     queue: JobQueue
     bucket: Bucket
     store: httpx.AsyncClient
+    metrics: Metrics
     version: str
     public_url: str | None
 

@@ -155,13 +155,15 @@ class StoredVideo:
     def __init__(self, use: Services, task_id: str) -> None:
         self._store = use.store
         self._bucket = use.bucket
+        self._observe = use.metrics.s3_request
         self._key = layout.video_key(task_id)
 
     async def check(self) -> None:
         """Raise ApiError unless the video can be read now."""
         url = self._bucket.presign(self._key, method="HEAD", expires_in=_URL_EXPIRES_IN, public=False)
         try:
-            self._raise_for_status(await self._store.head(url))
+            with self._observe("head_video"):
+                self._raise_for_status(await self._store.head(url))
         except httpx.HTTPError as exc:
             raise _unavailable() from exc
 
@@ -180,12 +182,13 @@ class StoredVideo:
     async def _request(self, wanted: ByteRange) -> httpx.Response:
         url = self._bucket.presign(self._key, expires_in=_URL_EXPIRES_IN, public=False)
         headers = {"Range": f"bytes={wanted.start}-{wanted.end}", "Accept-Encoding": "identity"}
-        response = await self._store.send(self._store.build_request("GET", url, headers=headers), stream=True)
-        try:
-            self._raise_for_status(response)
-        except ApiError:
-            await response.aclose()
-            raise
+        with self._observe("get_video"):
+            response = await self._store.send(self._store.build_request("GET", url, headers=headers), stream=True)
+            try:
+                self._raise_for_status(response)
+            except ApiError:
+                await response.aclose()
+                raise
         return response
 
     async def _chunks(self, response: httpx.Response, wanted: ByteRange) -> AsyncIterator[bytes]:

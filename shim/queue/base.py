@@ -5,11 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
-from handler.contract import JobFailure, JobInput, JobResult, Manifest, Resolution, Stage, WorkerReport, WorkerState
+from handler.contract import (
+    ErrorCode,
+    JobFailure,
+    JobInput,
+    JobResult,
+    Manifest,
+    Resolution,
+    Stage,
+    WorkerReport,
+    WorkerState,
+)
+
+#: Of a job that completed with something else than our handler's result.
+NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
 
 #: Looks for a finished job in the bucket by its task id: what a job whose result never reached the queue left there.
 #: It raises nothing: where the bucket can't be asked the answer is None, and the worker asks again before it renders.
@@ -119,13 +132,18 @@ class Backlog:
 class Workers:
     """The workers that are alive, as /health tells of them.
 
-    `ready` have the model loaded. `reports` are what workers said of themselves; empty where the queue hides it.
+    `ready` have the model loaded. `reports_by_id` is what workers said of themselves; empty where the queue hides it.
     """
 
     ready: int
     loading: int
     failed: int
-    reports: Sequence[WorkerReport] = ()
+    reports_by_id: Mapping[str, WorkerReport] = field(default_factory=dict)
+
+    @property
+    def reports(self) -> Sequence[WorkerReport]:
+        """What workers said of themselves."""
+        return list(self.reports_by_id.values())
 
     @property
     def models(self) -> Sequence[str]:
@@ -141,6 +159,24 @@ class Workers:
     @property
     def _ready_reports(self) -> Sequence[WorkerReport]:
         return [report for report in self.reports if report.state is WorkerState.READY]
+
+
+class JobObserver:
+    """Is told what becomes of jobs, each time after it is stored. This one does not mind; others must raise nothing."""
+
+    def submitted(self) -> None:
+        """A job was queued."""
+
+    def started(self, waited: float) -> None:
+        """A worker took a job for the first time, so many seconds after it was submitted."""
+
+    def requeued(self) -> None:
+        """A job is back in the queue: its worker was lost."""
+
+    def ended(
+        self, state: JobState, *, failure: JobFailure | None = None, result: Manifest | None = None, count: int = 1
+    ) -> None:
+        """So many jobs ended, each for the first time. With `failure` NO_VIDEO even a COMPLETED one."""
 
 
 class JobQueue(Protocol):

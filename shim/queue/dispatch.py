@@ -14,8 +14,8 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from handler.contract import ErrorCode, JobFailure, Progress, WorkerReport, WorkerState
-from shim.queue.base import Discard, FindResult, JobState, QueueError
+from handler.contract import ErrorCode, JobFailure, Manifest, Progress, WorkerReport, WorkerState
+from shim.queue.base import NO_VIDEO, Discard, FindResult, JobObserver, JobState, QueueError
 from shim.queue.database import Database, end, fetch_all, fetch_one, upsert
 from shim.queue.schema import jobs, render_times, valid_manifest, workers
 
@@ -62,6 +62,7 @@ class Dispatcher:
         max_attempts: int = 3,
         lease: float = 60.0,
         history: float = 7 * 24 * 3600.0,
+        observer: JobObserver | None = None,
     ) -> None:
         self._database = database
         self._find_result = find_result
@@ -69,6 +70,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._lease = lease
         self._history = history
+        self._observer = observer or JobObserver()
 
     @property
     def changed(self) -> asyncio.Event:
@@ -99,9 +101,10 @@ class Dispatcher:
         async with self._database.write() as connection:
             await _save_worker(connection, worker_id, now, WorkerState.READY)
             await connection.execute(_stopped(worker_id))
-            task_id = await connection.scalar(_front().with_for_update(skip_locked=True))
-            if task_id is None:
+            front = await fetch_one(connection, _front().with_for_update(skip_locked=True))
+            if front is None:
                 return None
+            task_id = front.task_id
             row = (
                 await connection.execute(
                     update(jobs)
@@ -116,7 +119,9 @@ class Dispatcher:
                     .returning(jobs.c.input, jobs.c.extras, jobs.c.attempts)
                 )
             ).one()
-        log.info("%s: taken by worker %s, attempt %d", task_id, worker_id, row.attempts)
+        log.info("%s: taken by worker %s, attempt %d", task_id, worker_id, row.attempts, extra=_ids(task_id, worker_id))
+        if front.started_at is None:
+            self._observer.started(now - front.created_at)
         return Delivery(task_id, row.input, row.extras or {})
 
     async def record_progress(self, worker_id: str, task_id: str, progress: Progress) -> None:
@@ -154,9 +159,19 @@ class Dispatcher:
                 await _observe(connection, output)
             await connection.execute(_stopped(worker_id, task_id))
             state = await connection.scalar(select(jobs.c.state).where(jobs.c.task_id == task_id))
+        if completed:
+            self._tell_completed(worker_id, task_id, valid_manifest(output))
         if state == JobState.CANCELLED:
             await self._discard(task_id)
         return bool(completed)
+
+    def _tell_completed(self, worker_id: str, task_id: str, result: Manifest | None) -> None:
+        if result is None:
+            log.error("%s: worker %s returned no video", task_id, worker_id, extra=_ids(task_id, worker_id))
+            self._observer.ended(JobState.COMPLETED, failure=NO_VIDEO)
+        else:
+            log.info("%s: completed by worker %s", task_id, worker_id, extra=_ids(task_id, worker_id))
+            self._observer.ended(JobState.COMPLETED, result=result)
 
     async def fail(self, worker_id: str, task_id: str, failure: JobFailure) -> bool:
         """Store a job's failure; False if it had ended before or is another worker's by now."""
@@ -170,6 +185,9 @@ class Dispatcher:
                 failure=failure.model_dump(mode="json"),
             )
             await connection.execute(_stopped(worker_id, task_id))
+        if failed:
+            log.warning("%s: failed with %s", task_id, failure.error_code, extra=_ids(task_id, worker_id))
+            self._observer.ended(JobState.FAILED, failure=failure)
         return bool(failed)
 
     async def report(self, worker_id: str, report: WorkerReport) -> None:
@@ -252,7 +270,8 @@ class Dispatcher:
         for row in lost:
             result = await self._find_result(row.task_id)
             if result is not None:
-                log.info("%s: its result was lost on the way, its manifest is in the bucket", row.task_id)
+                text = "%s: its result was lost on the way, its manifest is in the bucket"
+                log.info(text, row.task_id, extra=_ids(row.task_id, row.worker_id))
                 await self.complete(row.worker_id, row.task_id, result.model_dump(mode="json"))
             elif row.attempts >= self._max_attempts and not blameless:
                 await self._give_up(row, which)
@@ -261,7 +280,8 @@ class Dispatcher:
 
     async def _give_up(self, row: Row[Any], which: ColumnElement[bool]) -> None:
         text = f"The worker was lost {row.attempts} times while it rendered this task"
-        failure = JobFailure(error=text, error_code=ErrorCode.GENERATION_FAILED)
+        code = ErrorCode.GENERATION_FAILED
+        failure = JobFailure(error=text, error_code=code)
         async with self._database.write(rings=True) as connection:
             lost = await end(
                 connection,
@@ -272,7 +292,9 @@ class Dispatcher:
                 failure=failure.model_dump(mode="json"),
             )
         if lost:
-            log.error("%s: given up after %d attempts", row.task_id, row.attempts)
+            ids = _ids(row.task_id, row.worker_id)
+            log.error("%s: failed with %s, given up after %d attempts", row.task_id, code, row.attempts, extra=ids)
+            self._observer.ended(JobState.FAILED, failure=failure)
 
     async def _give_back(self, row: Row[Any], which: ColumnElement[bool], blameless: bool) -> None:
         async with self._database.write(rings=True) as connection:
@@ -287,7 +309,10 @@ class Dispatcher:
                 )
             )
         if result.rowcount:
-            log.warning("%s: worker %s was lost, the task is queued again", row.task_id, row.worker_id)
+            ids = _ids(row.task_id, row.worker_id)
+            log.warning("%s: worker %s was lost, the task is queued again", row.task_id, row.worker_id, extra=ids)
+            if not blameless:
+                self._observer.requeued()
 
     async def _has_news(self, connection: AsyncConnection, worker_id: str, worker: Row[Any] | None) -> bool:
         """Whether there is anything to write for a worker that asks; mostly there is not."""
@@ -305,8 +330,14 @@ class Dispatcher:
         )
 
 
-def _front() -> Select[str]:
-    return select(jobs.c.task_id).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
+def _ids(task_id: str, worker_id: str) -> dict[str, str]:
+    """What a log line is about."""
+    return {"task_id": task_id, "worker_id": worker_id}
+
+
+def _front() -> Select[Any]:
+    columns = jobs.c.task_id, jobs.c.created_at, jobs.c.started_at
+    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
 
 
 def _held(worker_id: str) -> tuple[ColumnElement[bool], ...]:

@@ -96,6 +96,7 @@ def _postgresql(url: URL) -> AsyncEngine:
         pool_size=10,
         max_overflow=10,
         pool_timeout=5,
+        hide_parameters=True,  # an error's text must not hold a prompt
     )
 
 
@@ -105,7 +106,7 @@ def connection_parameters(url: URL) -> dict[str, Any]:
 
 
 def _sqlite(url: URL) -> AsyncEngine:
-    engine = create_async_engine(url)
+    engine = create_async_engine(url, hide_parameters=True)
     event.listen(engine.sync_engine, "connect", _configure_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine

@@ -20,9 +20,11 @@ from pydantic import ValidationError
 
 from handler.contract import ErrorCode, JobFailure, JobInput, Manifest, Progress, Stage
 from shim.queue.base import (
+    NO_VIDEO,
     Backlog,
     Idempotency,
     Job,
+    JobObserver,
     JobState,
     Kind,
     QueueFullError,
@@ -72,7 +74,8 @@ class RunPodQueue:
     `base_url` as in RunPod's API (`https://api.runpod.ai/v2`); `execution_timeout` in seconds is how long RunPod lets
     one job run. The bound on waiting jobs is checked against the endpoint's own count, which other shims may be
     adding to at the same moment: it is exact for one shim, approximate for several. RunPod knows no idempotency keys:
-    they are remembered here, for as long as this shim lives.
+    they are remembered here, for as long as this shim lives. `observer` is told of the ends of jobs that this shim has
+    seen waiting or running, when it is asked for them.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class RunPodQueue:
         execution_timeout: float = 3600.0,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
+        observer: JobObserver | None = None,
     ) -> None:
         self._http = httpx.AsyncClient(
             base_url=f"{base_url.rstrip('/')}/{endpoint_id}",
@@ -96,6 +100,7 @@ class RunPodQueue:
         self._max_queue_size = max_queue_size
         self._execution_timeout = execution_timeout
         self._clock = clock
+        self._observer = observer or JobObserver()
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
         self._flights: dict[str, asyncio.Task[Any]] = {}
         self._health_seen: tuple[float, Mapping[str, Any]] | None = None
@@ -131,6 +136,7 @@ class RunPodQueue:
                 self._submitted[idempotency.key] = idempotency.fingerprint, job.task_id
                 _keep_newest(self._submitted)
         self._remember(job)
+        self._observer.submitted()
         return job
 
     async def get(self, task_id: str) -> Job | None:
@@ -144,7 +150,20 @@ class RunPodQueue:
         response = await self._ask("GET", f"/status/{task_id}")
         if response.status_code == 404:
             return None
-        return self._remember(self._job(task_id, _body(response)))
+        answer = _body(response)
+        before = self._seen.get(task_id)
+        job = self._remember(self._job(task_id, answer))
+        if before is not None and not before.job.state.is_terminal and job.state.is_terminal:
+            self._tell_ended(job, answer.get("delayTime"))
+        return job
+
+    def _tell_ended(self, job: Job, delay: float | None) -> None:
+        """`delay` is RunPod's, in milliseconds; a job that was cancelled while it waited has none."""
+        code = job.failure.error_code if job.failure is not None else "a video"
+        log.info("%s: %s with %s", job.task_id, job.state, code, extra={"task_id": job.task_id})
+        if delay is not None and job.state is not JobState.CANCELLED:
+            self._observer.started(delay / 1000)
+        self._observer.ended(job.state, failure=job.failure, result=job.result)
 
     async def cancel(self, task_id: str) -> Job | None:
         """Stop a waiting or running job."""
@@ -254,8 +273,7 @@ class RunPodQueue:
         try:
             manifest = Manifest.model_validate(output)
         except ValidationError:
-            failure = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
-            return Job(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=failure)
+            return Job(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=NO_VIDEO)
         kind = kind_of(manifest.input)
         seconds = manifest.timings.get("total", elapsed)
         mean = self._times.get(kind, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +22,11 @@ from handler.contract import (
     parse_input,
 )
 from shim.queue.base import (
+    NO_VIDEO,
     Backlog,
     Idempotency,
     Job,
+    JobObserver,
     JobState,
     ModelNotLoadedError,
     QueueFullError,
@@ -33,13 +36,16 @@ from shim.queue.base import (
 from shim.queue.database import Database, end, fetch_all, fetch_one
 from shim.queue.schema import jobs, outcomes, render_times, valid_manifest, workers
 
+log = logging.getLogger(__name__)
+
 
 class SqlQueue:
     """A `JobQueue` over `database`, which is the caller's to close. At most `max_queue_size` jobs wait."""
 
-    def __init__(self, database: Database, *, max_queue_size: int = 10) -> None:
+    def __init__(self, database: Database, *, max_queue_size: int = 10, observer: JobObserver | None = None) -> None:
         self._database = database
         self._max_queue_size = max_queue_size
+        self._observer = observer or JobObserver()
 
     async def close(self) -> None:
         """Let go of the database."""
@@ -54,6 +60,7 @@ class SqlQueue:
             await self._check_ready(connection)
             position = await self._check_room(connection)
             task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
+        self._observer.submitted()
         return Job(task_id, JobState.QUEUED, queue_position=position)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
@@ -65,7 +72,9 @@ class SqlQueue:
         async with self._database.write(rings=True) as connection:
             await self._database.admit_one_by_one(connection)
             await self._check_room(connection)
-            return await self._insert(connection, payload, extras)
+            task_id = await self._insert(connection, payload, extras)
+        self._observer.submitted()
+        return task_id
 
     async def get(self, task_id: str) -> Job | None:
         """The job as of now."""
@@ -81,7 +90,7 @@ class SqlQueue:
         """Stop a waiting or running job. The worker of a running one is told through `stops`."""
         failure = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
         async with self._database.write(rings=True) as connection:
-            await end(
+            cancelled = await end(
                 connection,
                 self._database.clock(),
                 JobState.CANCELLED,
@@ -89,20 +98,27 @@ class SqlQueue:
                 failure=failure.model_dump(mode="json"),
                 stop_requested=jobs.c.state == JobState.RUNNING,
             )
-            return await self._find(connection, jobs.c.task_id == task_id)
+            job = await self._find(connection, jobs.c.task_id == task_id)
+        if cancelled:
+            log.info("%s: cancelled", task_id, extra={"task_id": task_id})
+            self._observer.ended(JobState.CANCELLED, failure=failure)
+        return job
 
     async def purge(self) -> int:
         """Cancel every waiting job; how many there were."""
         failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
         async with self._database.write() as connection:
             await self._database.admit_one_by_one(connection)
-            return await end(
+            cancelled = await end(
                 connection,
                 self._database.clock(),
                 JobState.CANCELLED,
                 jobs.c.state == JobState.QUEUED,
                 failure=failure.model_dump(mode="json"),
             )
+        log.info("the queue was purged of %d tasks", cancelled)
+        self._observer.ended(JobState.CANCELLED, failure=failure, count=cancelled)
+        return cancelled
 
     async def retry(self, task_id: str) -> bool:
         """Queue a failed job again, with no attempt counted; False if it has not failed.
@@ -218,7 +234,9 @@ class SqlQueue:
             ready=states.count(WorkerState.READY),
             loading=states.count(WorkerState.LOADING),
             failed=states.count(WorkerState.FAILED),
-            reports=[WorkerReport.model_validate(row.report) for row in rows if row.report is not None],
+            reports_by_id={
+                row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report is not None
+            },
         )
 
     async def _position(self, connection: AsyncConnection, row: Row[Any]) -> int:
@@ -230,7 +248,7 @@ class SqlQueue:
         result = valid_manifest(row.output) if state is JobState.COMPLETED else None
         failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
         if state is JobState.COMPLETED and result is None:
-            failure = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
+            failure = NO_VIDEO
         return Job(
             task_id=row.task_id,
             state=state,

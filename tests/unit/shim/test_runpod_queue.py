@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from handler.contract import ErrorCode, JobFailure
-from shim.queue.base import JobState, QueueFullError, QueueUnavailableError
+from handler.contract import ErrorCode, JobFailure, Manifest
+from shim.queue.base import JobObserver, JobState, QueueFullError, QueueUnavailableError
 from shim.queue.runpod import RunPodQueue
 from tests.queues import JOB, Clock, result
 
@@ -43,9 +43,16 @@ class Cloud:
         return [request.url.path for request in self.requests if request.url.path.split("/")[3] == word]
 
 
-def queue_on(cloud: Callable[[httpx.Request], httpx.Response], clock: Clock | None = None) -> RunPodQueue:
+def queue_on(
+    cloud: Callable[[httpx.Request], httpx.Response], clock: Clock | None = None, observer: JobObserver | None = None
+) -> RunPodQueue:
     return RunPodQueue(
-        endpoint_id="ep", api_key=KEY, transport=httpx.MockTransport(cloud), clock=clock or Clock(), max_queue_size=2
+        endpoint_id="ep",
+        api_key=KEY,
+        transport=httpx.MockTransport(cloud),
+        clock=clock or Clock(),
+        max_queue_size=2,
+        observer=observer,
     )
 
 
@@ -207,3 +214,35 @@ async def test_jobs_are_taken_at_zero_workers_and_refused_when_too_many_wait() -
     busy = {**HEALTH, "jobs": {"inQueue": 2, "inProgress": 1}}
     with pytest.raises(QueueFullError):
         await queue_on(Cloud(health=(200, busy), run=accepted)).submit(JOB)
+
+
+class Observed(JobObserver):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+        self.ends: list[tuple[JobState, ErrorCode | None]] = []
+
+    def started(self, waited: float) -> None:
+        self.waits.append(waited)
+
+    def ended(
+        self, state: JobState, *, failure: JobFailure | None = None, result: Manifest | None = None, count: int = 1
+    ) -> None:
+        self.ends.append((state, failure.error_code if failure is not None else None))
+
+
+async def test_an_end_is_told_once_and_only_of_a_job_that_was_seen_before() -> None:
+    oom = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR).model_dump_json()
+    failed = job_status("FAILED", error=oom, delayTime=1500, executionTime=9000)
+    cloud = Cloud(run=(200, {"id": "job-1"}), status=[job_status("IN_PROGRESS"), failed, failed])
+    observed, clock = Observed(), Clock()
+    queue = queue_on(cloud, clock, observed)
+    await queue.submit(JOB)
+    for _ in range(4):
+        clock.now += 2
+        await queue.get("job-1")
+    assert (observed.waits, observed.ends) == ([1.5], [(JobState.FAILED, ErrorCode.OOM_ERROR)])
+    restarted = queue_on(cloud, clock, observed)
+    await restarted.get("job-1")
+    assert len(observed.ends) == 1, "who knows whether its end was counted in an earlier life"

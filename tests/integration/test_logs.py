@@ -1,0 +1,158 @@
+"""The log of a whole service: a task's story under one search, and nothing that must not be there."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service import Service, eventually, running_service
+
+pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
+
+PROMPT = "A paper boat on a rainy street at midnight"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(
+        tmp_path_factory.mktemp("service"), HUNYUAN_LOG_FORMAT="json", HUNYUAN_LOG_LEVEL="debug"
+    ) as running:
+        yield running
+
+
+def lines(service: Service) -> list[dict[str, Any]]:
+    """Every line of the service, of its server and its worker alike. Fails on one that is no JSON object."""
+    parsed = [json.loads(line) for line in service.log.read_text().splitlines()]
+    assert all(isinstance(line, dict) for line in parsed)
+    return parsed
+
+
+def story(service: Service, task_id: str) -> list[dict[str, Any]]:
+    return [line for line in lines(service) if line.get("task_id") == task_id]
+
+
+def told(service: Service, task_id: str, words: str) -> list[dict[str, Any]]:
+    """The task's lines with these words, as soon as there are any."""
+    return eventually(
+        f"a line with {words!r}", lambda: [line for line in story(service, task_id) if words in line["message"]]
+    )
+
+
+def platform(service: Service) -> httpx.Client:
+    token = (service.directory / "data" / "platform-token").read_text()
+    return httpx.Client(base_url=f"{service.address}/v2/local", headers={"Authorization": token})
+
+
+def test_one_search_finds_the_whole_story_of_a_task(service: Service) -> None:
+    task_id = service.generate(prompt=PROMPT)
+    service.finished(task_id)
+    told(service, task_id, "Finished.")
+    found = story(service, task_id)
+    chapters = (
+        ("shim.tasks", "accepted"),
+        ("shim.queue.dispatch", "taken by worker"),
+        ("runpod", "Started."),
+        ("handler.worker", "begins"),
+        ("handler.worker", "encoding_prompt took"),
+        ("handler.worker", "denoising took"),
+        ("handler.worker", "next is storing"),
+        ("handler.worker", "done in"),
+        ("shim.queue.dispatch", "completed by worker"),
+    )
+    places = [
+        next(i for i, line in enumerate(found) if line["logger"] == logger and words in line["message"])
+        for logger, words in chapters
+    ]
+    assert places == sorted(places), found
+    (worker_id,) = {line["worker_id"] for line in found if line["logger"].startswith(("handler.", "runpod"))}
+    assert told(service, task_id, "taken by")[0]["worker_id"] == worker_id
+
+
+def test_every_line_about_a_task_has_its_id(service: Service) -> None:
+    task_id = service.generate(prompt=PROMPT)
+    service.finished(task_id)
+    about = [line for line in lines(service) if task_id in json.dumps(line)]
+    assert len(about) > 10
+    assert [line for line in about if line.get("task_id") != task_id] == []
+    assert {line["level"] for line in about} == {"INFO"}
+
+
+def test_a_failed_task_is_told_of_with_its_code_by_both_sides(service: Service) -> None:
+    with platform(service) as http:
+        task_id = http.post("/run", json={"input": {"prompt": "short"}}).json()["id"]
+    loggers = {line["logger"] for line in told(service, task_id, "failed with INVALID_PROMPT")}
+    eventually("both", lambda: len({line["logger"] for line in told(service, task_id, "failed with")}) == 2)
+    assert loggers <= {"handler.serverless", "shim.queue.dispatch"}
+
+
+def test_a_cancelled_task_is_told_of(service: Service) -> None:
+    task_id = service.generate(prompt=PROMPT, duration=10, resolution="1080p")
+    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, 60)
+    with platform(service) as http:
+        http.post(f"/cancel/{task_id}").raise_for_status()
+    assert {line["logger"] for line in told(service, task_id, "cancelled")} >= {"shim.queue.sql"}
+    eventually(
+        "the worker's word", lambda: "handler.serverless" in {x["logger"] for x in told(service, task_id, "cancelled")}
+    )
+
+
+def test_requests_are_logged_by_route_with_their_id_and_no_query(service: Service) -> None:
+    headers = {"X-Request-ID": "of-this-test"}
+    service.http.get("/status/no-such-task?secret=hush", headers=headers)
+    service.http.get("/nowhere/at/all?secret=hush", headers=headers)
+    found = [line for line in lines(service) if line.get("request_id") == "of-this-test"]
+    assert [(line["route"], line["method"], line["status"]) for line in found] == [
+        ("/status/{task_id}", "GET", 404),
+        ("other", "GET", 404),
+    ]
+    assert found[0]["task_id"] == "no-such-task"
+    assert found[0]["duration_ms"] >= 0
+    assert "hush" not in service.log.read_text()
+
+
+def test_a_pipelined_request_inherits_nothing_from_the_one_before_it(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for path, request_id in (("/status/no-such-task", "first"), ("/nowhere", "second"), ("/ready", "last")):
+            close = "Connection: close\r\n" if request_id == "last" else ""
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n{close}\r\n".encode())
+        while connection.recv(65536):
+            pass
+    by_id = {line["request_id"]: line for line in lines(service) if line.get("request_id") in ("first", "second")}
+    assert by_id["first"]["task_id"] == "no-such-task"
+    assert "task_id" not in by_id["second"]
+
+
+def test_beats_are_logged_at_debug_and_what_people_ask_at_info(service: Service) -> None:
+    service.http.get("/health")
+    service.http.get("/status/no-such-task")
+    routes = {(line["route"], line["level"]) for line in lines(service) if "route" in line}
+    assert {("/health", "DEBUG"), ("/status/{task_id}", "INFO")} <= routes
+    assert ("/v2/local/worker-report/{worker_id}", "DEBUG") in routes
+
+
+def test_neither_prompts_nor_secrets_are_in_the_log(service: Service) -> None:
+    task_id = service.generate(prompt=PROMPT)
+    service.http.get(service.finished(task_id)["video_url"]).raise_for_status()
+    log = service.log.read_text()
+    assert "midnight" not in log
+    kept = service.directory / "data"
+    for secret in ("platform-token", "bucket/secret-key"):
+        assert (kept / secret).read_text().strip() not in log
+    assert "X-Amz-Signature" not in log, "presigned URLs open what they name"
+
+
+def test_prompts_are_in_the_log_where_they_are_asked_for(tmp_path: Path) -> None:
+    with running_service(tmp_path, HUNYUAN_LOG_PROMPTS="true") as service:
+        task_id = service.generate(prompt=f"{PROMPT}\nand a second line")
+        service.finished(task_id)
+        shown = [line for line in service.log.read_text().splitlines() if "midnight" in line]
+    assert len(shown) == 2, "when it was accepted, and when it began"
+    for line in shown:
+        assert task_id in line
+        assert r'prompt="A paper boat on a rainy street at midnight\nand a second line"' in line
