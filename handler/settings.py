@@ -47,7 +47,7 @@ class WorkerSettings(BaseSettings):
     cache_dir: Path | None = Field(
         default=None,
         validation_alias="HUNYUAN_CACHE_DIR",
-        description="Where checkpoints from the hub are kept. Else the hub's own default.",
+        description="Where checkpoints from the hub and compiled kernels are kept. Else the libraries' own defaults.",
     )
     enable_flash_attn: bool = Field(
         default=True,
@@ -58,6 +58,11 @@ class WorkerSettings(BaseSettings):
         default=False,
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
         description="Use sageattention (8-bit, approximate) where it is installed; goes before flash-attn.",
+    )
+    compile: bool | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_COMPILE",
+        description="Compile the transformers' blocks at the start, `true` or `false`. Else where a GPU holds them.",
     )
     approximations: Annotated[tuple[Approximation, ...], NoDecode, BeforeValidator(_listed)] = Field(
         default=(),

@@ -49,6 +49,7 @@ from handler.video_model.catalog import (
     needed,
     offered,
 )
+from handler.video_model.compilation import compile_blocks
 from handler.video_model.generate import Base, PipelineModel, Upscaler
 from handler.video_model.memory import Budget, DoesNotFitError, Placement, Weights, Workload, budget
 from handler.video_model.super_resolution import SuperResolution, load_upsampler
@@ -141,6 +142,11 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         memory = put_on_gpu(parts, settings)
     elif settings.offload_cpu:
         log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
+    placed = time.monotonic()
+    seconds = {"checkpoints": read - started, "placement": placed - read}
+    if compiles(settings, device, memory):
+        compile_blocks(parts.transformers, settings.cache_dir)
+        seconds["compilation"] = time.monotonic() - placed
     log.info("model %s on %s, attention by %s", parts.name, device, backend)
     return PipelineModel(
         name=parts.name,
@@ -151,8 +157,16 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         attention=backend,
         memory=memory,
         approximations=settings.approximations,
-        load_seconds={"checkpoints": read - started, "placement": time.monotonic() - read},
+        load_seconds=seconds,
     )
+
+
+def compiles(settings: WorkerSettings, device: str, memory: Budget | None) -> bool:
+    """Whether blocks are compiled: where they stay on a GPU, unless a setting says otherwise."""
+    streamed = memory is not None and memory.plan.transformers is Placement.STREAMED
+    if settings.compile and streamed:
+        log.warning("HUNYUAN_COMPILE: the transformers are streamed, which does not go with it; doing without")
+    return not streamed and (device == "cuda" if settings.compile is None else settings.compile)
 
 
 def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:

@@ -19,8 +19,8 @@ from typing import Final
 _GB: Final = 1e9
 #: What CUDA, its libraries' workspaces and PyTorch's fragmentation take.
 _OVERHEAD: Final = 1.0 * _GB
-#: Tensors of one activation's size that a block has alive at its peak: stream, normed, joint query, key and value,
-#: attention's output, its projection, and chunks of what lies between (`attention.CHUNK`).
+#: Tensors of one activation's size that a block has alive at its peak: stream, joint query, key and value, attention's
+#: output, and room for chunks of what lies between (`blocks.CHUNK`) and for what step caching keeps.
 _BLOCK_TENSORS: Final = 8
 #: The same in the VAE decoder's widest level: input, its padded copy, output, residual.
 _DECODER_TENSORS: Final = 4
