@@ -6,14 +6,45 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from diffusers import FirstBlockCacheConfig, HunyuanVideo15Transformer3DModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
+from torch import nn
 
 from handler.settings import Approximation
 
 #: Mean change of the first block's output under which a step takes over the rest from the one before.
 CACHE_THRESHOLD: Final = 0.05
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is kept in 8 bits, each row with a scale, and computed with as its input comes.
+
+    diffusers' layerwise casting has no scales, and the weights of a transformer lie where 8 bits are coarsest; it also
+    writes each weight back after each use, which can't be compiled.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        largest = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = largest / torch.finfo(torch.float8_e4m3fn).max
+        self.weight = nn.Parameter((weight.float() / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` times the weight, plus the bias."""
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def _keep_in_8_bits(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Fp8Linear(child))
+        else:
+            _keep_in_8_bits(child)
 
 
 def approximate(
@@ -26,11 +57,11 @@ def approximate(
     """Apply what is wanted, before the transformers go to their device.
 
     Step caching is for base models alone: super-resolution has few steps, and no two are alike.
-    Source: https://huggingface.co/docs/diffusers/optimization/memory#layerwise-casting and .../optimization/cache
+    Source: https://huggingface.co/docs/diffusers/optimization/cache
     """
     if Approximation.FP8_WEIGHTS in wanted:
         for transformer in (*bases, *upscalers):
-            transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
+            _keep_in_8_bits(transformer.transformer_blocks)
     if Approximation.FIRST_BLOCK_CACHE in wanted:
         TransformerBlockRegistry.register(
             HunyuanVideo15TransformerBlock,

@@ -182,10 +182,10 @@ def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
     shared = next(iter(parts.bases.values())).pipeline
     text_encoders = [shared.text_encoder, shared.text_encoder_2]
     weights = Weights(
-        text_encoders=sum(_bytes(module) for module in text_encoders),
-        transformers=[_bytes(transformer) for transformer in parts.transformers],
-        vae=_bytes(shared.vae),
-        block=max(_bytes(transformer.transformer_blocks[0]) for transformer in parts.transformers),
+        text_encoders=sum(bytes_of(module) for module in text_encoders),
+        transformers=[bytes_of(transformer) for transformer in parts.transformers],
+        vae=bytes_of(shared.vae),
+        block=max(bytes_of(transformer.transformer_blocks[0]) for transformer in parts.transformers),
     )
     try:
         made = budget(free, weights, parts.workloads(), offload=settings.offload_cpu)
@@ -221,7 +221,8 @@ def place(module: torch.nn.Module, placement: Placement, kind: str, device: torc
     apply_group_offloading(module, onload_device=device, offload_type=kind, use_stream=device.type == "cuda", **blocks)
 
 
-def _bytes(module: torch.nn.Module) -> int:
+def bytes_of(module: torch.nn.Module) -> int:
+    """Of its parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from handler.contract import JobInput, Profile, Resolution
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
-from handler.video_model.approximations import approximate
+from handler.video_model.approximations import Fp8Linear, approximate
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError
 from handler.video_model.catalog import ROUTES
 from handler.video_model.generate import PipelineModel
-from handler.video_model.loader import load_model, place
+from handler.video_model.loader import bytes_of, load_model, place
 from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
 from tests.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
 
@@ -153,6 +153,27 @@ def test_what_is_asked_for_is_applied_and_named() -> None:
     assert base.pipeline.transformer.is_cache_enabled
     weight = base.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype is torch.float8_e4m3fn
+
+
+def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
+    """A matrix of 2048 x 512 as small as a transformer's: without scales, most of it would round to nothing."""
+    linear = torch.nn.Linear(512, 2048, dtype=torch.bfloat16)
+    torch.nn.init.normal_(linear.weight, std=0.002)
+    x = torch.randn(4, 512, dtype=torch.bfloat16)
+    quantised = Fp8Linear(linear)
+    with torch.no_grad():
+        exact, ours = linear(x) - linear.bias, quantised(x) - linear.bias
+        unscaled = torch.nn.functional.linear(x, linear.weight.to(torch.float8_e4m3fn).to(x.dtype))
+    assert sum(p.numel() * p.element_size() for p in quantised.parameters()) < 0.51 * 2 * linear.weight.numel()
+    assert (ours - exact).norm() < 0.04 * exact.norm()
+    assert (unscaled - exact).norm() > 4 * (ours - exact).norm()
+
+
+def test_the_planner_counts_what_8_bits_leave() -> None:
+    whole, half = demo.build_pipeline().transformer.bfloat16(), demo.build_pipeline().transformer.bfloat16()
+    approximate([half], [], {Approximation.FP8_WEIGHTS})
+    small, large = (bytes_of(transformer.transformer_blocks) for transformer in (half, whole))
+    assert small < 0.6 * large, "the blocks of this small model have many biases and scales for their size"
 
 
 def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

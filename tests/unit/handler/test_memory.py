@@ -63,3 +63,18 @@ def test_a_small_gpu_serves_what_fits_and_refuses_the_rest() -> None:
 
 def test_a_plan_reads_as_a_sentence() -> None:
     assert "transformers streamed" in str(SMALLEST)
+
+
+#: What `Fp8Linear` leaves of them: blocks, which are nearly all of a transformer, in one byte a number.
+IN_8_BITS = Weights(
+    text_encoders=REAL.text_encoders,
+    transformers=[size // 2 for size in REAL.transformers],
+    vae=REAL.vae,
+    block=REAL.block // 2,
+)
+
+
+def test_in_8_bits_stays_on_the_gpu_what_would_be_streamed_else() -> None:
+    free, cells = 48 * GB, [workload("1080p", 5)]
+    assert budget(free, REAL, cells).plan.transformers == "streamed"
+    assert budget(free, IN_8_BITS, cells).plan.transformers == "resident"
