@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from handler.contract import Profile
@@ -17,10 +17,18 @@ class Approximation(StrEnum):
 
     FP8_WEIGHTS = "fp8-weights"
     FIRST_BLOCK_CACHE = "first-block-cache"
+    TAYLORSEER = "taylorseer"
+    SR_WINDOW_ATTENTION = "sr-window-attention"
 
 
 def _listed(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ...]:
+    if {Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER} <= set(value):
+        raise ValueError("first-block-cache and taylorseer skip steps in two ways: name one of them")
+    return value
 
 
 class WorkerSettings(BaseSettings):
@@ -64,11 +72,14 @@ class WorkerSettings(BaseSettings):
         validation_alias="HUNYUAN_COMPILE",
         description="Compile the transformers' blocks at the start, `true` or `false`. Else where a GPU holds them.",
     )
-    approximations: Annotated[tuple[Approximation, ...], NoDecode, BeforeValidator(_listed)] = Field(
+    approximations: Annotated[
+        tuple[Approximation, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_one_step_cache)
+    ] = Field(
         default=(),
         validation_alias="HUNYUAN_APPROXIMATIONS",
-        description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little), "
-        "with commas between. Manifests name them.",
+        description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little) or "
+        "`taylorseer` (extrapolates four steps of five), `sr-window-attention` (super-resolution looks 4 latent frames "
+        "back and ahead), with commas between. Manifests name them.",
     )
     offload_cpu: bool = Field(
         default=False,

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DMo
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 
-from handler.video_model.blocks import CHUNK, use_chunks
+from handler.video_model.blocks import CHUNK, Attend, chunked_blocks, use_chunks
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,49 @@ def use_mask_free_attention(transformer: HunyuanVideo15Transformer3DModel, backe
     """
     transformer.register_forward_pre_hook(_trim_text, with_kwargs=True)
     use_chunks(transformer, FullAttention(backend), chunk)
+
+
+class WindowAttention:
+    """Latent tokens attend to the frames around their own and to the text, text tokens to all: an approximation.
+
+    A frame at a time, with its keys cut out, so any kernel will do and nothing is masked. Work and time grow with the
+    frames, not with their square. Near the ends the window is as wide as elsewhere. `attend` does the attending.
+    """
+
+    def __init__(self, attend: Attend, radius: int) -> None:
+        self._attend = attend
+        self._radius = radius
+        self._frames = 1
+
+    def note_frames(self, _: torch.nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A pre-forward hook of the transformer: how many latent frames there are."""
+        self._frames = named["hidden_states"].shape[2]
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: int) -> torch.Tensor:
+        """See `Attend`."""
+        width = 2 * self._radius + 1
+        if width >= self._frames:
+            return self._attend(query, key, value, text=text)
+        latent = query.shape[1] - text
+        size = latent // self._frames
+        attended = torch.empty_like(query)
+        for frame in range(self._frames):
+            first = min(max(frame - self._radius, 0), self._frames - width)
+            window = slice(first * size, (first + width) * size)
+            seen = [torch.cat([whole[:, window], whole[:, latent:]], dim=1) for whole in (key, value)]
+            own = slice(frame * size, (frame + 1) * size)
+            attended[:, own] = self._attend(query[:, own], *seen, text=text)
+        attended[:, latent:] = self._attend(query[:, latent:], key, value, text=text)
+        return attended
+
+
+def use_window_attention(transformer: HunyuanVideo15Transformer3DModel, radius: int) -> None:
+    """Let latent tokens attend to `radius` frames before and after their own; after `use_mask_free_attention`."""
+    blocks = list(chunked_blocks(transformer))
+    window = WindowAttention(blocks[0].attend, radius)
+    transformer.register_forward_pre_hook(window.note_frames, with_kwargs=True)
+    for block in blocks:
+        block.attend = window
 
 
 def use_fast_causal_mask(vae: AutoencoderKLHunyuanVideo15) -> None:

@@ -8,7 +8,8 @@ sees tokens as one dynamic dimension, and one compilation serves every size and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 import torch
@@ -35,7 +36,7 @@ class ChunkedBlock:
 
     def __init__(self, block: Any, attend: Attend, chunk: int = CHUNK) -> None:
         self._block = block
-        self._attend = attend
+        self.attend = attend
         self._chunk = chunk
         self.use(before_attention, after_attention)
 
@@ -61,7 +62,7 @@ class ChunkedBlock:
             rotation = None if freqs_cis is None else (freqs_cis[0][chunk].detach(), freqs_cis[1][chunk].detach())
             _write(joint, chunk, self._before(block, _part(hidden_states, chunk), temb, rotation, text=False))
         _write(joint, slice(tokens, None), self._before(block, encoder_hidden_states, temb, None, text=True))
-        attended = self._attend(*joint, text=text).flatten(2)  # (1, latent + text tokens, D)
+        attended = self.attend(*joint, text=text).flatten(2)  # (1, latent + text tokens, D)
         del joint
         latent = torch.empty_like(hidden_states)
         for chunk in chunks:
@@ -124,3 +125,11 @@ def use_chunks(transformer: HunyuanVideo15Transformer3DModel, attend: Attend, ch
     """Let each block of `transformer` compute in chunks, with `attend` for its attention."""
     for block in transformer.transformer_blocks:
         block.forward = ChunkedBlock(block, attend, chunk)
+
+
+def chunked_blocks(transformer: HunyuanVideo15Transformer3DModel) -> Iterator[ChunkedBlock]:
+    """What `use_chunks` has put there, whatever hooks are around it by now: those of step caching and of streaming."""
+    for block in transformer.transformer_blocks:
+        forward = inspect.unwrap(block.forward)
+        assert isinstance(forward, ChunkedBlock)  # noqa: S101
+        yield forward

@@ -8,7 +8,6 @@ Streamed blocks are left alone: they wait for the bus, not for the arithmetic.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Final
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 
-from handler.video_model.blocks import ChunkedBlock, after_attention, before_attention
+from handler.video_model.blocks import after_attention, before_attention, chunked_blocks
 
 #: Latent frames, height and width, and tokens of both texts, of the pass that compiles. None of the numbers of tokens
 #: that they make is a size of the model: PyTorch would take the two for one.
@@ -58,10 +57,8 @@ def _use(
     transformers: Sequence[HunyuanVideo15Transformer3DModel], before: Callable[..., Any], after: Callable[..., Any]
 ) -> None:
     for transformer in transformers:
-        for block in transformer.transformer_blocks:
-            forward = inspect.unwrap(block.forward)  # step caching and offloading put their hooks around it
-            assert isinstance(forward, ChunkedBlock)  # noqa: S101
-            forward.use(before, after)
+        for block in chunked_blocks(transformer):
+            block.use(before, after)
 
 
 @torch.no_grad()

@@ -56,6 +56,8 @@ from handler.video_model.super_resolution import SuperResolution, load_upsampler
 
 _INDEX: Final = "model_index.json"
 _PIPELINE_CLASS: Final = "HunyuanVideo15Pipeline"
+#: Steps from which on neighbouring ones are alike; step-distilled checkpoints take up to 12.
+_MANY_STEPS: Final = 16
 #: What goes wrong inside the libraries where files are missing, cut short, or of another model.
 _LOAD_ERRORS: Final = (
     OSError,
@@ -87,6 +89,12 @@ class Parts:
     def base_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
         """Of the base models."""
         return [base.pipeline.transformer for base in self.bases.values()]
+
+    @property
+    def many_step_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """Of those base models that are neither step-distilled nor nearly so."""
+        sampled = [(base.pipeline.transformer, base.checkpoint.sampling) for base in self.bases.values()]
+        return [transformer for transformer, sampling in sampled if sampling.num_inference_steps >= _MANY_STEPS]
 
     @property
     def upscaler_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
@@ -135,7 +143,12 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
-    approximate(parts.base_transformers, parts.upscaler_transformers, settings.approximations)
+    approximate(
+        parts.transformers,
+        settings.approximations,
+        many_steps=parts.many_step_transformers,
+        upscalers=parts.upscaler_transformers,
+    )
     use_fast_causal_mask(next(iter(parts.bases.values())).pipeline.vae)
     memory = None
     if device == "cuda":

@@ -13,11 +13,11 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 from pydantic import ValidationError
 
-from handler.contract import JobInput, Profile, Resolution
+from handler.contract import JobInput, Profile, Resolution, Stage
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import Fp8Linear, approximate
-from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError
+from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
 from handler.video_model.catalog import ROUTES
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import bytes_of, load_model, place
@@ -128,31 +128,71 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
     assert np.array_equal(resident, streamed)
 
 
-@pytest.mark.parametrize("approximation", Approximation)
-def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
+def video(model: PipelineModel) -> Frames:
     job = JobInput(prompt="A paper boat on a rainy street", duration=5)
+    return np.concatenate(list(model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())))
 
-    def video(model: PipelineModel) -> Frames:
-        return np.concatenate(list(model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())))
 
+@pytest.mark.parametrize(
+    "approximation", [each for each in Approximation if each is not Approximation.SR_WINDOW_ATTENTION]
+)
+def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
     pipeline = demo.build_pipeline()
     # So high a threshold that each step but the first takes the rest from the one before.
-    approximate([pipeline.transformer], [], {approximation}, cache_threshold=10.0)
+    approximate([pipeline.transformer], {approximation}, many_steps=[pipeline.transformer], cache_threshold=10.0)
     model = single(pipeline, steps=4)
     first, second = video(model), video(model)
     assert np.array_equal(first, second), "the second video starts from a clean cache"
     assert 0 < np.abs(exact.astype(int) - first).mean() < 30
 
 
-def test_what_is_asked_for_is_applied_and_named() -> None:
-    model = load_model(WorkerSettings(model_path="demo", approximations=tuple(Approximation)))
+@pytest.mark.parametrize("cache", [Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER])
+def test_what_is_asked_for_is_applied_and_named(cache: Approximation) -> None:
+    model = load_model(WorkerSettings(model_path="demo", approximations=(Approximation.FP8_WEIGHTS, cache)))
     assert isinstance(model, PipelineModel)
-    assert tuple(model.approximations) == ("fp8-weights", "first-block-cache")
+    assert tuple(model.approximations) == ("fp8-weights", cache)
     (base,) = model._bases.values()
     assert base.pipeline.transformer.is_cache_enabled
     weight = base.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("guidance_scale", "passes"), [(1.0, 1), (6.0, 2)])
+def test_taylorseer_computes_the_first_steps_and_then_one_of_five_for_each_pass_of_a_step(
+    guidance_scale: float, passes: int
+) -> None:
+    pipeline = demo.build_pipeline()
+    pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
+    model = single(pipeline, steps=10)
+    approximate([pipeline.transformer], {Approximation.TAYLORSEER}, many_steps=[pipeline.transformer])
+    computed: list[int] = []
+    pipeline.transformer.transformer_blocks[1].attn.register_forward_pre_hook(lambda *_: computed.append(1))
+    cancelled = Event()
+
+    def stop_in_between(stage: Stage, done: float) -> None:
+        if done >= 0.5:
+            cancelled.set()
+
+    job = JobInput(prompt="A paper boat on a rainy street", duration=5)
+    with pytest.raises(RenderCancelledError):
+        list(model.render(job, seed=1, on_progress=stop_in_between, cancelled=cancelled))
+    computed.clear()
+    video(model)
+    assert len(computed) == passes * len([0, 1, 2, 4, 9]), "and not where the cancelled one left off"
+
+
+def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
+    settings = WorkerSettings(model_path=str(weights), approximations=(Approximation.TAYLORSEER,))
+    model = load_model(settings)
+    assert isinstance(model, PipelineModel)
+    cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model._bases.items()}
+    assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
+
+
+def test_the_two_ways_to_skip_steps_are_not_taken_together() -> None:
+    with pytest.raises(ValidationError, match="name one of them"):
+        WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER))
 
 
 def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
@@ -171,7 +211,7 @@ def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
 
 def test_the_planner_counts_what_8_bits_leave() -> None:
     whole, half = demo.build_pipeline().transformer.bfloat16(), demo.build_pipeline().transformer.bfloat16()
-    approximate([half], [], {Approximation.FP8_WEIGHTS})
+    approximate([half], {Approximation.FP8_WEIGHTS})
     small, large = (bytes_of(transformer.transformer_blocks) for transformer in (half, whole))
     assert small < 0.6 * large, "the blocks of this small model have many biases and scales for their size"
 
