@@ -43,7 +43,8 @@ from handler.video_model.attention import choose_backend, use_mask_free_attentio
 from handler.video_model.catalog import CHECKPOINTS, ROUTES, Checkpoint, bucket_size
 from handler.video_model.compilation import compile_blocks
 from handler.video_model.generate import Base, PipelineModel, Upscaler
-from handler.video_model.loader import Parts, compiles, put_on_gpu
+from handler.video_model.loader import compiles
+from handler.video_model.placement import Parts, put_on_gpu
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
 
 RESULTS: Final = Path(__file__).parent / "results"

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,18 +19,14 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
-from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from handler.contract import (
     DEFAULT_MODEL,
     DEMO_MODEL,
-    MAX_DURATION,
-    MIN_DURATION,
     Profile,
     Resolution,
-    num_frames,
 )
 from handler.settings import WorkerSettings
 from handler.video_model import demo
@@ -44,20 +40,18 @@ from handler.video_model.catalog import (
     Checkpoint,
     Route,
     Sampling,
-    bucket_size,
     known_name,
     needed,
     offered,
 )
 from handler.video_model.compilation import compile_blocks
 from handler.video_model.generate import Base, PipelineModel, Upscaler
-from handler.video_model.memory import Budget, DoesNotFitError, Placement, Weights, Workload, budget
+from handler.video_model.memory import Budget, Placement
+from handler.video_model.placement import Parts, put_on_gpu
 from handler.video_model.super_resolution import SuperResolution, load_upsampler
 
 _INDEX: Final = "model_index.json"
 _PIPELINE_CLASS: Final = "HunyuanVideo15Pipeline"
-#: Steps from which on neighbouring ones are alike; step-distilled checkpoints take up to 12.
-_MANY_STEPS: Final = 16
 #: What goes wrong inside the libraries where files are missing, cut short, or of another model.
 _LOAD_ERRORS: Final = (
     OSError,
@@ -71,51 +65,6 @@ _LOAD_ERRORS: Final = (
 )
 
 log = logging.getLogger(__name__)
-
-Routes = Mapping[tuple[str, Resolution], Route]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a model is made of, before it is put on its device."""
-
-    name: str
-    bases: Mapping[str, Base]
-    routes: Routes
-    upscalers: Mapping[str, Upscaler]
-    image_routes: Routes = field(default_factory=dict)
-
-    @property
-    def base_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """Of the base models."""
-        return [base.pipeline.transformer for base in self.bases.values()]
-
-    @property
-    def many_step_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """Of those base models that are neither step-distilled nor nearly so."""
-        sampled = [(base.pipeline.transformer, base.checkpoint.sampling) for base in self.bases.values()]
-        return [transformer for transformer, sampling in sampled if sampling.num_inference_steps >= _MANY_STEPS]
-
-    @property
-    def upscaler_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """Of the super-resolution stages."""
-        return [upscaler.stage.transformer for upscaler in self.upscalers.values()]
-
-    @property
-    def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """All of them."""
-        return self.base_transformers + self.upscaler_transformers
-
-    def workloads(self) -> list[Workload]:
-        """Each video that may be asked for, by what it comes to."""
-        parts: Mapping[str, Base | Upscaler] = {**self.bases, **self.upscalers}
-        routes = set(self.routes.values())
-        sizes = {max(parts[name].checkpoint.base_size for name in route.checkpoints) for route in routes}
-        return [
-            Workload(num_frames(duration), bucket_size(size, 16, 9))
-            for size in sizes
-            for duration in range(MIN_DURATION, MAX_DURATION + 1)
-        ]
 
 
 def load_model(settings: WorkerSettings) -> VideoModel:
@@ -139,6 +88,9 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         except _LOAD_ERRORS as exc:
             first_line = str(exc).strip().partition("\n")[0]
             raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
+    if not parts.image_routes:
+        # Only images are encoded; at real size it takes 0.8 GB.
+        next(iter(parts.bases.values())).pipeline.vae.encoder = None
     read = time.monotonic()
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
@@ -180,63 +132,6 @@ def compiles(settings: WorkerSettings, device: str, memory: Budget | None) -> bo
     if settings.compile and streamed:
         log.warning("HUNYUAN_COMPILE: the transformers are streamed, which does not go with it; doing without")
     return not streamed and (device == "cuda" if settings.compile is None else settings.compile)
-
-
-def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
-    """Put each part where the plan for the free memory wants it.
-
-    Raises:
-        ModelLoadError: not even the smallest video fits.
-    """
-    free, total = torch.cuda.mem_get_info()
-    if settings.vram_limit is not None:
-        free = min(free, int(settings.vram_limit * 1e9))
-        torch.cuda.set_per_process_memory_fraction(min(free / total, 1.0))
-    shared = next(iter(parts.bases.values())).pipeline
-    text_encoders = [shared.text_encoder, shared.text_encoder_2]
-    weights = Weights(
-        text_encoders=sum(bytes_of(module) for module in text_encoders),
-        transformers=[bytes_of(transformer) for transformer in parts.transformers],
-        vae=bytes_of(shared.vae),
-        block=max(bytes_of(transformer.transformer_blocks[0]) for transformer in parts.transformers),
-    )
-    try:
-        made = budget(free, weights, parts.workloads(), offload=settings.offload_cpu)
-    except DoesNotFitError as exc:
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {parts.name} does not fit: {exc}") from exc
-    log.info("memory: %s", made.plan)
-    for modules, placement, kind in (
-        (text_encoders, made.plan.text_encoders, "leaf_level"),
-        (parts.transformers, made.plan.transformers, "block_level"),
-        ([shared.vae], made.plan.vae, "leaf_level"),
-    ):
-        for module in modules:
-            place(module, placement, kind, torch.device("cuda"))
-    tile = made.plan.tile
-    shared.vae.enable_tiling(tile, tile, *[tile // shared.vae_scale_factor_spatial] * 2)
-    for upscaler in parts.upscalers.values():
-        upscaler.stage.upsampler.to("cuda")
-    for base in parts.bases.values():
-        if base.image_encoder is not None:
-            base.image_encoder.to("cuda")
-    return made
-
-
-def place(module: torch.nn.Module, placement: Placement, kind: str, device: torch.device) -> None:
-    """On the device, or streamed to it for each forward.
-
-    Source: https://huggingface.co/docs/diffusers/optimization/memory#group-offloading
-    """
-    if placement is Placement.RESIDENT:
-        module.to(device)
-        return
-    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    apply_group_offloading(module, onload_device=device, offload_type=kind, use_stream=device.type == "cuda", **blocks)
-
-
-def bytes_of(module: torch.nn.Module) -> int:
-    """Of its parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _from_path(settings: WorkerSettings, dtype: torch.dtype) -> Parts:

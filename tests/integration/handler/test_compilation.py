@@ -20,8 +20,9 @@ from handler.video_model import demo
 from handler.video_model.approximations import approximate
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.compilation import compile_blocks
-from handler.video_model.loader import load_model, place
+from handler.video_model.loader import load_model
 from handler.video_model.memory import Placement
+from handler.video_model.placement import place
 from tests.small_models import sr_transformer
 
 #: Frames, height and width of latents: fewer tokens than a chunk, several chunks, and as many as a whole number.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from handler.video_model.approximations import Fp8Linear, approximate
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
 from handler.video_model.catalog import ROUTES
 from handler.video_model.generate import PipelineModel
-from handler.video_model.loader import bytes_of, load_model, place
+from handler.video_model.loader import load_model
 from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
+from handler.video_model.placement import bytes_of, place, place_all
 from tests.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
 
 
@@ -126,6 +128,53 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
         videos.append(np.concatenate(list(chunks)))
     resident, streamed = videos
     assert np.array_equal(resident, streamed)
+
+
+class Meeting(torch.nn.Linear):
+    """Moves only together with the other one."""
+
+    def __init__(self, barrier: Barrier) -> None:
+        super().__init__(2, 2)
+        self.barrier = barrier
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Meeting:
+        self.barrier.wait(timeout=20)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def test_parts_are_read_and_placed_at_the_same_time() -> None:
+    barrier = Barrier(2)
+    modules = [Meeting(barrier), Meeting(barrier)]
+    place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("meta"))
+    assert [module.weight.device.type for module in modules] == ["meta", "meta"]
+
+
+def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
+    class Full(torch.nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    modules = [torch.nn.Linear(2, 2), Full(2, 2)]
+    with pytest.raises(torch.OutOfMemoryError):
+        place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("cpu"))
+
+
+def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> None:
+    """No vision tower, no head of a language model, no half of the VAE that only images go through."""
+    model = load(weights)
+    for base in model._bases.values():
+        components = base.pipeline.components
+        assert "image_encoder" not in components
+        assert components["vae"].encoder is None
+        assert type(components["text_encoder"]).__name__ == "Qwen2_5_VLTextModel"
+        assert type(components["text_encoder_2"]).__name__ == "T5EncoderModel"
+        for encoder in (components["text_encoder"], components["text_encoder_2"]):
+            names = {part for name, _ in encoder.named_parameters() for part in name.split(".")}
+            assert not names & {"lm_head", "visual", "vision_tower", "decoder"}
+    pipelines = [base.pipeline for base in model._bases.values()]
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        assert len({id(getattr(pipeline, name)) for pipeline in pipelines}) == 1, "one for all"
 
 
 def video(model: PipelineModel) -> Frames:
