@@ -237,12 +237,12 @@ class PipelineModel:
         return self._prompts[text]
 
     def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Frames:
-        def before_tile(done: float) -> None:
+        def tell(done: float) -> None:
             _stop_if(cancelled)
             on_progress(Stage.DECODING, done)
 
-        video = decode(self._shared.vae, latents, before_tile)
-        on_progress(Stage.DECODING, 1.0)
+        video = decode(self._shared.vae, latents, tell)
+        tell(1.0)
         return video
 
 
