@@ -41,8 +41,10 @@ from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import choose_backend, use_mask_free_attention
 from handler.video_model.catalog import CHECKPOINTS, ROUTES, Checkpoint, bucket_size
+from handler.video_model.compilation import compile_blocks
 from handler.video_model.generate import Base, PipelineModel, Upscaler
-from handler.video_model.loader import Parts, put_on_gpu
+from handler.video_model.loader import compiles
+from handler.video_model.placement import Parts, put_on_gpu
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -94,6 +96,7 @@ class Cell:
     profile: str
     resolution: str
     duration: int
+    compiled: bool
     passes: Sequence[Pass]
     stages: dict[str, float]
     steps_timed: str
@@ -122,6 +125,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of a base model that are timed")
     parser.add_argument("--vram-limit", type=float, help="GPU memory in GB that may be used")
     parser.add_argument("--stock", action="store_true", help="time a pass of the stock pipeline, too")
+    parser.add_argument("--no-compile", action="store_true", help="leave the blocks uncompiled")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -143,12 +147,14 @@ class Bench:
         self.device = device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.peak = self._matmul_peak()
+        self.compiled = False
         self._profile: Profile | None = None
         self._model: PipelineModel | None = None
 
     def cell(self, profile: Profile, resolution: Resolution, duration: int) -> Cell:
         """Measure one kind of job. One that does not fit says so in its `problem`."""
-        empty = Cell(profile, resolution, duration, [], {}, "", 0.0, REFERENCE.get((resolution, duration), ""), 0.0)
+        reference = REFERENCE.get((resolution, duration), "")
+        empty = Cell(profile, resolution, duration, False, [], {}, "", 0.0, reference, 0.0)
         try:
             model = self._loaded(profile)
             self._reset_peak()
@@ -159,6 +165,7 @@ class Bench:
             return replace(empty, problem=str(exc).partition("\n")[0])
         return replace(
             empty,
+            compiled=self.compiled,
             passes=passes,
             stages=stages,
             steps_timed=timed,
@@ -191,9 +198,11 @@ class Bench:
         parts = Parts(f"random {profile}", bases, routes, upscalers)
         for transformer in parts.transformers:
             use_mask_free_attention(transformer, backend)
-        memory = None
-        if self.device == "cuda":
-            memory = put_on_gpu(parts, WorkerSettings(vram_limit=self.arguments.vram_limit))
+        settings = WorkerSettings(
+            vram_limit=self.arguments.vram_limit, compile=False if self.arguments.no_compile else None
+        )
+        memory = put_on_gpu(parts, settings) if self.device == "cuda" else None
+        self.compiled = compiles(settings, self.device, memory) and compile_blocks(parts.transformers)
         return PipelineModel(
             name=parts.name, bases=bases, routes=routes, upscalers=upscalers, attention=backend, memory=memory
         )

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from handler.contract import Profile
@@ -18,10 +18,18 @@ class Approximation(StrEnum):
 
     FP8_WEIGHTS = "fp8-weights"
     FIRST_BLOCK_CACHE = "first-block-cache"
+    TAYLORSEER = "taylorseer"
+    SR_WINDOW_ATTENTION = "sr-window-attention"
 
 
 def _listed(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ...]:
+    if {Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER} <= set(value):
+        raise ValueError("first-block-cache and taylorseer skip steps in two ways: name one of them")
+    return value
 
 
 class WorkerSettings(LogOptions, BaseSettings):
@@ -48,7 +56,7 @@ class WorkerSettings(LogOptions, BaseSettings):
     cache_dir: Path | None = Field(
         default=None,
         validation_alias="HUNYUAN_CACHE_DIR",
-        description="Where checkpoints from the hub are kept. Else the hub's own default.",
+        description="Where checkpoints from the hub and compiled kernels are kept. Else the libraries' own defaults.",
     )
     enable_flash_attn: bool = Field(
         default=True,
@@ -60,11 +68,19 @@ class WorkerSettings(LogOptions, BaseSettings):
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
         description="Use sageattention (8-bit, approximate) where it is installed; goes before flash-attn.",
     )
-    approximations: Annotated[tuple[Approximation, ...], NoDecode, BeforeValidator(_listed)] = Field(
+    compile: bool | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_COMPILE",
+        description="Compile the transformers' blocks at the start, `true` or `false`. Else where a GPU holds them.",
+    )
+    approximations: Annotated[
+        tuple[Approximation, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_one_step_cache)
+    ] = Field(
         default=(),
         validation_alias="HUNYUAN_APPROXIMATIONS",
-        description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little), "
-        "with commas between. Manifests name them.",
+        description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little) or "
+        "`taylorseer` (extrapolates four steps of five), `sr-window-attention` (super-resolution looks 4 latent frames "
+        "back and ahead), with commas between. Manifests name them.",
     )
     offload_cpu: bool = Field(
         default=False,

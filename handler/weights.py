@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it failed, 2 a wrong argument or the licence not accepted.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -86,8 +87,11 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 
 
 def fetch_from_hub(files: Files, to: Path) -> None:
-    """Fetch from the Hugging Face hub, with its progress bars; HF_TOKEN and HF_ENDPOINT are heeded."""
-    from huggingface_hub import snapshot_download
+    """Fetch from the Hugging Face hub, with its progress bars; HF_TOKEN and HF_ENDPOINT are heeded.
+
+    The hub's client looks at sizes alone, so each large file's SHA-256 is held against the hub's own.
+    """
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, XetDownloadError  # type: ignore[attr-defined] # the HTTP client's own
 
     allow, ignore = list(files.allow) or None, list(files.ignore) or None
@@ -106,12 +110,26 @@ def fetch_from_hub(files: Files, to: Path) -> None:
             allow_patterns=allow,
             ignore_patterns=ignore,
         )
+        published = HfApi().model_info(files.repository, revision=listed[0].commit_hash, files_metadata=True)
     except (OSError, ValueError, RuntimeError, HTTPError, XetDownloadError) as exc:
         raise WeightsError(f"{files.repository}: {_one_line(exc.__cause__ or exc)}") from exc
     for file in listed:
         path = to / file.filename
         if not path.is_file() or file.file_size not in (None, path.stat().st_size):
             raise WeightsError(f"{files.repository}: {file.filename} did not come through whole, try again")
+    sums = {file.rfilename: file.lfs.sha256 for file in published.siblings or () if file.lfs is not None}
+    for file in listed:
+        if file.filename in sums:
+            _check_sum(to / file.filename, sums[file.filename], f"{files.repository}: {file.filename}")
+
+
+def _check_sum(path: Path, expected: str, name: str) -> None:
+    """A file with another SHA-256 is removed, so that the next call gets it again."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise WeightsError(f"{name} came through changed: its SHA-256 is {found}, not {expected}; try again")
 
 
 def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub, *, images: bool = False) -> None:

@@ -9,95 +9,91 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
-from diffusers.models.embeddings import apply_rotary_emb
+
+from handler.video_model.blocks import CHUNK, Attend, chunked_blocks, use_chunks
 
 log = logging.getLogger(__name__)
 
 #: PyTorch's scaled_dot_product_attention, which picks its kernel itself.
 NATIVE: Final = "native"
-#: Tokens that are projected at once: enough to fill a GPU, 256 MB a temporary at the model's width.
-CHUNK: Final = 65_536
 
 
-class MaskFreeAttnProcessor:
-    """Joint attention over latent and text tokens, all of them valid. The mask that it is given is not looked at.
+class FullAttention:
+    """Each token attends to all: latent and text, all of them valid, by one of diffusers' kernels."""
 
-    What lies between the block's input and the kernel (projection, norm, rotation in float32) is done `chunk` tokens
-    at a time, straight into the joint tensors: at 1080p each full-size temporary is 1 to 4 GB.
-    """
-
-    _parallel_config = None
-
-    def __init__(self, backend: str = NATIVE, chunk: int = CHUNK) -> None:
-        self._attention_backend = AttentionBackendName(backend)
-        self._chunk = chunk
+    def __init__(self, backend: str = NATIVE) -> None:
+        self._backend = AttentionBackendName(backend)
 
     def __call__(
         self,
-        attn: Any,
-        hidden_states: torch.Tensor,  # (1, latent tokens, D)
-        encoder_hidden_states: torch.Tensor,  # (1, text tokens, D)
-        attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers passes it
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attended latent and text tokens, of the shapes that came in."""
-        joint = [
-            self._joint(attn, hidden_states, encoder_hidden_states, parts, image_rotary_emb)
-            for parts in (
-                (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
-                (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
-                (attn.to_v, None, attn.add_v_proj, None),
-            )
-        ]
-        attended = dispatch_attention_fn(*joint, attn_mask=None, backend=self._attention_backend)
-        del joint
-        attended = attended.flatten(2, 3)  # (1, latent + text tokens, D)
-        latent, text = attended.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](latent)), attn.to_add_out(text)
-
-    def _joint(
-        self,
-        attn: Any,
-        latent: torch.Tensor,
-        text: torch.Tensor,
-        parts: tuple[Any, Any, Any, Any],
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        text: int,  # noqa: ARG002 - how many of them are text makes no difference
     ) -> torch.Tensor:
-        """Query, key or value of both: (1, latent + text tokens, heads, D / heads). A value has no norm."""
-        project, norm, project_text, norm_text = parts
-        tokens = latent.shape[1]
-        joint = latent.new_empty(1, tokens + text.shape[1], attn.heads, attn.inner_dim // attn.heads)
-        for begin in range(0, tokens, self._chunk):
-            chunk = slice(begin, min(begin + self._chunk, tokens))
-            states = project(latent[:, chunk]).unflatten(2, (attn.heads, -1))
-            if norm is not None:
-                states = norm(states)
-                if rotation is not None:
-                    cosine, sine = rotation
-                    states = apply_rotary_emb(states, (cosine[chunk], sine[chunk]), sequence_dim=1)
-            joint[:, chunk] = states
-        states = project_text(text).unflatten(2, (attn.heads, -1))
-        joint[:, tokens:] = states if norm_text is None else norm_text(states)
-        return joint
+        """See `Attend`."""
+        attended: torch.Tensor = dispatch_attention_fn(query, key, value, attn_mask=None, backend=self._backend)
+        return attended
 
 
 def use_mask_free_attention(transformer: HunyuanVideo15Transformer3DModel, backend: str, *, chunk: int = CHUNK) -> None:
-    """Trim the text that comes in, and put the processor into each block; the feed-forward works in chunks, too.
+    """Trim the text that comes in, and let each block attend with no mask and compute in chunks.
 
     The text refiner keeps its own processor: its sequence is short. The batch must be 1.
     """
     transformer.register_forward_pre_hook(_trim_text, with_kwargs=True)
-    for block in transformer.transformer_blocks:
-        block.attn.set_processor(MaskFreeAttnProcessor(backend, chunk))
-        block.ff.forward = partial(_in_chunks, block.ff.forward, chunk)
+    use_chunks(transformer, FullAttention(backend), chunk)
+
+
+class WindowAttention:
+    """Latent tokens attend to the frames around their own and to the text, text tokens to all: an approximation.
+
+    A frame at a time, with its keys cut out, so any kernel will do and nothing is masked. Work and time grow with the
+    frames, not with their square. Near the ends the window is as wide as elsewhere. `attend` does the attending.
+    """
+
+    def __init__(self, attend: Attend, radius: int) -> None:
+        self._attend = attend
+        self._radius = radius
+        self._frames = 1
+
+    def note_frames(self, _: torch.nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A pre-forward hook of the transformer: how many latent frames there are."""
+        self._frames = named["hidden_states"].shape[2]
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: int) -> torch.Tensor:
+        """See `Attend`."""
+        width = 2 * self._radius + 1
+        if width >= self._frames:
+            return self._attend(query, key, value, text=text)
+        latent = query.shape[1] - text
+        size = latent // self._frames
+        attended = torch.empty_like(query)
+        for frame in range(self._frames):
+            first = min(max(frame - self._radius, 0), self._frames - width)
+            window = slice(first * size, (first + width) * size)
+            seen = [torch.cat([whole[:, window], whole[:, latent:]], dim=1) for whole in (key, value)]
+            own = slice(frame * size, (frame + 1) * size)
+            attended[:, own] = self._attend(query[:, own], *seen, text=text)
+        attended[:, latent:] = self._attend(query[:, latent:], key, value, text=text)
+        return attended
+
+
+def use_window_attention(transformer: HunyuanVideo15Transformer3DModel, radius: int) -> None:
+    """Let latent tokens attend to `radius` frames before and after their own; after `use_mask_free_attention`."""
+    blocks = list(chunked_blocks(transformer))
+    window = WindowAttention(blocks[0].attend, radius)
+    transformer.register_forward_pre_hook(window.note_frames, with_kwargs=True)
+    for block in blocks:
+        block.attend = window
 
 
 def use_fast_causal_mask(vae: AutoencoderKLHunyuanVideo15) -> None:
@@ -119,16 +115,6 @@ def causal_mask(
     mask = torch.zeros(len(frame), len(frame), dtype=dtype, device=device)
     mask.masked_fill_(frame[None, :] > frame[:, None], float("-inf"))
     return mask if batch_size is None else mask.expand(batch_size, -1, -1)
-
-
-def _in_chunks(forward: Callable[[torch.Tensor], torch.Tensor], chunk: int, states: torch.Tensor) -> torch.Tensor:
-    """A feed-forward of (1, tokens, D), whose inside is four times as wide, `chunk` tokens at a time."""
-    if states.shape[1] <= chunk:
-        return forward(states)
-    result = torch.empty_like(states)
-    for begin in range(0, states.shape[1], chunk):
-        result[:, begin : begin + chunk] = forward(states[:, begin : begin + chunk])
-    return result
 
 
 def _trim_text(

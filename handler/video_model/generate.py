@@ -20,13 +20,13 @@ from diffusers import HunyuanVideo15Pipeline
 from PIL import Image, ImageOps
 
 from handler.contract import Gpu, JobInput, Resolution, Stage, num_frames
-from handler.video_model.attention import causal_mask
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, Route, bucket_size
+from handler.video_model.decode import decode
 from handler.video_model.memory import Budget, DoesNotFitError, Workload
 from handler.video_model.super_resolution import ImageCondition, SuperResolution, stage_arguments
 
-#: Frames that are converted and handed on at once: 8 of 1280x720 are 22 MB.
+#: Frames that are handed on at once: 8 of 1280x720 are 22 MB.
 _CHUNK: Final = 8
 #: Encoded prompts that are kept, each some 10 MB at real size.
 _KEPT_PROMPTS: Final = 16
@@ -109,9 +109,9 @@ class PipelineModel:
             latents = self._latents(job_input, image, seed, on_progress, cancelled)
             video = self._decode(latents, on_progress, cancelled)
             del latents
-            for first in range(0, video.shape[2], _CHUNK):
+            for first in range(0, len(video), _CHUNK):
                 _stop_if(cancelled)
-                yield _frames(video[:, :, first : first + _CHUNK])
+                yield video[first : first + _CHUNK]
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
                 raise
@@ -236,26 +236,13 @@ class PipelineModel:
         self._prompts.move_to_end(text)
         return self._prompts[text]
 
-    @torch.no_grad()
-    def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> torch.Tensor:
-        """Video (1, 3, frames, height, width), about -1 to 1."""
-        vae = self._shared.vae
-        done, tiles = 0, _num_tiles(vae, *latents.shape[-2:])
-        on_progress(Stage.DECODING, 0.0)
-
-        def before_tile(*_: Any) -> None:
-            nonlocal done
+    def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Frames:
+        def tell(done: float) -> None:
             _stop_if(cancelled)
-            on_progress(Stage.DECODING, done / tiles)
-            done += 1
+            on_progress(Stage.DECODING, done)
 
-        hook = vae.decoder.register_forward_pre_hook(before_tile)
-        try:
-            video: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        finally:
-            hook.remove()
-            causal_mask.cache_clear()  # half a gigabyte at real size
-        on_progress(Stage.DECODING, 1.0)
+        video = decode(self._shared.vae, latents, tell)
+        tell(1.0)
         return video
 
 
@@ -353,22 +340,6 @@ def _condition(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: int,
         ).to(dtype),
         states=pipeline.encode_image(image=sized, batch_size=1, device=device, dtype=dtype),
     )
-
-
-def _num_tiles(vae: Any, height: int, width: int) -> int:
-    """How often the decoder runs for latents of `height` x `width`: `AutoencoderKLHunyuanVideo15.tiled_decode`."""
-    if not vae.use_tiling or (height <= vae.tile_latent_min_height and width <= vae.tile_latent_min_width):
-        return 1
-    stride = 1 - vae.tile_overlap_factor
-    rows = math.ceil(height / int(vae.tile_latent_min_height * stride))
-    return rows * math.ceil(width / int(vae.tile_latent_min_width * stride))
-
-
-def _frames(video: torch.Tensor) -> Frames:
-    """(1, 3, n, H, W) of -1 to 1 to uint8 (n, H, W, 3), converted where the tensor is."""
-    pixels = video[0].permute(1, 2, 3, 0).float().add(1).mul(127.5).round().clamp(0, 255)
-    frames: Frames = pixels.to(torch.uint8).contiguous().cpu().numpy()
-    return frames
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,18 +19,14 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
-from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from handler.contract import (
     DEFAULT_MODEL,
     DEMO_MODEL,
-    MAX_DURATION,
-    MIN_DURATION,
     Profile,
     Resolution,
-    num_frames,
 )
 from handler.settings import WorkerSettings
 from handler.video_model import demo
@@ -44,13 +40,14 @@ from handler.video_model.catalog import (
     Checkpoint,
     Route,
     Sampling,
-    bucket_size,
     known_name,
     needed,
     offered,
 )
+from handler.video_model.compilation import compile_blocks
 from handler.video_model.generate import Base, PipelineModel, Upscaler
-from handler.video_model.memory import Budget, DoesNotFitError, Placement, Weights, Workload, budget
+from handler.video_model.memory import Budget, Placement
+from handler.video_model.placement import Parts, put_on_gpu
 from handler.video_model.super_resolution import SuperResolution, load_upsampler
 
 _INDEX: Final = "model_index.json"
@@ -68,45 +65,6 @@ _LOAD_ERRORS: Final = (
 )
 
 log = logging.getLogger(__name__)
-
-Routes = Mapping[tuple[str, Resolution], Route]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a model is made of, before it is put on its device."""
-
-    name: str
-    bases: Mapping[str, Base]
-    routes: Routes
-    upscalers: Mapping[str, Upscaler]
-    image_routes: Routes = field(default_factory=dict)
-
-    @property
-    def base_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """Of the base models."""
-        return [base.pipeline.transformer for base in self.bases.values()]
-
-    @property
-    def upscaler_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """Of the super-resolution stages."""
-        return [upscaler.stage.transformer for upscaler in self.upscalers.values()]
-
-    @property
-    def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
-        """All of them."""
-        return self.base_transformers + self.upscaler_transformers
-
-    def workloads(self) -> list[Workload]:
-        """Each video that may be asked for, by what it comes to."""
-        parts: Mapping[str, Base | Upscaler] = {**self.bases, **self.upscalers}
-        routes = set(self.routes.values())
-        sizes = {max(parts[name].checkpoint.base_size for name in route.checkpoints) for route in routes}
-        return [
-            Workload(num_frames(duration), bucket_size(size, 16, 9))
-            for size in sizes
-            for duration in range(MIN_DURATION, MAX_DURATION + 1)
-        ]
 
 
 def load_model(settings: WorkerSettings) -> VideoModel:
@@ -130,17 +88,30 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         except _LOAD_ERRORS as exc:
             first_line = str(exc).strip().partition("\n")[0]
             raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
+    if not parts.image_routes:
+        # Only images are encoded; at real size it takes 0.8 GB.
+        next(iter(parts.bases.values())).pipeline.vae.encoder = None
     read = time.monotonic()
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
-    approximate(parts.base_transformers, parts.upscaler_transformers, settings.approximations)
+    approximate(
+        parts.transformers,
+        settings.approximations,
+        many_steps=parts.many_step_transformers,
+        upscalers=parts.upscaler_transformers,
+    )
     use_fast_causal_mask(next(iter(parts.bases.values())).pipeline.vae)
     memory = None
     if device == "cuda":
         memory = put_on_gpu(parts, settings)
     elif settings.offload_cpu:
         log.warning("HUNYUAN_OFFLOAD_CPU: there is no GPU to offload from")
+    placed = time.monotonic()
+    seconds = {"checkpoints": read - started, "placement": placed - read}
+    if compiles(settings, device, memory):
+        compile_blocks(parts.transformers, settings.cache_dir)
+        seconds["compilation"] = time.monotonic() - placed
     log.info("model %s on %s, attention by %s", parts.name, device, backend)
     return PipelineModel(
         name=parts.name,
@@ -151,64 +122,16 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         attention=backend,
         memory=memory,
         approximations=settings.approximations,
-        load_seconds={"checkpoints": read - started, "placement": time.monotonic() - read},
+        load_seconds=seconds,
     )
 
 
-def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
-    """Put each part where the plan for the free memory wants it.
-
-    Raises:
-        ModelLoadError: not even the smallest video fits.
-    """
-    free, total = torch.cuda.mem_get_info()
-    if settings.vram_limit is not None:
-        free = min(free, int(settings.vram_limit * 1e9))
-        torch.cuda.set_per_process_memory_fraction(min(free / total, 1.0))
-    shared = next(iter(parts.bases.values())).pipeline
-    text_encoders = [shared.text_encoder, shared.text_encoder_2]
-    weights = Weights(
-        text_encoders=sum(_bytes(module) for module in text_encoders),
-        transformers=[_bytes(transformer) for transformer in parts.transformers],
-        vae=_bytes(shared.vae),
-        block=max(_bytes(transformer.transformer_blocks[0]) for transformer in parts.transformers),
-    )
-    try:
-        made = budget(free, weights, parts.workloads(), offload=settings.offload_cpu)
-    except DoesNotFitError as exc:
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {parts.name} does not fit: {exc}") from exc
-    log.info("memory: %s", made.plan)
-    for modules, placement, kind in (
-        (text_encoders, made.plan.text_encoders, "leaf_level"),
-        (parts.transformers, made.plan.transformers, "block_level"),
-        ([shared.vae], made.plan.vae, "leaf_level"),
-    ):
-        for module in modules:
-            place(module, placement, kind, torch.device("cuda"))
-    tile = made.plan.tile
-    shared.vae.enable_tiling(tile, tile, *[tile // shared.vae_scale_factor_spatial] * 2)
-    for upscaler in parts.upscalers.values():
-        upscaler.stage.upsampler.to("cuda")
-    for base in parts.bases.values():
-        if base.image_encoder is not None:
-            base.image_encoder.to("cuda")
-    return made
-
-
-def place(module: torch.nn.Module, placement: Placement, kind: str, device: torch.device) -> None:
-    """On the device, or streamed to it for each forward.
-
-    Source: https://huggingface.co/docs/diffusers/optimization/memory#group-offloading
-    """
-    if placement is Placement.RESIDENT:
-        module.to(device)
-        return
-    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    apply_group_offloading(module, onload_device=device, offload_type=kind, use_stream=device.type == "cuda", **blocks)
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+def compiles(settings: WorkerSettings, device: str, memory: Budget | None) -> bool:
+    """Whether blocks are compiled: where they stay on a GPU, unless a setting says otherwise."""
+    streamed = memory is not None and memory.plan.transformers is Placement.STREAMED
+    if settings.compile and streamed:
+        log.warning("HUNYUAN_COMPILE: the transformers are streamed, which does not go with it; doing without")
+    return not streamed and (device == "cuda" if settings.compile is None else settings.compile)
 
 
 def _from_path(settings: WorkerSettings, dtype: torch.dtype) -> Parts:

@@ -10,7 +10,6 @@ against a GPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,13 +18,13 @@ from typing import Final
 _GB: Final = 1e9
 #: What CUDA, its libraries' workspaces and PyTorch's fragmentation take.
 _OVERHEAD: Final = 1.0 * _GB
-#: Tensors of one activation's size that a block has alive at its peak: stream, normed, joint query, key and value,
-#: attention's output, its projection, and chunks of what lies between (`attention.CHUNK`).
+#: Tensors of one activation's size that a block has alive at its peak: stream, joint query, key and value, attention's
+#: output, and room for chunks of what lies between (`blocks.CHUNK`) and for what step caching keeps.
 _BLOCK_TENSORS: Final = 8
 #: The same in the VAE decoder's widest level: input, its padded copy, output, residual.
 _DECODER_TENSORS: Final = 4
-#: Copies of the decoded video while tiles are blended: overlapping tiles (1.8), rows, the whole.
-_VIDEO_COPIES: Final = 3.8
+#: The part of a tile that is blended with each of its neighbours.
+_SEAM: Final = 0.25
 #: Sides in pixels of the VAE's tiles, from fast to small.
 TILES: Final = (256, 192, 128)
 
@@ -76,10 +75,11 @@ class Workload:
         return self.tokens * self.width * self.itemsize * _BLOCK_TENSORS
 
     def decoding(self, tile: int) -> int:
-        """Bytes of activations in a tiled decode, the whole video included."""
+        """Bytes of activations in a tiled decode: a tile, its pixels on their way to uint8, seams of a row of tiles."""
         in_tile = tile * tile * self.num_frames * self.channels * self.itemsize * _DECODER_TENSORS
-        video = math.prod(self.size) * self.num_frames * 3 * self.itemsize
-        return in_tile + int(video * _VIDEO_COPIES)
+        pixels = tile * tile * self.num_frames * 3 * (self.itemsize + 2 * 4)  # and two copies in float32
+        seams = int(_SEAM * tile * (self.size[0] + tile) * 2) * self.num_frames * 3 * self.itemsize  # of two rows
+        return in_tile + pixels + seams
 
 
 @dataclass(frozen=True)

@@ -502,6 +502,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _HubRequest)
         self.root = root
         self.received: list[str] = []
+        self.changes: set[str] = set()  # files that get another byte on their way, once
 
 
 class _HubRequest(BaseHTTPRequestHandler):
@@ -516,11 +517,17 @@ class _HubRequest(BaseHTTPRequestHandler):
             owner, name, *rest = path.removeprefix("api/models/").split("/")
             base = self.server.root / owner / name
             files = [{"type": "file", "oid": "0", **describe(path, base)} for path in base.rglob("*") if path.is_file()]
-            self._answer(json.dumps(files if rest[:1] == ["tree"] else {"id": f"{owner}/{name}", "sha": COMMIT}))
+            siblings = [{"rfilename": file["path"], "size": file["size"], "lfs": file["lfs"]} for file in files]
+            info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}
+            self._answer(json.dumps(files if rest[:1] == ["tree"] else info))
         else:
             repository, found, file = path.partition(f"/resolve/{COMMIT}/")
             self.server.received += [file] if found and self.command == "GET" else []
-            self._answer((self.server.root / repository / file).read_bytes() if found else None)
+            body = (self.server.root / repository / file).read_bytes() if found else None
+            if body and self.command == "GET" and file in self.server.changes:
+                self.server.changes.remove(file)
+                body = body[:-1] + bytes([body[-1] ^ 1])
+            self._answer(body)
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
@@ -537,7 +544,8 @@ class _HubRequest(BaseHTTPRequestHandler):
 
 def describe(path: Path, base: Path) -> dict[str, object]:
     size = path.stat().st_size
-    lfs = {"oid": hashlib.sha256(path.read_bytes()).hexdigest(), "size": size, "pointerSize": 130}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    lfs = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 130}
     return {"path": str(path.relative_to(base)), "size": size, "lfs": lfs}
 
 
@@ -561,6 +569,26 @@ def test_the_hubs_own_client_fetches_what_is_needed_and_no_more(tmp_path: Path, 
     unwanted = {"another.safetensors", "transformer/480p_i2v/huge.safetensors", TRANSFORMER.as_posix()}
     assert not unwanted & set(hub_server.received)
     assert len(hub_server.received) == len(set(hub_server.received))
+
+
+def test_a_file_that_came_through_changed_is_named_and_fetched_again(tmp_path: Path, hub_server: HubServer) -> None:
+    changed = "transformer/720p_sr_distilled/diffusion_pytorch_model.safetensors"
+    hub_server.changes = {changed}
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    to = tmp_path / "weights"
+    with command("download", "balanced", "--to", to, "--accept-licence", env=env) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(f"tencent/HunyuanVideo-1.5: {changed} came through changed")
+    assert not list(to.rglob(f".download/**/{changed}")), "nothing of it is kept"
+    assert not (to / "720p_sr_distilled").exists()
+    before = list(hub_server.received)
+    with command("download", "balanced", "--to", to, "--accept-licence", env=env) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    again = hub_server.received[len(before) :]
+    assert [file for file in again if file in before] == [changed]
 
 
 def test_without_a_connection_what_came_before_is_not_taken_for_the_whole(tmp_path: Path) -> None:

@@ -18,15 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from handler.contract import JobInput, Resolution, Stage
 from handler.settings import WorkerSettings
 from handler.video_model import demo
-from handler.video_model.attention import (
-    CHUNK,
-    NATIVE,
-    MaskFreeAttnProcessor,
-    causal_mask,
-    use_fast_causal_mask,
-    use_mask_free_attention,
-)
+from handler.video_model.attention import NATIVE, causal_mask, use_fast_causal_mask, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
+from handler.video_model.blocks import CHUNK, ChunkedBlock
 from handler.video_model.catalog import Route
 from handler.video_model.generate import Base, PipelineModel
 from handler.video_model.loader import load_model
@@ -283,23 +277,22 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def largest_in_attention(tokens: int, *, stock: bool) -> int:
+def largest_in_a_block(tokens: int, *, stock: bool) -> int:
     transformer = demo.build_pipeline().transformer
     if not stock:
         use_mask_free_attention(transformer, NATIVE, chunk=512)
-    attn = transformer.transformer_blocks[0].attn
-    latent, text = torch.randn(1, tokens, 32), torch.randn(1, 20, 32)
+    latent, text, modulation = torch.randn(1, tokens, 32), torch.randn(1, 20, 32), torch.randn(1, 32)
     with torch.no_grad(), LargestTensor() as seen:  # type: ignore[no-untyped-call]
-        attn(latent, encoder_hidden_states=text, attention_mask=torch.ones(1, 20), image_rotary_emb=None)
+        transformer.transformer_blocks[0](latent, text, modulation, torch.ones(1, 20))
     largest: int = seen.largest
     return largest
 
 
-def test_no_tensor_of_an_attention_call_grows_with_the_square_of_its_tokens() -> None:
-    small, large = (largest_in_attention(tokens, stock=False) for tokens in (1000, 4000))
+def test_no_tensor_of_a_block_grows_with_the_square_of_its_tokens() -> None:
+    small, large = (largest_in_a_block(tokens, stock=False) for tokens in (1000, 4000))
     assert large <= 4.2 * small
-    assert large <= 2 * 4020 * 32 * 4, "in bytes: a joint tensor, or two"
-    assert largest_in_attention(4000, stock=True) >= 4020**2, "the stock processor's mask is seen by the same means"
+    assert large <= 4020 * 32 * 4, "in bytes: a joint tensor; the feed-forward's inside is twice as wide, and chunked"
+    assert largest_in_a_block(4000, stock=True) >= 4020**2, "the stock processor's mask is seen by the same means"
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +316,7 @@ def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints:
     assert base.pipeline.guider.guidance_scale == 6.0
     assert base.pipeline.vae.use_tiling
     for block in base.pipeline.transformer.transformer_blocks:
-        assert isinstance(block.attn.processor, MaskFreeAttnProcessor)
+        assert isinstance(block.forward, ChunkedBlock)
 
 
 def test_a_loaded_checkpoint_renders_what_the_saved_one_does(checkpoints: Path) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from handler.contract import ErrorCode, JobInput, Resolution, Stage
 from handler.images import ImageError
-from handler.video_model.attention import CHUNK, NATIVE, use_mask_free_attention
+from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames
+from handler.video_model.blocks import CHUNK
 from handler.video_model.catalog import Checkpoint, Route, Sampling
 from handler.video_model.generate import Base, PipelineModel
 from handler.worker import Job, JobError, Worker

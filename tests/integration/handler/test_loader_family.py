@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,16 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 from pydantic import ValidationError
 
-from handler.contract import JobInput, Profile, Resolution
+from handler.contract import JobInput, Profile, Resolution, Stage
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
-from handler.video_model.approximations import approximate
-from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError
+from handler.video_model.approximations import Fp8Linear, approximate
+from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
 from handler.video_model.catalog import ROUTES
 from handler.video_model.generate import PipelineModel
-from handler.video_model.loader import load_model, place
+from handler.video_model.loader import load_model
 from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
+from handler.video_model.placement import bytes_of, place, place_all
 from tests.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
 
 
@@ -128,31 +130,139 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
     assert np.array_equal(resident, streamed)
 
 
-@pytest.mark.parametrize("approximation", Approximation)
-def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
+class Meeting(torch.nn.Linear):
+    """Moves only together with the other one."""
+
+    def __init__(self, barrier: Barrier) -> None:
+        super().__init__(2, 2)
+        self.barrier = barrier
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Meeting:
+        self.barrier.wait(timeout=20)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def test_parts_are_read_and_placed_at_the_same_time() -> None:
+    barrier = Barrier(2)
+    modules = [Meeting(barrier), Meeting(barrier)]
+    place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("meta"))
+    assert [module.weight.device.type for module in modules] == ["meta", "meta"]
+
+
+def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
+    class Full(torch.nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    modules = [torch.nn.Linear(2, 2), Full(2, 2)]
+    with pytest.raises(torch.OutOfMemoryError):
+        place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("cpu"))
+
+
+def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> None:
+    """No vision tower, no head of a language model, no half of the VAE that only images go through."""
+    model = load(weights)
+    for base in model._bases.values():
+        components = base.pipeline.components
+        assert "image_encoder" not in components
+        assert components["vae"].encoder is None
+        assert type(components["text_encoder"]).__name__ == "Qwen2_5_VLTextModel"
+        assert type(components["text_encoder_2"]).__name__ == "T5EncoderModel"
+        for encoder in (components["text_encoder"], components["text_encoder_2"]):
+            names = {part for name, _ in encoder.named_parameters() for part in name.split(".")}
+            assert not names & {"lm_head", "visual", "vision_tower", "decoder"}
+    pipelines = [base.pipeline for base in model._bases.values()]
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        assert len({id(getattr(pipeline, name)) for pipeline in pipelines}) == 1, "one for all"
+
+
+def video(model: PipelineModel) -> Frames:
     job = JobInput(prompt="A paper boat on a rainy street", duration=5)
+    return np.concatenate(list(model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())))
 
-    def video(model: PipelineModel) -> Frames:
-        return np.concatenate(list(model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())))
 
+@pytest.mark.parametrize(
+    "approximation", [each for each in Approximation if each is not Approximation.SR_WINDOW_ATTENTION]
+)
+def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
     pipeline = demo.build_pipeline()
     # So high a threshold that each step but the first takes the rest from the one before.
-    approximate([pipeline.transformer], [], {approximation}, cache_threshold=10.0)
+    approximate([pipeline.transformer], {approximation}, many_steps=[pipeline.transformer], cache_threshold=10.0)
     model = single(pipeline, steps=4)
     first, second = video(model), video(model)
     assert np.array_equal(first, second), "the second video starts from a clean cache"
     assert 0 < np.abs(exact.astype(int) - first).mean() < 30
 
 
-def test_what_is_asked_for_is_applied_and_named() -> None:
-    model = load_model(WorkerSettings(model_path="demo", approximations=tuple(Approximation)))
+@pytest.mark.parametrize("cache", [Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER])
+def test_what_is_asked_for_is_applied_and_named(cache: Approximation) -> None:
+    model = load_model(WorkerSettings(model_path="demo", approximations=(Approximation.FP8_WEIGHTS, cache)))
     assert isinstance(model, PipelineModel)
-    assert tuple(model.approximations) == ("fp8-weights", "first-block-cache")
+    assert tuple(model.approximations) == ("fp8-weights", cache)
     (base,) = model._bases.values()
     assert base.pipeline.transformer.is_cache_enabled
     weight = base.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("guidance_scale", "passes"), [(1.0, 1), (6.0, 2)])
+def test_taylorseer_computes_the_first_steps_and_then_one_of_five_for_each_pass_of_a_step(
+    guidance_scale: float, passes: int
+) -> None:
+    pipeline = demo.build_pipeline()
+    pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
+    model = single(pipeline, steps=10)
+    approximate([pipeline.transformer], {Approximation.TAYLORSEER}, many_steps=[pipeline.transformer])
+    computed: list[int] = []
+    pipeline.transformer.transformer_blocks[1].attn.register_forward_pre_hook(lambda *_: computed.append(1))
+    cancelled = Event()
+
+    def stop_in_between(stage: Stage, done: float) -> None:
+        if done >= 0.5:
+            cancelled.set()
+
+    job = JobInput(prompt="A paper boat on a rainy street", duration=5)
+    with pytest.raises(RenderCancelledError):
+        list(model.render(job, seed=1, on_progress=stop_in_between, cancelled=cancelled))
+    computed.clear()
+    video(model)
+    assert len(computed) == passes * len([0, 1, 2, 4, 9]), "and not where the cancelled one left off"
+
+
+def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
+    settings = WorkerSettings(model_path=str(weights), approximations=(Approximation.TAYLORSEER,))
+    model = load_model(settings)
+    assert isinstance(model, PipelineModel)
+    cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model._bases.items()}
+    assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
+
+
+def test_the_two_ways_to_skip_steps_are_not_taken_together() -> None:
+    with pytest.raises(ValidationError, match="name one of them"):
+        WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER))
+
+
+def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
+    """A matrix of 2048 x 512 as small as a transformer's: without scales, most of it would round to nothing."""
+    linear = torch.nn.Linear(512, 2048, dtype=torch.bfloat16)
+    torch.nn.init.normal_(linear.weight, std=0.002)
+    x = torch.randn(4, 512, dtype=torch.bfloat16)
+    quantised = Fp8Linear(linear)
+    with torch.no_grad():
+        exact, ours = linear(x) - linear.bias, quantised(x) - linear.bias
+        unscaled = torch.nn.functional.linear(x, linear.weight.to(torch.float8_e4m3fn).to(x.dtype))
+    assert sum(p.numel() * p.element_size() for p in quantised.parameters()) < 0.51 * 2 * linear.weight.numel()
+    assert (ours - exact).norm() < 0.04 * exact.norm()
+    assert (unscaled - exact).norm() > 4 * (ours - exact).norm()
+
+
+def test_the_planner_counts_what_8_bits_leave() -> None:
+    whole, half = demo.build_pipeline().transformer.bfloat16(), demo.build_pipeline().transformer.bfloat16()
+    approximate([half], {Approximation.FP8_WEIGHTS})
+    small, large = (bytes_of(transformer.transformer_blocks) for transformer in (half, whole))
+    assert small < 0.6 * large, "the blocks of this small model have many biases and scales for their size"
 
 
 def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

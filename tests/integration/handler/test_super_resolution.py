@@ -15,7 +15,13 @@ from torch import nn
 
 from handler.contract import AspectRatio, JobInput, Progress, Resolution, Stage, num_frames
 from handler.video_model import demo
-from handler.video_model.attention import NATIVE, use_mask_free_attention
+from handler.video_model.attention import (
+    NATIVE,
+    FullAttention,
+    WindowAttention,
+    use_mask_free_attention,
+    use_window_attention,
+)
 from handler.video_model.base import RenderCancelledError
 from handler.video_model.catalog import bucket_size
 from handler.video_model.generate import PipelineModel
@@ -171,6 +177,63 @@ def test_the_stage_does_what_the_source_does(steps: int, prompt: str) -> None:
     result = ours(latents, (9, 14), stage_arguments(states), torch.Generator().manual_seed(5), lambda: seen.append(1))
     assert (result - current).abs().max() < 1e-4
     assert len(seen) == steps
+
+
+def upscaled(radius: int | None, frames: int = 9) -> torch.Tensor:
+    """What a stage makes of some latents, with attention to `radius` frames or to all."""
+    ours = stage(upsampler_720p(), 2)
+    use_mask_free_attention(ours.transformer, NATIVE)
+    if radius is not None:
+        use_window_attention(ours.transformer, radius)
+    prompt = {
+        "prompt_embeds": torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(2)),
+        "prompt_embeds_mask": torch.ones(1, 12),
+        "prompt_embeds_2": torch.zeros(1, 4, 16),
+        "prompt_embeds_mask_2": torch.zeros(1, 4),
+    }
+    latents = torch.randn(1, LATENTS, frames, 3, 4, generator=torch.Generator().manual_seed(1))
+    return ours(latents, (6, 8), stage_arguments(prompt), torch.Generator().manual_seed(5), lambda: None)
+
+
+def test_a_window_as_long_as_the_video_is_exact_and_a_shorter_one_nearly_so() -> None:
+    exact = upscaled(None)
+    for radius in (4, 30):
+        assert torch.equal(upscaled(radius), exact)
+    errors = [(upscaled(radius) - exact).abs().mean() for radius in (0, 1, 3)]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < errors[0] < exact.abs().mean()
+
+
+def test_a_window_is_the_frames_around_ones_own_and_all_of_the_text() -> None:
+    """Against the kernel with a mask, which is what a window must not need."""
+    frames, size, text, radius = 7, 5, 3, 1
+    tokens = frames * size + text
+    query, key, value = (torch.randn(1, tokens, 2, 8) for _ in range(3))
+    window = WindowAttention(FullAttention(NATIVE), radius)
+    window.note_frames(torch.nn.Identity(), (), {"hidden_states": torch.empty(1, 1, frames, 1, size)})
+    frame = torch.arange(frames * size) // size
+    centre = frame.clamp(radius, frames - 1 - radius)
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool)
+    allowed[: frames * size, : frames * size] = (centre[:, None] - frame[None, :]).abs() <= radius
+    q, k, v = (part.transpose(1, 2) for part in (query, key, value))  # heads first
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
+    assert torch.allclose(window(query, key, value, text=text), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [20, 40])
+def test_a_window_reads_as_many_keys_for_a_frame_however_long_the_video_is(frames: int) -> None:
+    read: list[int] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: int) -> torch.Tensor:
+        read.append(query.shape[1] * key.shape[1])
+        return FullAttention(NATIVE)(query, key, value, text=text)
+
+    size, text, radius = 6, 2, 3
+    window = WindowAttention(attend, radius)
+    window.note_frames(torch.nn.Identity(), (), {"hidden_states": torch.empty(1, 1, frames, 2, 3)})
+    joint = torch.randn(1, frames * size + text, 2, 8)
+    window(joint, joint, joint, text=text)
+    assert read == [size * (7 * size + text)] * frames + [text * (frames * size + text)]
 
 
 @pytest.mark.parametrize(

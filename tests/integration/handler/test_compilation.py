@@ -1,0 +1,139 @@
+"""torch.compile of the blocks: the same numbers, one compilation for every size, and a start without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from torch._dynamo.utils import counters
+
+from handler.contract import JobInput
+from handler.settings import Approximation, WorkerSettings
+from handler.video_model import demo
+from handler.video_model.approximations import approximate
+from handler.video_model.attention import NATIVE, use_mask_free_attention
+from handler.video_model.compilation import compile_blocks
+from handler.video_model.loader import load_model
+from handler.video_model.memory import Placement
+from handler.video_model.placement import place
+from tests.small_models import sr_transformer
+
+#: Frames, height and width of latents: fewer tokens than a chunk, several chunks, and as many as a whole number.
+SIZES = [(4, 5, 6), (7, 9, 16), (31, 9, 16), (5, 10, 10)]
+CHUNK = 500
+
+
+def transformers() -> list[HunyuanVideo15Transformer3DModel]:
+    """A base model and a stage of super-resolution: blocks of one width."""
+    made = [demo.build_pipeline().transformer, sr_transformer()]
+    for transformer in made:
+        use_mask_free_attention(transformer, NATIVE, chunk=CHUNK)
+    return made
+
+
+def video(transformer: HunyuanVideo15Transformer3DModel, size: tuple[int, int, int], text: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(text)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    arguments: dict[str, Any] = {
+        "hidden_states": noise(transformer.config.in_channels, *size),
+        "timestep": torch.tensor([300.0]),
+        "timestep_r": torch.tensor([200.0]) if transformer.config.use_meanflow else None,
+        "encoder_hidden_states": noise(text + 4, 32),
+        "encoder_attention_mask": (torch.arange(text + 4) < text)[None],
+        "encoder_hidden_states_2": noise(20, 16),
+        "encoder_attention_mask_2": torch.zeros(1, 20),
+        "image_embeds": torch.zeros(1, 0, 16),
+    }
+    with torch.no_grad(), transformer.cache_context("test"):
+        result: torch.Tensor = transformer(**arguments).sample
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use of it
+def test_what_is_compiled_computes_the_same_at_every_size_without_a_further_compilation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made = transformers()
+    assert compile_blocks(made)
+    assert counters["stats"]["unique_graphs"] == 4, "before and after attention, for latent and for text tokens"
+    for transformer, plain in zip(made, transformers(), strict=True):
+        for text, size in enumerate(SIZES, start=6):
+            with torch.compiler.set_stance("fail_on_recompile"):
+                compiled = video(transformer, size, text)
+            assert torch.allclose(compiled, video(plain, size, text), atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.parametrize("approximation", Approximation)
+def test_it_goes_with_each_approximation(approximation: Approximation) -> None:
+    results = []
+    for compiled in (False, True):
+        base, upscaler = transformers()
+        approximate([base, upscaler], {approximation}, many_steps=[base], upscalers=[upscaler])
+        if compiled:
+            assert compile_blocks([base, upscaler], backend="aot_eager")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            results.append([video(each, size, 9) for each in (base, upscaler) for size in SIZES[2:3] * 5])
+    for plain, compiled_one in zip(*results, strict=True):
+        assert torch.allclose(plain, compiled_one, atol=1e-5)
+
+
+def test_it_goes_with_streaming_even_if_nobody_asks_for_both() -> None:
+    (base, _), (plain, _) = transformers(), transformers()
+    place(base, Placement.STREAMED, "block_level", torch.device("cpu"))
+    assert compile_blocks([base], backend="aot_eager")
+    assert torch.allclose(video(base, SIZES[1], 9), video(plain, SIZES[1], 9), atol=1e-5)
+
+
+def test_on_a_cpu_nothing_is_compiled_unless_asked_for() -> None:
+    assert set(load_model(WorkerSettings(model_path="demo")).load_seconds) == {"checkpoints", "placement"}
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+#: In a process of its own, as PyTorch looks for a compiler and for its cache once in each.
+SCRIPT = """
+import json, logging, threading
+from handler.contract import JobInput
+from handler.settings import WorkerSettings
+from handler.video_model.loader import load_model
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+model = load_model(WorkerSettings(model_path="demo"))
+job = JobInput.model_validate_json({job!r})
+chunks = model.render(job, seed=1, on_progress=lambda *_: None, cancelled=threading.Event())
+print(json.dumps({{"frames": sum(len(chunk) for chunk in chunks), "seconds": dict(model.load_seconds)}}))
+"""
+
+
+@pytest.mark.parametrize("compiler", ["g++", "/no/such/compiler"])
+def test_the_cache_is_kept_and_a_missing_compiler_is_said_once_and_stops_nothing(compiler: str, tmp_path: Path) -> None:
+    job = JobInput(prompt="A paper boat", duration=5, num_inference_steps=1).model_dump_json()
+    own = {"HUNYUAN_COMPILE": "true", "HUNYUAN_CACHE_DIR": str(tmp_path), "CXX": compiler}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")} | own
+    script = SCRIPT.format(job=job)
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    assert told["frames"] == 121
+    assert told["seconds"]["compilation"] > 0
+    warnings = [line for line in run.stderr.splitlines() if line.startswith("WARNING HUNYUAN_COMPILE")]
+    assert len(warnings) == (0 if compiler == "g++" else 1), run.stderr
+    if compiler == "g++":
+        assert any((tmp_path / "torchinductor").rglob("*.so"))
