@@ -30,7 +30,7 @@ _RESET: Final = struct.pack("ii", 1, 0)
 class Faults:
     """What is broken; nothing by default. "Up" is from the client to the server.
 
-    All but the limits in bytes apply at once, and to open connections, too.
+    A change holds for open connections, too: but for `reset_on_accept`, and limits count from a connection's start.
     """
 
     #: Nobody listens, and what was connected is reset.
@@ -51,9 +51,16 @@ class Faults:
 
     def drawn(self, chance: random.Random) -> Faults:
         """The same with limits between 0 and what they are here."""
-        limits = ("reset_up_after", "reset_down_after", "truncate_after")
-        given = {name: getattr(self, name) for name in limits}
-        return replace(self, **{name: chance.randint(0, most) for name, most in given.items() if most is not None})
+        return replace(
+            self,
+            reset_up_after=_at_most(self.reset_up_after, chance),
+            reset_down_after=_at_most(self.reset_down_after, chance),
+            truncate_after=_at_most(self.truncate_after, chance),
+        )
+
+
+def _at_most(limit: int | None, chance: random.Random) -> int | None:
+    return None if limit is None else chance.randint(0, limit)
 
 
 @dataclass
