@@ -28,11 +28,17 @@ def create_app(
     bucket: Bucket,
     *,
     public_url: str | None = None,
+    store_timeout: float = 10.0,
     routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
-    """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces."""
-    # Slightly over a multiple of 3 s, the TCP retransmission timer; a read is one chunk, not a whole video.
-    store = httpx.AsyncClient(timeout=httpx.Timeout(30, connect=3.05), limits=httpx.Limits(max_connections=200))
+    """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces.
+
+    A store that sends nothing for `store_timeout` seconds in a download counts as away.
+    """
+    # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
+    store = httpx.AsyncClient(
+        timeout=httpx.Timeout(store_timeout, connect=3.05), limits=httpx.Limits(max_connections=200)
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -39,9 +39,11 @@ from storage.settings import BucketSettings, bucket_settings, explain
 ENDPOINT_ID: Final = "local"
 #: What a worker exits with when its settings are wrong: starting it again would change nothing.
 _BAD_SETTINGS: Final = 2
-#: What it exits with when its model can't be loaded.
+#: What it exits with when its model can't be loaded, or its bucket refuses.
 _NO_MODEL: Final = 3
 _GATEWAY_GRACE: Final = 10.0
+#: Seconds that the bucket gets for each answer.
+_STORE_TIMEOUT: Final = 10.0
 #: Seconds that open downloads get when the server stops.
 _CONNECTION_GRACE: Final = 10
 
@@ -228,9 +230,8 @@ async def _store(settings: ShimSettings) -> AsyncIterator[_Store]:
     keeper = asyncio.create_task(gateway.run())
     try:
         await embedded.wait_until_listening()
-        bucket = Bucket(embedded.settings)
-        await anyio.to_thread.run_sync(bucket.create)
-        yield _Store(bucket, embedded.environment())
+        await anyio.to_thread.run_sync(Bucket(embedded.settings).create)
+        yield _Store(_prompt(embedded.settings), embedded.environment())
     finally:
         await gateway.stop(_GATEWAY_GRACE)
         await keeper
@@ -238,14 +239,19 @@ async def _store(settings: ShimSettings) -> AsyncIterator[_Store]:
 
 async def _checked(named: BucketSettings) -> Bucket:
     """The bucket, asked once: wrong keys stop the start, a store that is away does not."""
-    bucket = Bucket(named)
+    bucket = _prompt(named)
     try:
         await anyio.to_thread.run_sync(bucket.check)
     except StorageDeniedError as exc:
-        raise StartError(f"BUCKET_ENDPOINT_URL {named.endpoint_url}, BUCKET_NAME {named.name}: {exc}") from exc
+        raise StartError(str(exc)) from exc
     except StorageError as exc:
-        log.error("the bucket does not answer; going on without it until it does: %s", exc)
+        log.error("going on without the bucket until it answers: %s", exc)
     return bucket
+
+
+def _prompt(settings: BucketSettings) -> Bucket:
+    """A bucket for those who wait for an answer: "not available" soon, rather than the answer late."""
+    return Bucket(settings, timeout=_STORE_TIMEOUT, attempts=2)
 
 
 def _token(settings: ShimSettings) -> str:

@@ -41,7 +41,12 @@ def failure(worker: Worker) -> JobFailure:
 
 def test_a_disk_that_fills_up_fails_the_job_and_not_the_next_one(tmp_path: Path, settings: BucketSettings) -> None:
     with disk(tmp_path, 128) as small:
-        model = ScriptedModel(before_step=lambda step: fill(small) if step == STEPS - 1 else None)
+
+        def fill_at_last(step: int) -> None:
+            if step == STEPS - 1:
+                fill(small)
+
+        model = ScriptedModel(before_step=fill_at_last)
         worker = Worker(model, Bucket(settings), version="1", work_dir=small)
         failed = failure(worker)
         assert failed.error_code is ErrorCode.GENERATION_FAILED
