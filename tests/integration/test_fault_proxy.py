@@ -86,10 +86,12 @@ def test_refused_is_refused_for_open_connections_too_and_ends(proxy: FaultProxy)
 
 
 def test_accepted_and_reset(proxy: FaultProxy) -> None:
-    with proxy.broken(reset_on_accept=True):
-        client = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-        with client, pytest.raises(ConnectionResetError):
-            client.recv(1)
+    with (
+        proxy.broken(reset_on_accept=True),
+        pytest.raises(ConnectionResetError),
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client,
+    ):
+        client.recv(1)
     assert proxy.hits == {"reset_on_accept": 1}
     assert get(proxy) == BODY
 
