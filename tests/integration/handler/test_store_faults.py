@@ -228,9 +228,9 @@ def test_while_it_waits_it_says_that_it_is_alive(bench: Bench) -> None:
         return [progress.elapsed_time for progress in bench.told if progress.stage is Stage.STORING]
 
     bench.proxy.answer(503, "SlowDown", times=10_000, method="PUT")
-    bench.once("the second time that it says so", lambda: len(storing()) == 2, bench.proxy.heal)
+    bench.once("the second time that it says so", lambda: len(storing()) >= 2, bench.proxy.heal)
     bench.run()
-    assert 5 <= storing()[1] - storing()[0] < 8
+    assert 5 <= storing()[1] - storing()[0] < 20
     assert [progress.progress for progress in bench.told] == sorted(progress.progress for progress in bench.told)
 
 
