@@ -311,10 +311,11 @@ def test_a_cancelled_job_does_not_wait_for_a_bucket_that_is_away(
 
 def test_what_a_cancelled_job_was_just_sending_is_removed_when_it_arrives(bench: Bench, direct: Bucket) -> None:
     bench.timeout = 30
-    bench.proxy.faults = Faults(bandwidth=3000)
+    bench.proxy.faults = Faults(bandwidth=3000)  # slow enough to be caught at it
     upload = f"PUT /{direct.name}/{KEYS[0]}"
     with bench.running() as ended:
         eventually("the video's upload", lambda: upload in bench.proxy.requests, 20)
+        bench.proxy.faults = Faults(stall=True)
         cancelled_at_once(bench, ended)
     bench.proxy.heal()
     eventually("its removal", lambda: upload.replace("PUT", "DELETE") in bench.proxy.requests, 10)
