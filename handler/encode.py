@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +26,16 @@ _NVENC: Final = ("-c:v", "h264_nvenc", "-preset", "p5", "-tune", "hq", "-rc", "v
 _MAX_ERROR_TEXT: Final = 2000
 
 
+#: What ffmpeg says of a disk that takes no more.
+_FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
 class EncodeError(Exception):
     """ffmpeg failed, or was given too few or too many frames."""
+
+
+class DiskFullError(EncodeError):
+    """There is no room for the video."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], 
     each chunk how many frames ffmpeg has taken. What `chunks` raises goes through; the files are then worthless.
 
     Raises:
+        DiskFullError: the disk is full.
         EncodeError: with ffmpeg's own words, or the number of frames that came.
     """
     iterator = iter(chunks)
@@ -54,7 +64,7 @@ def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], 
     if first is None:
         raise EncodeError("the model gave no frames")
     height, width = first.shape[1:3]
-    with tempfile.TemporaryFile() as errors:
+    with os.fdopen(os.memfd_create("ffmpeg"), "w+b") as errors:  # no file: the disk may be full
         process = subprocess.Popen(
             _command(width, height, target), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
         )
@@ -65,14 +75,14 @@ def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], 
             process.wait()
         except BrokenPipeError as exc:
             process.wait()
-            raise EncodeError(f"ffmpeg ended early: {_text(errors)}") from exc
+            raise _error("ffmpeg ended early", errors) from exc
         finally:
             process.kill()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.wait()
         if process.returncode != 0:
-            raise EncodeError(f"ffmpeg ended with code {process.returncode}: {_text(errors)}")
+            raise _error(f"ffmpeg ended with code {process.returncode}", errors)
     if taken != target.num_frames:
         raise EncodeError(f"the model gave {taken} frames, {target.num_frames} were due")
 
@@ -119,6 +129,8 @@ def codec() -> tuple[str, ...]:
     return _NVENC if works else _X264
 
 
-def _text(errors: IO[bytes]) -> str:
+def _error(what: str, errors: IO[bytes]) -> EncodeError:
     errors.seek(0)
-    return errors.read()[-_MAX_ERROR_TEXT:].decode(errors="replace").strip()
+    text = errors.read()[-_MAX_ERROR_TEXT:].decode(errors="replace").strip()
+    kind = DiskFullError if any(words in text for words in _FULL) else EncodeError
+    return kind(f"{what}: {text}")

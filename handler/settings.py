@@ -98,6 +98,12 @@ class WorkerSettings(LogOptions, BaseSettings):
         validation_alias="HUNYUAN_WORK_DIR",
         description="Where a video lies until it is stored. Else the system's directory for temporary files.",
     )
+    store_patience: float = Field(
+        default=600.0,
+        ge=0,
+        validation_alias="HUNYUAN_STORE_PATIENCE",
+        description="Seconds for which a finished video is kept and stored again while the bucket fails.",
+    )
     report_url: str | None = Field(
         default=None,
         validation_alias="HUNYUAN_WORKER_REPORT_URL",

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from PIL import Image
 from pydantic import ValidationError
@@ -30,12 +28,14 @@ from handler.contract import (
     num_frames,
     parse_input,
 )
-from handler.encode import EncodeError, Target, encode
+from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
+from handler.store import JobStore, Patience
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
+from handler.work_dir import WorkDirError, job_directory
 from storage import layout
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError, StorageError, StorageUnavailableError
+from storage.errors import StorageError
 from storage.settings import JobBucketSettings, explain
 
 #: Percent at which each stage begins and ends. DENOISING and UPSCALING count as one piece of work; the model decodes
@@ -50,11 +50,9 @@ _SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
 _ENCODING_SPAN: Final = (90, 97)
 #: Progress is told at most so often (seconds), and at each change of stage.
 _TELL_EVERY: Final = 1.0
-#: Seconds that a bucket which is away is waited for: a finished render is worth it.
-_STORE_PATIENCE: Final = 120.0
-_STORE_RETRY: Final = 3.0
+#: The same is told again after so many seconds: whoever waits sees that the worker is alive.
+_TELL_AGAIN: Final = 5.0
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -90,14 +88,14 @@ class Worker:
         *,
         version: str,
         work_dir: Path | None = None,
-        store_patience: float = _STORE_PATIENCE,
+        patience: Patience | None = None,
         load_image: Callable[[str], Image.Image] = load_image,
     ) -> None:
         self._model = model
         self._bucket = bucket
         self._version = version
         self._work_dir = work_dir
-        self._store_patience = store_patience
+        self._patience = patience or Patience()
         self._load_image = load_image
 
     def run(self, job: Job, tell: Callable[[Progress], None], cancelled: Event) -> JobResult:
@@ -118,7 +116,12 @@ class Worker:
             raise JobError(exc.failure) from exc
         except StorageError as exc:
             log.error("%s: %s", job.task_id, exc)
-            raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, "The video could not be stored") from exc
+            # Whoever brought the bucket can mend it.
+            text = "The video could not be stored" + (f": s3Config: {exc}" if job.s3_config is not None else "")
+            raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text) from exc
+        except WorkDirError as exc:
+            log.error("%s: HUNYUAN_WORK_DIR: %s", job.task_id, exc)
+            error = JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")
         except ModelOutOfMemoryError as exc:
             log.error("%s: out of memory: %s", job.task_id, exc)
             error = JobError.of(ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
@@ -139,42 +142,29 @@ class Worker:
         kind = job_input.model, job_input.resolution, job_input.duration
         log.info("%s: begins: %s, %s, %d s", job.task_id, *kind, extra={"prompt": job_input.prompt})
         bucket = self._bucket_for(job)
-        finished = self._patiently(partial(_stored_manifest, bucket, job.task_id), cancelled)
+        store = JobStore(
+            bucket,
+            job.task_id,
+            is_ours=job.s3_config is None,
+            patience=self._patience,
+            cancelled=cancelled,
+            waiting=meter.again,
+        )
+        finished = store.find()
         if finished is not None:
             log.info("%s: done before, its manifest is in the bucket", job.task_id)
             return _result(finished, bucket)
         image = self._image(job_input)
-        with tempfile.TemporaryDirectory(prefix="hunyuan-", dir=self._work_dir) as directory:
-            video, poster = Path(directory, "video.mp4"), Path(directory, "poster.jpg")
+        with job_directory(self._work_dir) as directory:
             width, height = job_input.size
-            target = Target(video, poster, width, height, num_frames(job_input.duration))
+            frames = num_frames(job_input.duration)
+            target = Target(directory / "video.mp4", directory / "poster.jpg", width, height, frames)
             seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
             self._render(job_input, image, seed, target, meter, cancelled)
             meter.reach(Stage.STORING, 0.0)
-            for path, key, content_type in (
-                (video, layout.video_key(job.task_id), "video/mp4"),
-                (poster, layout.poster_key(job.task_id), "image/jpeg"),
-            ):
-                self._patiently(partial(bucket.put_file, path, key, content_type=content_type), cancelled)
-            manifest = Manifest(
-                task_id=job.task_id,
-                input=job_input.without_data(),
-                model=self._model.name,
-                attention=self._model.attention,
-                approximations=tuple(self._model.approximations),
-                seed=seed,
-                width=width,
-                height=height,
-                num_frames=target.num_frames,
-                file_size=video.stat().st_size,
-                sha256=_sha256(video),
-                created_at=datetime.now(UTC),
-                timings=meter.timings(),
-                version=self._version,
+            manifest = store.put(
+                target.video, target.poster, lambda: self._manifest(job.task_id, job_input, seed, target, meter)
             )
-        body = manifest.model_dump_json().encode()
-        key = layout.manifest_key(job.task_id)
-        self._patiently(partial(bucket.put_bytes, body, key, content_type="application/json"), cancelled)
         log.info("%s: done in %.1f s, %d bytes", job.task_id, manifest.timings["total"], manifest.file_size)
         return _result(manifest, bucket)
 
@@ -190,9 +180,29 @@ class Worker:
         frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
         try:
             encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames))
+        except DiskFullError as exc:
+            raise WorkDirError("the disk is full") from exc
         except EncodeError as exc:
             log.error("encoding failed: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
+
+    def _manifest(self, task_id: str, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
+        return Manifest(
+            task_id=task_id,
+            input=job_input.without_data(),
+            model=self._model.name,
+            attention=self._model.attention,
+            approximations=tuple(self._model.approximations),
+            seed=seed,
+            width=target.width,
+            height=target.height,
+            num_frames=target.num_frames,
+            file_size=target.video.stat().st_size,
+            sha256=_sha256(target.video),
+            created_at=datetime.now(UTC),
+            timings=meter.timings(),
+            version=self._version,
+        )
 
     def _image(self, job_input: JobInput) -> Image.Image | None:
         if job_input.image is None:
@@ -213,19 +223,6 @@ class Worker:
             text = "There is no bucket to store the video in: set BUCKET_ENDPOINT_URL and its keys, or send s3Config"
             raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text)
         return self._bucket
-
-    def _patiently(self, call: Callable[[], T], cancelled: Event) -> T:
-        """Do it, again and again while the bucket is away, up to the patience that we have."""
-        deadline = time.monotonic() + self._store_patience
-        while True:
-            try:
-                return call()
-            except StorageUnavailableError as exc:
-                if time.monotonic() > deadline:
-                    raise
-                log.warning("the bucket is away, trying again: %s", exc)
-            if cancelled.wait(_STORE_RETRY):
-                raise RenderCancelledError("cancelled while the bucket was away")
 
 
 class _Meter:
@@ -248,6 +245,10 @@ class _Meter:
         """That much of the video is encoded."""
         self._advance(Stage.DECODING, _ENCODING_SPAN, fraction)
 
+    def again(self) -> None:
+        """Nothing is done since; tell so now and then."""
+        self._advance(self._stage, (0, 0), 0.0)
+
     def timings(self) -> Mapping[str, float]:
         """Seconds in each stage so far and in all."""
         now = time.monotonic()
@@ -264,20 +265,11 @@ class _Meter:
         self._percent = max(self._percent, int(begin + (end - begin) * min(fraction, 1.0)))
         if self._told is not None:
             told_at, told_stage, told_percent = self._told
-            if stage is told_stage and (self._percent == told_percent or now - told_at < _TELL_EVERY):
+            every = _TELL_AGAIN if self._percent == told_percent else _TELL_EVERY
+            if stage is told_stage and now - told_at < every:
                 return
         self._told = (now, stage, self._percent)
         self._tell(Progress(progress=self._percent, stage=stage, elapsed_time=round(now - self._started, 3)))
-
-
-def _stored_manifest(bucket: Bucket, task_id: str) -> Manifest | None:
-    try:
-        return Manifest.model_validate_json(bucket.get_bytes(layout.manifest_key(task_id)))
-    except ObjectNotFoundError:
-        return None
-    except ValidationError:
-        log.warning("%s: what stands for its manifest is none; rendering", task_id)
-        return None
 
 
 def _result(manifest: Manifest, bucket: Bucket) -> JobResult:

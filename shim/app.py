@@ -34,15 +34,19 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     public_url: str | None = None,
+    store_timeout: float = 10.0,
     routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
     """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces.
 
     `metrics` are those that `queue` and `bucket` were given, too; without them /metrics has its own of requests only.
+    A store that sends nothing for `store_timeout` seconds in a download counts as away.
     """
     metrics = metrics or Metrics()
-    # Slightly over a multiple of 3 s, the TCP retransmission timer; a read is one chunk, not a whole video.
-    store = httpx.AsyncClient(timeout=httpx.Timeout(30, connect=3.05), limits=httpx.Limits(max_connections=200))
+    # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
+    store = httpx.AsyncClient(
+        timeout=httpx.Timeout(store_timeout, connect=3.05), limits=httpx.Limits(max_connections=200)
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

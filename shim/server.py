@@ -41,12 +41,14 @@ from storage.settings import BucketSettings, bucket_settings, explain
 
 #: What a worker exits with when its settings are wrong: starting it again would change nothing.
 _BAD_SETTINGS: Final = 2
-#: What it exits with when its model can't be loaded.
+#: What it exits with when its model can't be loaded, or its bucket refuses.
 _NO_MODEL: Final = 3
 _GATEWAY_GRACE: Final = 10.0
 #: Seconds that a database which does not answer is waited for at the start, and how often it is asked.
 _DATABASE_PATIENCE: Final = 30.0
 _DATABASE_RETRY: Final = 1.0
+#: Seconds that the bucket gets for each answer.
+_STORE_TIMEOUT: Final = 10.0
 #: Seconds that open downloads get when the server stops.
 _CONNECTION_GRACE: Final = 10
 
@@ -282,9 +284,8 @@ async def _store(settings: ShimSettings, metrics: Metrics) -> AsyncIterator[_Sto
     keeper = asyncio.create_task(gateway.run())
     try:
         await embedded.wait_until_listening()
-        bucket = Bucket(embedded.settings, observe=metrics.s3_request)
-        await anyio.to_thread.run_sync(bucket.create)
-        yield _Store(bucket, embedded.environment())
+        await anyio.to_thread.run_sync(Bucket(embedded.settings).create)
+        yield _Store(_prompt(embedded.settings, metrics), embedded.environment())
     finally:
         await gateway.stop(_GATEWAY_GRACE)
         await keeper
@@ -292,14 +293,19 @@ async def _store(settings: ShimSettings, metrics: Metrics) -> AsyncIterator[_Sto
 
 async def _checked(named: BucketSettings, metrics: Metrics) -> Bucket:
     """The bucket, asked once: wrong keys stop the start, a store that is away does not."""
-    bucket = Bucket(named, observe=metrics.s3_request)
+    bucket = _prompt(named, metrics)
     try:
         await anyio.to_thread.run_sync(bucket.check)
     except StorageDeniedError as exc:
-        raise StartError(f"BUCKET_ENDPOINT_URL {named.endpoint_url}, BUCKET_NAME {named.name}: {exc}") from exc
+        raise StartError(str(exc)) from exc
     except StorageError as exc:
-        log.error("the bucket does not answer; going on without it until it does: %s", exc)
+        log.error("going on without the bucket until it answers: %s", exc)
     return bucket
+
+
+def _prompt(settings: BucketSettings, metrics: Metrics) -> Bucket:
+    """A bucket for those who wait for an answer: "not available" soon, rather than the answer late."""
+    return Bucket(settings, timeout=_STORE_TIMEOUT, attempts=2, observe=metrics.s3_request)
 
 
 def _token(settings: ShimSettings) -> str:

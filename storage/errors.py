@@ -14,4 +14,4 @@ class StorageUnavailableError(StorageError):
 
 
 class StorageDeniedError(StorageError):
-    """The S3 server refused the credentials, or the bucket does not exist."""
+    """The S3 server refuses us until something is mended: keys, the bucket's name, its region, a clock."""

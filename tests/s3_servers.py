@@ -16,6 +16,7 @@ from pydantic import HttpUrl, SecretStr
 
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
+from tests.fault_proxy import FaultProxy
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 30.0
@@ -80,6 +81,11 @@ S3_SERVERS: dict[str, Callable[[Path], AbstractContextManager[BucketSettings]]] 
     "rclone": rclone,
     "moto": moto,
 }
+
+
+def behind(settings: BucketSettings) -> FaultProxy:
+    """A proxy in front of that server. Clients sign for the proxy's own address, which passes through as it is."""
+    return FaultProxy((str(settings.endpoint_url.host), settings.endpoint_url.port or 80), http=True)
 
 
 def _settings() -> BucketSettings:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+import anyio
 import anyio.to_thread
 import httpx
 from fastapi import Request
@@ -12,6 +14,10 @@ from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
 from storage.bucket import Bucket
+from storage.errors import StorageUnavailableError
+
+#: Under the time that load balancers give a probe, or not far over it.
+_CHECK_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,12 @@ class Services:
     public_url: str | None
 
     async def check_bucket(self) -> None:
-        """Raise StorageError unless the bucket answers."""
-        await anyio.to_thread.run_sync(self.bucket.check)
+        """Raise StorageError unless the bucket answers soon."""
+        try:
+            with anyio.fail_after(_CHECK_SECONDS):
+                await anyio.to_thread.run_sync(self.bucket.check, abandon_on_cancel=True)
+        except TimeoutError as exc:
+            raise StorageUnavailableError(f"the bucket did not answer within {_CHECK_SECONDS:.0f} s") from exc
 
 
 def services(request: Request) -> Services:

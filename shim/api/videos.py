@@ -7,15 +7,18 @@ servers differ in which of them they honour. RFC 9110, sections 13 (conditional 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import httpx
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
 from handler.contract import ErrorCode, Manifest
 from shim.api.dependencies import Services, services
@@ -26,7 +29,8 @@ from storage import layout
 #: Life of a presigned URL that never leaves this process; a slow client keeps its connection, not its URL.
 _URL_EXPIRES_IN: Final = 900
 _CHUNK: Final = 256 * 1024
-_ATTEMPTS: Final = 3
+#: Seconds before each new try at reading on; so many in a row that bring no byte, and the body breaks off.
+_PAUSES: Final = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -115,7 +119,7 @@ async def video(file_name: str, request: Request, use: Annotated[Services, Depen
         await source.check()
         return Response(status_code=status, headers=headers, media_type="video/mp4")
     body = await source.open(wanted or whole)
-    return StreamingResponse(body, status_code=status, headers=headers, media_type="video/mp4")
+    return VideoResponse(body, status_code=status, headers=headers, media_type="video/mp4")
 
 
 async def _finished(task_id: str, use: Services) -> Manifest:
@@ -149,6 +153,28 @@ def _range(request: Request, etag: str, size: int) -> ByteRange | None:
         ) from exc
 
 
+class BrokenOffError(Exception):
+    """The store does not give the rest of a video."""
+
+
+class VideoResponse(StreamingResponse):
+    """A body that may break off. Content-Length has promised all of it, and the server closes a connection whose
+    response is not completed: no client takes what it has for the whole.
+    """
+
+    def __init__(self, body: AsyncGenerator[bytes, None], **options: Any) -> None:
+        super().__init__(body, **options)
+        self._body = body
+
+    async def stream_response(self, send: Send) -> None:
+        """Send what there is."""
+        async with aclosing(self._body):
+            try:
+                await super().stream_response(send)
+            except BrokenOffError as exc:
+                log.error("%s", exc)
+
+
 class StoredVideo:
     """One video in the bucket, read through presigned URLs."""
 
@@ -165,68 +191,81 @@ class StoredVideo:
             with self._observe("head_video"):
                 self._raise_for_status(await self._store.head(url))
         except httpx.HTTPError as exc:
-            raise _unavailable() from exc
+            raise self._unavailable(exc) from exc
 
-    async def open(self, wanted: ByteRange) -> AsyncIterator[bytes]:
-        """Start reading. Once this returns, the store has said yes and the bytes follow.
+    async def open(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
+        """Start reading. Once this returns, the first bytes have come, and the rest follows.
+
+        A connection to the store that breaks is taken up again where it broke. The body raises BrokenOffError where
+        that fails.
 
         Raises:
-            ApiError: the store does not have them or does not answer.
+            ApiError: the store does not have the video or does not answer.
         """
+        parts = self._read(wanted)
         try:
-            response = await self._request(wanted)
+            first = await anext(parts, b"")
         except httpx.HTTPError as exc:
-            raise _unavailable() from exc
-        return self._chunks(response, wanted)
+            raise self._unavailable(exc) from exc
+        if not first:
+            raise self._unavailable("the store sent nothing")
+        return self._relay(first, parts, wanted)
 
-    async def _request(self, wanted: ByteRange) -> httpx.Response:
+    async def _relay(
+        self, first: bytes, parts: AsyncGenerator[bytes, None], wanted: ByteRange
+    ) -> AsyncGenerator[bytes, None]:
+        yield first
+        sent, failures = len(first), 0
+        while True:
+            why = f"the store sent {sent} of {wanted.length} bytes"
+            try:
+                async with aclosing(parts):
+                    async for part in parts:
+                        yield part
+                        sent, failures = sent + len(part), 0
+            except (httpx.HTTPError, ApiError) as exc:
+                why = f"{type(exc).__name__}: {exc}"
+            if sent == wanted.length:
+                return
+            position = wanted.start + sent
+            if failures == len(_PAUSES):
+                raise BrokenOffError(f"{self._key} broke off at byte {position}: {why}")
+            log.warning("%s: reading on at byte %d after %s", self._key, position, why)
+            await asyncio.sleep(_PAUSES[failures])
+            failures += 1
+            parts = self._read(ByteRange(position, wanted.end))
+
+    async def _read(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
+        """The bytes of `wanted`, or fewer: as they come over one connection.
+
+        Raises:
+            ApiError: the store does not have the video, or refuses.
+            httpx.HTTPError: it does not answer, or the connection breaks.
+        """
         url = self._bucket.presign(self._key, expires_in=_URL_EXPIRES_IN, public=False)
         headers = {"Range": f"bytes={wanted.start}-{wanted.end}", "Accept-Encoding": "identity"}
-        with self._observe("get_video"):
-            response = await self._store.send(self._store.build_request("GET", url, headers=headers), stream=True)
-            try:
+        async with AsyncExitStack() as stack:
+            with self._observe("get_video"):
+                response = await stack.enter_async_context(self._store.stream("GET", url, headers=headers))
                 self._raise_for_status(response)
-            except ApiError:
-                await response.aclose()
-                raise
-        return response
-
-    async def _chunks(self, response: httpx.Response, wanted: ByteRange) -> AsyncIterator[bytes]:
-        """The bytes of `wanted`; a connection that breaks is taken up again where it broke.
-
-        Raises:
-            httpx.HTTPError: it broke for good; the server then cuts the client's connection, so that what it has
-                can't pass for the whole.
-        """
-        sent = 0
-        for attempt in range(1, _ATTEMPTS + 1):
             # Some stores (rclone) ignore the Range of a presigned request: what lies before it is passed over.
-            skip = wanted.start + sent if response.status_code == 200 else 0
-            try:
-                async for chunk in response.aiter_raw(_CHUNK):
-                    part = chunk[skip : skip + wanted.length - sent]
-                    skip = max(skip - len(chunk), 0)
-                    if part:
-                        yield part
-                        sent += len(part)
-                    if sent == wanted.length:
-                        return
-                raise httpx.RemoteProtocolError(f"the store sent {sent} of {wanted.length} bytes")
-            except httpx.HTTPError as exc:
-                if attempt == _ATTEMPTS:
-                    raise
-                log.warning("%s: reading on at byte %d after %s", self._key, wanted.start + sent, type(exc).__name__)
-            finally:
-                await response.aclose()
-            response = await self._request(ByteRange(wanted.start + sent, wanted.end))
+            skip = wanted.start if response.status_code == 200 else 0
+            left = wanted.length
+            async for chunk in response.aiter_raw(_CHUNK):
+                part = chunk[skip : skip + left]
+                skip = max(skip - len(chunk), 0)
+                left -= len(part)
+                if part:
+                    yield part
+                if left == 0:
+                    return
 
     def _raise_for_status(self, response: httpx.Response) -> None:
         if response.status_code == 404:
             raise ApiError(ErrorCode.VIDEO_NOT_READY, "The video is no longer in the bucket")
         if response.status_code not in (200, 206):
-            log.error("%s: the store answered %d", self._key, response.status_code)
-            raise _unavailable()
+            raise self._unavailable(f"the store answered {response.status_code}")
 
-
-def _unavailable() -> ApiError:
-    return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")
+    def _unavailable(self, why: object) -> ApiError:
+        log.error("%s: %s", self._key, why or "the store does not answer")
+        return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")

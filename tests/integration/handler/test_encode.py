@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -11,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from handler.encode import EncodeError, Target, codec, encode
+from handler.encode import DiskFullError, EncodeError, Target, codec, encode
 from handler.video_model.base import Frames
 from tests.mp4 import probe
 
@@ -97,6 +98,13 @@ def test_a_wrong_number_of_frames_is_an_error(tmp_path: Path, frames: int) -> No
 def test_an_ffmpeg_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(EncodeError, match="No such file or directory"):
         encode(flat((0, 0, 0), 2000), target(tmp_path / "absent", num_frames=2000), ignore)
+
+
+def test_a_full_disk_is_called_one(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    for files in (replace(target(tmp_path), video=full), replace(target(tmp_path), poster=full)):
+        with pytest.raises(DiskFullError, match="No space left on device"):
+            encode(flat((0, 0, 0), 25), files, ignore)
 
 
 def test_what_the_model_raises_goes_through_and_leaves_no_ffmpeg(tmp_path: Path) -> None:

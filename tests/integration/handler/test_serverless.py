@@ -198,14 +198,7 @@ def run_worker(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 def test_one_test_job_renders_with_no_queue_and_no_shim(settings: BucketSettings) -> None:
     secret = settings.secret_access_key.get_secret_value()
-    run = run_worker(
-        "--test_input",
-        json.dumps({"input": INPUT}),
-        BUCKET_ENDPOINT_URL=str(settings.endpoint_url),
-        BUCKET_ACCESS_KEY_ID=settings.access_key_id,
-        BUCKET_SECRET_ACCESS_KEY=secret,
-        BUCKET_NAME=settings.name,
-    )
+    run = run_worker("--test_input", json.dumps({"input": INPUT}), **bucket_environment(settings))
     assert run.returncode == 0, run.stdout + run.stderr
     match = re.search(r"'video_url': '([^']+)'", run.stdout)
     assert match is not None, run.stdout
@@ -230,6 +223,46 @@ def test_a_bad_setting_stops_the_start_and_is_named(variable: str, value: str) -
     assert run.returncode == 2
     assert ("BUCKET_SECRET_ACCESS_KEY" if variable == "BUCKET_ACCESS_KEY_ID" else variable) in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def bucket_environment(settings: BucketSettings, **change: str) -> dict[str, str]:
+    return {
+        "BUCKET_ENDPOINT_URL": str(settings.endpoint_url),
+        "BUCKET_ACCESS_KEY_ID": settings.access_key_id,
+        "BUCKET_SECRET_ACCESS_KEY": settings.secret_access_key.get_secret_value(),
+        "BUCKET_NAME": settings.name,
+        **change,
+    }
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("BUCKET_ACCESS_KEY_ID", "nobody"),
+        ("BUCKET_SECRET_ACCESS_KEY", "wrong-and-secret"),
+        ("BUCKET_NAME", "no-such-bucket"),
+    ],
+)
+def test_a_bucket_that_refuses_ends_the_start_and_is_reported(
+    platform: Platform, settings: BucketSettings, variable: str, value: str
+) -> None:
+    environment = bucket_environment(settings, **{variable: value})
+    run = run_worker(HUNYUAN_WORKER_REPORT_URL=platform.url, **environment)
+    assert run.returncode == 3, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: bucket")
+    assert variable in last
+    assert "wrong-and-secret" not in run.stderr
+    assert platform.reports[-1]["state"] == "failed"
+    assert variable in platform.reports[-1]["error"]
+
+
+def test_a_bucket_that_is_away_ends_no_start(settings: BucketSettings) -> None:
+    environment = bucket_environment(settings, BUCKET_ENDPOINT_URL="http://127.0.0.1:9", HUNYUAN_STORE_PATIENCE="0")
+    run = run_worker("--test_input", json.dumps({"input": INPUT}), **environment)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "going on without the bucket until it answers" in run.stderr
+    assert "STORAGE_UNAVAILABLE" in run.stdout + run.stderr
 
 
 def test_a_model_that_can_not_be_loaded_is_named_and_reported(platform: Platform, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from handler.contract import DEFAULT_MODEL, ErrorCode, JobResult, Manifest, Progress, Resolution, Stage
+from handler.store import Patience
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
@@ -45,7 +46,7 @@ class Bench:
 
     def run(self, task_id: str = "task-1", s3_config: dict[str, Any] | None = None, **fields: Any) -> JobResult:
         job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p", **fields}
-        worker = Worker(self.model, self.bucket, version="1.2.3", store_patience=self.patience)
+        worker = Worker(self.model, self.bucket, version="1.2.3", patience=Patience(self.patience, first=0.05))
         return worker.run(Job(task_id, job_input, s3_config), self.told.append, self.cancelled)
 
     def failure(self, **arguments: Any) -> tuple[ErrorCode, str]:

@@ -200,20 +200,51 @@ def test_a_taken_port_and_a_used_directory_are_named(service: Service, tmp_path:
     assert "HUNYUAN_DATA_DIR" in used.stderr
 
 
-def test_a_bucket_that_refuses_the_keys_stops_the_start(service: Service, tmp_path: Path) -> None:
-    port = (service.directory / "data" / "bucket" / "port").read_text()
-    run = hunyuan(
-        "serve",
-        HUNYUAN_HOST="127.0.0.1",
-        HUNYUAN_PORT=str(free_port()),
-        HUNYUAN_DATA_DIR=str(tmp_path),
-        BUCKET_ENDPOINT_URL=f"http://127.0.0.1:{port}",
-        BUCKET_ACCESS_KEY_ID="wrong",
-        BUCKET_SECRET_ACCESS_KEY="also-wrong-and-secret",
-    )
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("BUCKET_ACCESS_KEY_ID", "wrong"),
+        ("BUCKET_SECRET_ACCESS_KEY", "also-wrong-and-secret"),
+        ("BUCKET_NAME", "no-such-bucket"),
+    ],
+)
+def test_a_bucket_that_refuses_stops_the_start_and_says_what_to_mend(
+    service: Service, tmp_path: Path, variable: str, value: str
+) -> None:
+    kept = service.directory / "data" / "bucket"
+    environment: dict[str, Any] = {
+        "HUNYUAN_HOST": "127.0.0.1",
+        "HUNYUAN_PORT": str(free_port()),
+        "HUNYUAN_DATA_DIR": str(tmp_path),
+        "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{(kept / 'port').read_text()}",
+        "BUCKET_ACCESS_KEY_ID": (kept / "access-key").read_text(),
+        "BUCKET_SECRET_ACCESS_KEY": (kept / "secret-key").read_text(),
+    }
+    run = hunyuan("serve", **{**environment, variable: value})
     assert run.returncode == 2
-    assert "BUCKET_ENDPOINT_URL" in run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: bucket")
+    assert variable in last
     assert "also-wrong-and-secret" not in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_bucket_that_is_away_stops_no_start_and_is_named(tmp_path: Path) -> None:
+    service = Service(
+        tmp_path,
+        HUNYUAN_WORKERS="0",
+        BUCKET_ENDPOINT_URL="http://127.0.0.1:9",
+        BUCKET_ACCESS_KEY_ID="key",
+        BUCKET_SECRET_ACCESS_KEY="secret",
+    )
+    try:
+        service.start(until_ready=False)
+        assert "going on without the bucket until it answers" in service.log.read_text()
+        assert "BUCKET_ENDPOINT_URL" in service.log.read_text()
+        assert service.http.get("/ready").status_code == 503
+    finally:
+        service.http.close()
+        assert service.stop() == 0
 
 
 def test_a_model_that_can_not_be_loaded_stays_to_be_seen(tmp_path: Path) -> None:
