@@ -42,6 +42,8 @@ def running() -> Iterator[str]:
             HUNYUAN_MODEL_PATH=DEMO_MODEL,
             HUNYUAN_WORKERS="1",
             HUNYUAN_PUBLIC_URL="",
+            HUNYUAN_API_KEYS="",
+            HUNYUAN_RATE_LIMIT="",
             BUCKET_ENDPOINT_URL="",
             BUCKET_ACCESS_KEY_ID="",
             BUCKET_SECRET_ACCESS_KEY="",

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
-from shim.api.dependencies import Services, public_url, services
+from shim.api.dependencies import Services, public_url, services, within_rate_limit
 from shim.errors import ApiError
 from shim.gpu import local_gpus
 from shim.queue.base import Job, QueueUnavailableError, Workers
@@ -140,7 +140,8 @@ def idempotency_key(request: Request) -> str | None:
 @router.post(
     "/generate",
     status_code=202,
-    responses=error_responses(400, 409, 413, 500, 503),
+    dependencies=[Depends(within_rate_limit)],
+    responses=error_responses(400, 401, 408, 409, 413, 429, 500, 503),
     openapi_extra={
         "parameters": [
             {
@@ -166,7 +167,7 @@ async def generate(
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id:path}", responses=error_responses(404, 500, 503))
+@router.get("/status/{task_id:path}", responses=error_responses(401, 404, 500, 503))
 async def status(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:

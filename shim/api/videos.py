@@ -83,7 +83,7 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"video/mp4": {}}, "description": "The video."},
     206: {"content": {"video/mp4": {}}, "description": "The range asked for."},
     304: {"description": "The client has it already."},
-    **error_responses(404, 416, 500, 503),
+    **error_responses(401, 404, 416, 500, 503),
 }
 
 
