@@ -26,6 +26,8 @@ MAX_PIPELINED: Final = 16
 #: Open connections: below the usual limit of 1,024 open files, with room for those to the bucket.
 MAX_CONNECTIONS: Final = 600
 
+_BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
+
 
 class Connection(HttpToolsProtocol):
     """One client's connection. Every request must arrive whole in its time, or the connection is closed.
@@ -79,15 +81,22 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A request's head is there. An error raised here ends the parsing, and `send_400_response` follows."""
         self._reading_head = False
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
-            self._fault = _head_too_large()
-            raise self._fault
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self._fault = ApiError(ErrorCode.INVALID_REQUEST, "too many requests were sent ahead of their answers")
+        self._fault = self._fault_of_head()
+        if self._fault is not None:
             raise self._fault
         self._expect(self.body_seconds)
         super().on_headers_complete()
+
+    def _fault_of_head(self) -> ApiError | None:
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
+            return _head_too_large()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            return ApiError(ErrorCode.INVALID_REQUEST, "too many requests were sent ahead of their answers")
+        if self.parser.should_upgrade() and _BODY_HEADERS & {name for name, _ in self.headers}:
+            # httptools would take the body for the other protocol's first bytes.
+            return ApiError(ErrorCode.INVALID_REQUEST, "HTTP/1.1 is spoken here: leave out the Upgrade header")
+        return None
 
     def on_message_complete(self) -> None:
         """A request is there as a whole."""
