@@ -21,6 +21,14 @@ _GIB: Final = 1024**3
 router = APIRouter()
 
 
+#: What can be asked of an accepted task: OpenAPI's links, for clients that are generated or that explore.
+_LINKS: Final = {
+    "status": {"operationId": "get_status", "parameters": {"task_id": "$response.body#/task_id"}},
+    "cancel": {"operationId": "cancel_task", "parameters": {"task_id": "$response.body#/task_id"}},
+    "video": {"operationId": "get_video", "parameters": {"file_name": "{$response.body#/task_id}.mp4"}},
+}
+
+
 class GenerateResponse(BaseModel):
     """The task that was queued."""
 
@@ -137,11 +145,21 @@ def idempotency_key(request: Request) -> str | None:
     return given
 
 
+def _body_schema() -> dict[str, Any]:
+    """JobInput's JSON schema with its definitions in place: by reference, OpenAPI would look for them elsewhere."""
+    schema = JobInput.model_json_schema()
+    definitions = schema.pop("$defs")
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            schema["properties"][name] = {**definitions[field.pop("$ref").rpartition("/")[2]], **field}
+    return schema
+
+
 @router.post(
     "/generate",
     status_code=202,
     dependencies=[Depends(within_rate_limit)],
-    responses=error_responses(400, 401, 408, 409, 413, 429, 500, 503),
+    responses={202: {"links": _LINKS}, **error_responses(400, 401, 408, 409, 413, 429, 500, 503)},
     openapi_extra={
         "parameters": [
             {
@@ -153,7 +171,7 @@ def idempotency_key(request: Request) -> str | None:
         ],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": JobInput.model_json_schema()}},
+            "content": {"application/json": {"schema": _body_schema()}},
         },
     },
 )
@@ -167,7 +185,7 @@ async def generate(
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id:path}", responses=error_responses(401, 404, 500, 503))
+@router.get("/status/{task_id:path}", operation_id="get_status", responses=error_responses(401, 404, 500, 503))
 async def status(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:
@@ -175,7 +193,7 @@ async def status(
     return _status(await use.tasks.find(task_id), request, use)
 
 
-@router.delete("/tasks/{task_id:path}", responses=error_responses(404, 500, 503))
+@router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
 async def cancel(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:
