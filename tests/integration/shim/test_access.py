@@ -35,7 +35,7 @@ async def running(
     directory: Path, access: Access, bucket: Bucket | None = None, **options: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The whole app with a ready worker, the platform's routes included."""
-    async with sql_bench(directory, max_queue_size=50) as bench:
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=50) as bench:
         await bench.worker()
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=0.1)

@@ -33,7 +33,7 @@ CONFIG = """
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503]
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", 400, 401, 404, 429, 503]
+expected-statuses = ["2xx", 400, 401, 404, 409, 429, 503]
 """
 
 
@@ -71,7 +71,7 @@ async def test_the_server_keeps_what_its_openapi_document_promises(
     config.write_text(CONFIG)
     report = tmp_path / "report.json"
     bucket = Bucket(bucket_settings)
-    async with sql_bench(tmp_path, max_queue_size=10) as bench:
+    async with sql_bench(f"sqlite:///{tmp_path}/queue.sqlite3", max_queue_size=10) as bench:
         await bench.worker()
         app = create_app(bench.queue, bucket, access=Access(parse_api_keys(KEY)))
         async with serving(app) as address:

@@ -139,7 +139,7 @@ def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket
 
 @asynccontextmanager
 async def running(directory: Path, bucket: Bucket, connection: type[Connection]) -> AsyncIterator[Server]:
-    async with sql_bench(directory, max_queue_size=100) as bench:
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=100) as bench:
         await bench.worker()
         async with serving(create_app(bench.queue, bucket), connection) as address:
             host, _, port = address.removeprefix("http://").partition(":")
