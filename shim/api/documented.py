@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
-from shim.api.dependencies import Services, public_url, services, within_rate_limit
+from shim.api.dependencies import Services, client, public_url, services, within_rate_limit
 from shim.errors import ApiError
 from shim.gpu import local_gpus
 from shim.queue.base import Job, QueueUnavailableError, Workers
@@ -18,6 +19,7 @@ _DRAINED_BODY: Final = 1024 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
 _GIB: Final = 1024**3
 
+log = logging.getLogger(__name__)
 router = APIRouter()
 
 
@@ -176,12 +178,14 @@ def _body_schema() -> dict[str, Any]:
     },
 )
 async def generate(
+    request: Request,
     body: Annotated[bytes, Depends(limited_body)],
     use: Annotated[Services, Depends(services)],
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
     accepted = await use.tasks.submit(parse_input(body), key)
+    log.info("%s: accepted from %s", accepted.task_id, client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 

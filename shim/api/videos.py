@@ -23,8 +23,9 @@ from shim.api.documented import error_responses
 from shim.errors import ApiError
 from storage import layout
 
-#: Life of a presigned URL that never leaves this process; a slow client keeps its connection, not its URL.
-_URL_EXPIRES_IN: Final = 900
+#: Life of a presigned URL that never leaves this process: long enough for clocks that are minutes apart, no longer. A
+#: slow client keeps its connection, not its URL.
+_URL_EXPIRES_IN: Final = 300
 _CHUNK: Final = 256 * 1024
 _ATTEMPTS: Final = 3
 
