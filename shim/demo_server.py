@@ -46,7 +46,7 @@ def running() -> Iterator[str]:
             HUNYUAN_RATE_LIMIT="",
             BUCKET_ENDPOINT_URL="",
             BUCKET_ACCESS_KEY_ID="",
-            BUCKET_SECRET_ACCESS_KEY="",
+            BUCKET_SECRET_ACCESS_KEY="",  # nosec B106 # none
             RUNPOD_ENDPOINT_ID="",
         )
         log = Path(directory, "serve.log")

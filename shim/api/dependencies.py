@@ -55,6 +55,11 @@ def client(request: Request) -> str:
     return client_of_address(request.client.host) if request.client is not None else "unknown"
 
 
+def is_anonymous(request: Request) -> bool:
+    """Whether the server has keys and the request none of them: an open path tells it what it must and no more."""
+    return getattr(request.state, "client", "") is None
+
+
 async def within_rate_limit(request: Request) -> None:
     """For routes that make videos.
 

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
-from shim.api.dependencies import Services, client, public_url, services, within_rate_limit
+from shim.api.dependencies import Services, client, is_anonymous, public_url, services, within_rate_limit
 from shim.errors import ApiError
 from shim.gpu import local_gpus
-from shim.queue.base import Job, QueueUnavailableError, Workers
+from shim.queue.base import Job, ModelNotLoadedError, QueueUnavailableError, Workers
 
 MAX_BODY: Final = 64 * 1024
 _DRAINED_BODY: Final = 1024 * 1024
@@ -262,8 +262,13 @@ def _vram_free(gpus: list[Gpu]) -> str:
 
 
 @router.get("/ready", responses=error_responses(500, 503))
-async def ready(use: Annotated[Services, Depends(services)]) -> Ready:
+async def ready(request: Request, use: Annotated[Services, Depends(services)]) -> Ready:
     """Whether a task posted now would be taken and its video kept: 200 or 503."""
-    await use.queue.check_ready()
+    try:
+        await use.queue.check_ready()
+    except ModelNotLoadedError as exc:
+        if is_anonymous(request):  # the reason may name files
+            raise ApiError(ErrorCode.MODEL_NOT_LOADED, "No worker has the model loaded") from exc
+        raise
     await use.check_bucket()
     return Ready()

@@ -57,7 +57,7 @@ def error_response(error: ApiError) -> Response:
 class RequireKey:
     """Lets through who has a key, whatever the path; but for OPEN_PATHS, and the platform's own.
 
-    The key's name is then the scope's `state["client"]`.
+    The scope's `state["client"]` is then the key's name, None for who came without one.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
@@ -66,11 +66,11 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or scope["path"].startswith(PLATFORM_PREFIX):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         name = self._keys.name_of(_given_key(Headers(scope=scope)).encode("latin-1"))
-        if name is None:
+        if name is None and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(PLATFORM_PREFIX):
             error = ApiError(
                 ErrorCode.UNAUTHORIZED,
                 "an API key is needed: send it as Authorization: Bearer KEY, or X-API-Key: KEY",

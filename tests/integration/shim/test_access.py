@@ -13,7 +13,7 @@ import anyio
 import httpx
 import pytest
 
-from handler.contract import ErrorCode
+from handler.contract import ErrorCode, WorkerState
 from shim.access import Access, parse_api_keys
 from shim.app import create_app
 from shim.platform import Platform
@@ -32,14 +32,14 @@ BEARER = {"Authorization": f"Bearer {ALICE}"}
 
 @asynccontextmanager
 async def running(
-    directory: Path, access: Access, bucket: Bucket | None = None, **options: Any
+    directory: Path, access: Access, bucket: Bucket | None = None, **worker: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """The whole app with a ready worker, the platform's routes included."""
+    """The whole app with a worker, ready unless told otherwise, the platform's routes included."""
     async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=50) as bench:
-        await bench.worker()
+        await bench.worker(**worker)
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=0.1)
-        app = create_app(bench.queue, bucket or Bucket(NOWHERE), access=access, routers=[platform.router], **options)
+        app = create_app(bench.queue, bucket or Bucket(NOWHERE), access=access, routers=[platform.router])
 
         @app.get("/added-later")
         def added_later() -> str:
@@ -150,6 +150,14 @@ async def test_health_readiness_and_documentation_need_no_key(locked: httpx.Asyn
     assert (await locked.get("/ready")).status_code == 503, "the bucket is away"
     assert (await locked.get("/docs")).status_code == 200
     assert (await locked.get("/openapi.json")).status_code == 200
+
+
+async def test_why_the_model_is_not_loaded_is_told_to_those_with_a_key(tmp_path: Path) -> None:
+    async with running(tmp_path, Access(KEYS), state=WorkerState.FAILED, error="no /srv/weights") as http:
+        answers = [await http.get("/ready", headers=headers) for headers in ({}, {"X-API-Key": "wrong"}, BEARER)]
+        assert [answer.json()["error_code"] for answer in answers] == [ErrorCode.MODEL_NOT_LOADED] * 3
+        assert ["/srv/weights" in answer.text for answer in answers] == [False, False, True]
+        assert "/srv" not in (await http.get("/health")).text
 
 
 async def test_the_platforms_routes_ask_for_their_own_token(locked: httpx.AsyncClient) -> None:
