@@ -107,9 +107,7 @@ async def _serve_runpod(
     )
     try:
         log.info("jobs go to RunPod endpoint %s", endpoint_id)
-        app = create_app(
-            queue, store.bucket, metrics=metrics, public_url=_public_url(settings), access=settings.access
-        )
+        app = create_app(queue, store.bucket, metrics=metrics, public_url=_public_url(settings), access=settings.access)
         async with _listening(app, listener) as server:
             await _until(stopping, [server])
     finally:

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from handler.logs import LogOptions
 from shim.access import Access, ApiKey, parse_api_keys, sendable
 
 
@@ -25,8 +26,6 @@ def _origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", text):
         raise ValueError("must be * or origins such as https://films.example, with no path and no slash at the end")
     return text
-
-from handler.logs import LogOptions
 
 
 class ShimSettings(LogOptions, BaseSettings):

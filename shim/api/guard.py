@@ -30,8 +30,8 @@ _DOCS_POLICY: Final = (
     "default-src 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; frame-ancestors 'none'; "
     "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
 )
-_CORS_REQUEST: Final = ("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Range", "If-Range")
-_CORS_ANSWER: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "Location")
+_CORS_REQUEST: Final = ("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Range", "X-Request-ID")
+_CORS_ANSWER: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "X-Request-ID")
 
 
 def guarded(app: ASGIApp, keys: ApiKeys, cors_origins: Sequence[str]) -> ASGIApp:
