@@ -42,11 +42,16 @@ bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with 
 	$(BIN)/python -m benchmarks.queue $(BENCH)
 
 .PHONY: lint
-lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter
+lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive handler shim storage $(wildcard infra)
+
+.PHONY: audit
+audit: $(VENV)/.dev ## Look every pinned package up in the advisory database; fails where one can't be looked up
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 .PHONY: format
 format: $(VENV)/.dev ## Format the code and mend what ruff can

@@ -1,29 +1,32 @@
 """The image that a video starts from: decoded from a data URL, or fetched from the open internet and nowhere else.
 
-Whoever sends a job must not be able to make the worker read what only the worker can reach: the host's address is
-looked up once, must be public, and is the one that is connected to; redirects are not followed.
+Whoever sends a job must not be able to make the worker read what only the worker can reach: the host's addresses are
+looked up once, must all be public, and are the ones that are connected to; redirects are not followed. Nor may the
+other side keep the worker: time, bytes and pixels are bounded, and nothing compressed is unpacked but the image.
 Source: OWASP Server-Side Request Forgery Prevention Cheat Sheet.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import contextlib
 import io
 import ipaddress
 import socket
-import time
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import httpx
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 MAX_BYTES: Final = 20 * 1024 * 1024
 MAX_PIXELS: Final = 50_000_000
 _FORMATS: Final = ("JPEG", "PNG", "WEBP")
-_SECONDS: Final = 20.0
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
 #: Whether an address may be connected to.
 Allowed = Callable[[str], bool]
@@ -36,17 +39,30 @@ class ImageError(ValueError):
 def is_public(address: str) -> bool:
     """Whether the address is one of the open internet's: not private, loopback, link-local, multicast or reserved."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return (mapped or parsed).is_global and not (mapped or parsed).is_multicast
+    if isinstance(parsed, ipaddress.IPv6Address):
+        inside = _ipv4_inside(parsed)
+        if inside is None:
+            return parsed.is_global and parsed in _GLOBAL_UNICAST
+        parsed = inside
+    return parsed.is_global and not parsed.is_multicast
 
 
-def load_image(source: str, *, allowed: Allowed = is_public) -> Image.Image:
-    """The image at an http(s) URL, or in a `data:image/...;base64,` URL, upright and as RGB.
+def _ipv4_inside(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a mapped, a 6to4 or a NAT64 (RFC 6052) address leads to."""
+    if address in _NAT64:
+        return ipaddress.IPv4Address(address.packed[-4:])
+    return address.ipv4_mapped or address.sixtofour
+
+
+def load_image(source: str, *, allowed: Allowed = is_public, seconds: float = 20.0) -> Image.Image:
+    """The image at an http(s) URL, which has `seconds` to arrive, or in a data URL; upright and as RGB.
+
+    Blocks, and runs an event loop of its own meanwhile.
 
     Raises:
         ImageError: it can't be had, is no JPEG, PNG or WebP, or is larger than 20 MB or 50 megapixels.
     """
-    return _decoded(_from_data_url(source) if source.startswith("data:") else _fetched(source, allowed))
+    return _decoded(_from_data_url(source) if source.startswith("data:") else _fetched(source, allowed, seconds))
 
 
 def _from_data_url(source: str) -> bytes:
@@ -61,7 +77,7 @@ def _from_data_url(source: str) -> bytes:
         raise ImageError("the data URL is not valid base64") from exc
 
 
-def _fetched(source: str, allowed: Allowed) -> bytes:
+def _fetched(source: str, allowed: Allowed, seconds: float) -> bytes:
     try:
         url = httpx.URL(source)
     except httpx.InvalidURL as exc:
@@ -70,33 +86,46 @@ def _fetched(source: str, allowed: Allowed) -> bytes:
         raise ImageError("the image must be an http or https URL with no user name, or a data URL")
     addresses = _addresses(url, allowed)
     try:
-        for address in addresses[:-1]:
-            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
-                return _body(url, address)
-        return _body(url, addresses[-1])
+        return asyncio.run(_first_body(url, addresses, seconds))
     except httpx.HTTPError as exc:
         raise ImageError(f"the image can't be fetched ({type(exc).__name__})") from exc
+    except TimeoutError as exc:
+        raise ImageError(f"the image took longer than {seconds:g} s to arrive") from exc
 
 
-def _body(url: httpx.URL, address: str) -> bytes:
+async def _first_body(url: httpx.URL, addresses: Sequence[str], seconds: float) -> bytes:
+    """What the first address that can be connected to answers.
+
+    Raises:
+        TimeoutError: it was not whole in time, however steadily it came.
+    """
+    async with asyncio.timeout(seconds):
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return await _body(url, address)
+        return await _body(url, addresses[-1])
+
+
+async def _body(url: httpx.URL, address: str) -> bytes:
     """What that address answers, and no other: a second look-up could be answered differently."""
-    headers = {"Host": url.netloc.decode(), "Accept": "image/jpeg, image/png, image/webp"}
+    headers = {
+        "Host": url.netloc.decode(),
+        "Accept": "image/jpeg, image/png, image/webp",
+        "Accept-Encoding": "identity",
+    }
     body = bytearray()
-    deadline = time.monotonic() + _SECONDS
-    with (
-        httpx.Client(timeout=httpx.Timeout(10, connect=3.05), trust_env=False) as client,
+    async with (
+        httpx.AsyncClient(timeout=httpx.Timeout(10, connect=3.05), trust_env=False) as client,
         client.stream(
             "GET", url.copy_with(host=address), headers=headers, extensions={"sni_hostname": url.host}
         ) as response,
     ):
         if response.status_code != 200:
             raise ImageError(f"the image's server answered {response.status_code}")
-        for chunk in response.iter_bytes():
+        async for chunk in response.aiter_raw():  # as sent: a few bytes can be unpacked to gigabytes
             body += chunk
             if len(body) > MAX_BYTES:
                 raise ImageError("the image is larger than 20 MB")
-            if time.monotonic() > deadline:
-                raise ImageError("the image took longer than 20 s to arrive")
     return bytes(body)
 
 
@@ -118,5 +147,7 @@ def _decoded(body: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError("the image has more than 50 megapixels")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as exc:
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as exc:
         raise ImageError("the image is no JPEG, PNG or WebP that can be read") from exc

@@ -239,9 +239,10 @@ def _settings_explained() -> Iterator[None]:
 def _client(server: str | None) -> Iterator[Client]:
     """A client whose errors end the command with what they mean."""
     with _settings_explained():
-        address = server or str(ClientSettings().server)
+        settings = ClientSettings()
+    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
     try:
-        with Client(address) as client:
+        with Client(server or str(settings.server), key) as client:
             yield client
     except TaskFailedError as exc:
         _fail(f"the task failed: {exc}", ExitCode.FAILED)
@@ -262,8 +263,10 @@ def _refusal(exc: RefusedError) -> tuple[str, ExitCode]:
     match exc.status:
         case 404:
             return text, ExitCode.NOT_FOUND
-        case 503:
+        case 429 | 503:
             return f"{text}; try again in {exc.retry_after or 'a few'} s", ExitCode.BUSY
+        case 401:
+            return f"{text}; set HUNYUAN_API_KEY", ExitCode.USAGE
         case 400 | 413:
             return text, ExitCode.USAGE
         case _:

@@ -9,14 +9,16 @@ from typing import Any
 
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from handler.contract import ErrorCode, InvalidInputError
+from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
 from shim.api import documented, videos
 from shim.api.access_log import AccessLog
 from shim.api.dependencies import Services
+from shim.api.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, api_error
 from shim.metrics import Metrics
@@ -36,6 +38,7 @@ def create_app(
     public_url: str | None = None,
     store_timeout: float = 10.0,
     routers: Sequence[APIRouter] = (),
+    access: Access = OPEN_TO_ALL,
 ) -> FastAPI:
     """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces.
 
@@ -53,7 +56,9 @@ def create_app(
         async with store:
             yield
 
-    app = _Observed(metrics, title="HunyuanVideo API", version=version(DISTRIBUTION), lifespan=lifespan, redoc_url=None)
+    app = _Observed(
+        metrics, access, title="HunyuanVideo API", version=version(DISTRIBUTION), lifespan=lifespan, redoc_url=None
+    )
     app.state.services = Services(
         tasks=Tasks(queue, Manifests(bucket)),
         queue=queue,
@@ -62,6 +67,7 @@ def create_app(
         metrics=metrics,
         version=version(DISTRIBUTION),
         public_url=public_url,
+        rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
     )
     for router in (documented.router, videos.router, metrics_router, *routers):
         app.include_router(router)
@@ -71,6 +77,7 @@ def create_app(
         QueueError,
         StorageError,
         TaskNotFoundError,
+        ClientDisconnect,
         HTTPException,
         Exception,
     ):
@@ -79,15 +86,31 @@ def create_app(
 
 
 class _Observed(FastAPI):
-    """FastAPI with every request counted and logged."""
+    """FastAPI with every request counted and logged, and behind `shim.api.guard`, which its document tells of."""
 
-    def __init__(self, metrics: Metrics, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, metrics: Metrics, access: Access, **options: Any) -> None:
+        super().__init__(docs_url=DOCS_PATH, swagger_ui_oauth2_redirect_url=None, redirect_slashes=False, **options)
         self._metrics = metrics
+        self._keys = ApiKeys(access.api_keys)
+        self._cors_origins = access.cors_origins
 
     def build_middleware_stack(self) -> ASGIApp:
         """Everything there is, with the log outermost: what makes a 500 of an error is within it, too."""
-        return AccessLog(super().build_middleware_stack(), self._metrics)
+        return AccessLog(guarded(super().build_middleware_stack(), self._keys, self._cors_origins), self._metrics)
+
+    def openapi(self) -> dict[str, Any]:
+        """The document; where keys are set, with what needs one."""
+        if self.openapi_schema is None and self._keys:
+            document = super().openapi()
+            document["components"]["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            }
+            document["security"] = [{"bearer": []}, {"header": []}]
+            for path in OPEN_PATHS & document["paths"].keys():
+                for operation in document["paths"][path].values():
+                    operation["security"] = []
+        return super().openapi()
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:
@@ -95,5 +118,6 @@ async def _on_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, HTTPException):
         code = ErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ErrorCode.NOT_FOUND
         exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", exc.headers)
-    error = api_error(exc)
-    return JSONResponse(error.failure.model_dump(mode="json"), status_code=error.status, headers=error.headers)
+    if isinstance(exc, ClientDisconnect):
+        exc = ApiError(ErrorCode.INVALID_REQUEST, "the request broke off")
+    return error_response(api_error(exc))

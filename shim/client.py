@@ -52,9 +52,14 @@ class TaskFailedError(ClientError):
 class Client:
     """Talks to one server. Every method raises UnreachableError or RefusedError where it must."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, api_key: str | None = None) -> None:
         self._server = server.rstrip("/")
-        self._http = httpx.Client(base_url=self._server, timeout=httpx.Timeout(30, connect=5), follow_redirects=True)
+        self._http = httpx.Client(
+            base_url=self._server,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
+            timeout=httpx.Timeout(30, connect=5),
+            follow_redirects=True,  # the key goes to no other host: httpx leaves it out
+        )
 
     def __enter__(self) -> Self:
         return self

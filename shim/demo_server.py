@@ -42,9 +42,11 @@ def running() -> Iterator[str]:
             HUNYUAN_MODEL_PATH=DEMO_MODEL,
             HUNYUAN_WORKERS="1",
             HUNYUAN_PUBLIC_URL="",
+            HUNYUAN_API_KEYS="",
+            HUNYUAN_RATE_LIMIT="",
             BUCKET_ENDPOINT_URL="",
             BUCKET_ACCESS_KEY_ID="",
-            BUCKET_SECRET_ACCESS_KEY="",
+            BUCKET_SECRET_ACCESS_KEY="",  # nosec B106 # none
             RUNPOD_ENDPOINT_ID="",
         )
         log = Path(directory, "serve.log")

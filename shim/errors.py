@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Final
 
 from handler.contract import ErrorCode, InvalidInputError, JobFailure
@@ -24,10 +25,14 @@ STATUS: Final[Mapping[ErrorCode, int]] = {
     ErrorCode.TASK_NOT_FOUND: 404,
     ErrorCode.VIDEO_NOT_READY: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
+    ErrorCode.REQUEST_TIMEOUT: 408,
     ErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
     ErrorCode.REQUEST_TOO_LARGE: 413,
     ErrorCode.RANGE_NOT_SATISFIABLE: 416,
+    ErrorCode.RATE_LIMITED: 429,
+    ErrorCode.HEADERS_TOO_LARGE: 431,
     ErrorCode.INTERNAL_ERROR: 500,
+    ErrorCode.SERVER_BUSY: 503,
     ErrorCode.QUEUE_FULL: 503,
     ErrorCode.MODEL_NOT_LOADED: 503,
     ErrorCode.QUEUE_UNAVAILABLE: 503,
@@ -37,6 +42,7 @@ STATUS: Final[Mapping[ErrorCode, int]] = {
 
 #: Seconds after which it makes sense to try again, where nothing better is known.
 RETRY_AFTER: Final[Mapping[ErrorCode, int]] = {
+    ErrorCode.SERVER_BUSY: 5,
     ErrorCode.QUEUE_FULL: 30,
     ErrorCode.MODEL_NOT_LOADED: 10,
     ErrorCode.QUEUE_UNAVAILABLE: 5,
@@ -58,6 +64,11 @@ class ApiError(Exception):
     def status(self) -> int:
         """The HTTP status."""
         return STATUS[self.failure.error_code]
+
+    @property
+    def phrase(self) -> str:
+        """The HTTP status in words."""
+        return HTTPStatus(self.status).phrase
 
 
 def api_error(exc: Exception) -> ApiError:

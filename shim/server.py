@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import anyio.to_thread
-import uvicorn
 import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
@@ -25,6 +24,7 @@ from handler import logs
 from handler.contract import DEMO_MODEL
 from shim.app import create_app
 from shim.gpu import local_gpus
+from shim.http_server import HttpServer
 from shim.local import EmbeddedBucket, Launch, LocalError, Supervised, secret_file
 from shim.metrics import Metrics
 from shim.platform import ENDPOINT_ID, Platform, worker_environment
@@ -109,7 +109,7 @@ async def _serve_runpod(
     )
     try:
         log.info("jobs go to RunPod endpoint %s", endpoint_id)
-        app = create_app(queue, store.bucket, metrics=metrics, public_url=_public_url(settings))
+        app = create_app(queue, store.bucket, metrics=metrics, public_url=_public_url(settings), access=settings.access)
         async with _listening(app, listener) as server:
             await _until(stopping, [server])
     finally:
@@ -142,7 +142,12 @@ async def _serve_local(
         await dispatcher.forget_workers(f"{instance}-")  # an earlier life's: they ended with it
         platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
         app = create_app(
-            queue, store.bucket, metrics=metrics, public_url=_public_url(settings), routers=[platform.router]
+            queue,
+            store.bucket,
+            metrics=metrics,
+            public_url=_public_url(settings),
+            routers=[platform.router],
+            access=settings.access,
         )
         base_url = f"http://{_reachable(listener)}/v2"
         slots = [
@@ -319,21 +324,10 @@ def _public_url(settings: ShimSettings) -> str | None:
     return str(settings.public_url) if settings.public_url is not None else None
 
 
-class _HttpServer(uvicorn.Server):
-    """Uvicorn without its signal handlers: when to stop is decided here, after the workers have ended."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @asynccontextmanager
 async def _listening(app: FastAPI, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
     """Serve `app` until the block ends; requests under way are finished within their grace."""
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CONNECTION_GRACE
-    )
-    server = _HttpServer(config)
+    server = HttpServer(app, grace=_CONNECTION_GRACE)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     log.info("listening on http://%s", _reachable(listener))
     try:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, HttpUrl, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from handler.logs import LogOptions
+from shim.access import Access, ApiKey, parse_api_keys, sendable
+
+
+def _parsed_keys(value: object) -> object:
+    return parse_api_keys(value) if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", text):
+        raise ValueError("must be * or origins such as https://films.example, with no path and no slash at the end")
+    return text
 
 
 class ShimSettings(LogOptions, BaseSettings):
@@ -19,7 +35,9 @@ class ShimSettings(LogOptions, BaseSettings):
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     host: str = Field(default="0.0.0.0", validation_alias="HUNYUAN_HOST", description="Address to listen on.")  # noqa: S104 - documented
     port: int = Field(
@@ -81,6 +99,25 @@ class ShimSettings(LogOptions, BaseSettings):
         description="Key for the RunPod-compatible endpoints under /v2, where workers and jobs come in: the same for "
         "servers that share a database. Else one is made and kept in HUNYUAN_DATA_DIR.",
     )
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parsed_keys)] = Field(
+        default=(),
+        validation_alias="HUNYUAN_API_KEYS",
+        description="Keys that clients need, each `key` or `name:key` with at least 16 characters in the key, with "
+        "commas between. Without them anyone may use the server. Never logged.",
+    )
+    rate_limit: int | None = Field(
+        default=None,
+        ge=1,
+        validation_alias="HUNYUAN_RATE_LIMIT",
+        description="Videos a minute that each key may ask for; where no keys are set, each client address.",
+    )
+    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)] = (
+        Field(
+            default=(),
+            validation_alias="HUNYUAN_CORS_ORIGINS",
+            description="Origins whose web pages may use the server, with commas between; `*` for any.",
+        )
+    )
     shutdown_grace: float = Field(
         default=30.0,
         ge=0,
@@ -114,6 +151,11 @@ class ShimSettings(LogOptions, BaseSettings):
         return self.runpod_endpoint_id, self.runpod_api_key
 
     @property
+    def access(self) -> Access:
+        """Who may use the server, and how often."""
+        return Access(self.api_keys, self.rate_limit, self.cors_origins)
+
+    @property
     def directory(self) -> Path:
         """`data_dir`, absolute."""
         return self.data_dir.expanduser().resolve()
@@ -141,6 +183,11 @@ class ClientSettings(BaseSettings):
         default=HttpUrl("http://localhost:8000"),
         validation_alias="HUNYUAN_SERVER",
         description="Server that `hunyuan generate`, `status`, `download` and `health` talk to.",
+    )
+    api_key: Annotated[SecretStr, AfterValidator(sendable)] | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_API_KEY",
+        description="Key for a server that has HUNYUAN_API_KEYS. Never logged.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,9 @@ import anyio.to_thread
 import httpx
 from fastapi import Request
 
+from handler.contract import ErrorCode
+from shim.access import RateLimit, client_of_address
+from shim.errors import ApiError
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
@@ -31,6 +35,7 @@ class Services:
     metrics: Metrics
     version: str
     public_url: str | None
+    rate_limit: RateLimit | None
 
     async def check_bucket(self) -> None:
         """Raise StorageError unless the bucket answers soon."""
@@ -50,3 +55,29 @@ def services(request: Request) -> Services:
 def public_url(request: Request, use: Services) -> str:
     """Where clients reach this server, with no slash at the end: as configured, else as this request came."""
     return (use.public_url or str(request.base_url)).rstrip("/")
+
+
+def client(request: Request) -> str:
+    """Who asks, for limits and logs: the name of the key, else the address."""
+    name: str | None = getattr(request.state, "client", None)
+    if name is not None:
+        return name
+    return client_of_address(request.client.host) if request.client is not None else "unknown"
+
+
+def is_anonymous(request: Request) -> bool:
+    """Whether the server has keys and the request none of them: an open path tells it what it must and no more."""
+    return getattr(request.state, "client", "") is None
+
+
+async def within_rate_limit(request: Request) -> None:
+    """For routes that make videos.
+
+    Raises:
+        ApiError: RATE_LIMITED, with the seconds to wait.
+    """
+    limit = services(request).rate_limit
+    wait = limit.take(client(request)) if limit is not None else 0.0
+    if wait > 0:
+        headers = {"Retry-After": str(math.ceil(wait))}
+        raise ApiError(ErrorCode.RATE_LIMITED, "too many videos were asked for in the last minute", headers)

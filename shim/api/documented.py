@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
-from shim.api.dependencies import Services, public_url, services
+from shim.api.dependencies import Services, client, is_anonymous, public_url, services, within_rate_limit
 from shim.errors import ApiError
 from shim.gpu import local_gpus
-from shim.queue.base import Job, QueueUnavailableError, Workers
+from shim.queue.base import Job, ModelNotLoadedError, QueueUnavailableError, Workers
 
 MAX_BODY: Final = 64 * 1024
 _DRAINED_BODY: Final = 1024 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
 _GIB: Final = 1024**3
 
+log = logging.getLogger(__name__)
 router = APIRouter()
+
+
+#: What can be asked of an accepted task: OpenAPI's links, for clients that are generated or that explore.
+_LINKS: Final = {
+    "status": {"operationId": "get_status", "parameters": {"task_id": "$response.body#/task_id"}},
+    "cancel": {"operationId": "cancel_task", "parameters": {"task_id": "$response.body#/task_id"}},
+    "video": {"operationId": "get_video", "parameters": {"file_name": "{$response.body#/task_id}.mp4"}},
+}
 
 
 class GenerateResponse(BaseModel):
@@ -137,10 +147,21 @@ def idempotency_key(request: Request) -> str | None:
     return given
 
 
+def _body_schema() -> dict[str, Any]:
+    """JobInput's JSON schema with its definitions in place: by reference, OpenAPI would look for them elsewhere."""
+    schema = JobInput.model_json_schema()
+    definitions = schema.pop("$defs")
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            schema["properties"][name] = {**definitions[field.pop("$ref").rpartition("/")[2]], **field}
+    return schema
+
+
 @router.post(
     "/generate",
     status_code=202,
-    responses=error_responses(400, 409, 413, 500, 503),
+    dependencies=[Depends(within_rate_limit)],
+    responses={202: {"links": _LINKS}, **error_responses(400, 401, 408, 409, 413, 429, 500, 503)},
     openapi_extra={
         "parameters": [
             {
@@ -152,21 +173,23 @@ def idempotency_key(request: Request) -> str | None:
         ],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": JobInput.model_json_schema()}},
+            "content": {"application/json": {"schema": _body_schema()}},
         },
     },
 )
 async def generate(
+    request: Request,
     body: Annotated[bytes, Depends(limited_body)],
     use: Annotated[Services, Depends(services)],
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
     accepted = await use.tasks.submit(parse_input(body), key)
+    log.info("%s: accepted from %s", accepted.task_id, client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id:path}", responses=error_responses(404, 500, 503))
+@router.get("/status/{task_id:path}", operation_id="get_status", responses=error_responses(401, 404, 500, 503))
 async def status(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:
@@ -174,7 +197,7 @@ async def status(
     return _status(await use.tasks.find(task_id), request, use)
 
 
-@router.delete("/tasks/{task_id:path}", responses=error_responses(404, 500, 503))
+@router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
 async def cancel(
     task_id: str, request: Request, use: Annotated[Services, Depends(services)]
 ) -> ProcessingStatus | CompletedStatus | FailedStatus:
@@ -239,8 +262,13 @@ def _vram_free(gpus: list[Gpu]) -> str:
 
 
 @router.get("/ready", responses=error_responses(500, 503))
-async def ready(use: Annotated[Services, Depends(services)]) -> Ready:
+async def ready(request: Request, use: Annotated[Services, Depends(services)]) -> Ready:
     """Whether a task posted now would be taken and its video kept: 200 or 503."""
-    await use.queue.check_ready()
+    try:
+        await use.queue.check_ready()
+    except ModelNotLoadedError as exc:
+        if is_anonymous(request):  # the reason may name files
+            raise ApiError(ErrorCode.MODEL_NOT_LOADED, "No worker has the model loaded") from exc
+        raise
     await use.check_bucket()
     return Ready()

@@ -26,8 +26,9 @@ from shim.api.documented import error_responses
 from shim.errors import ApiError
 from storage import layout
 
-#: Life of a presigned URL that never leaves this process; a slow client keeps its connection, not its URL.
-_URL_EXPIRES_IN: Final = 900
+#: Life of a presigned URL that never leaves this process: long enough for clocks that are minutes apart, no longer. A
+#: slow client keeps its connection, not its URL.
+_URL_EXPIRES_IN: Final = 300
 _CHUNK: Final = 256 * 1024
 #: Seconds before each new try at reading on; so many in a row that bring no byte, and the body breaks off.
 _PAUSES: Final = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -87,7 +88,7 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"video/mp4": {}}, "description": "The video."},
     206: {"content": {"video/mp4": {}}, "description": "The range asked for."},
     304: {"description": "The client has it already."},
-    **error_responses(404, 416, 500, 503),
+    **error_responses(401, 404, 416, 500, 503),
 }
 
 

@@ -234,7 +234,7 @@ class RunPodQueue:
         problem, delay = "", 0.0
         for attempt in range(_ATTEMPTS):
             await asyncio.sleep(delay)
-            delay = random.uniform(0, min(_FIRST_DELAY * 2**attempt, _LONGEST_DELAY))
+            delay = random.uniform(0, min(_FIRST_DELAY * 2**attempt, _LONGEST_DELAY))  # nosec B311 # jitter, no secret
             try:
                 response = await self._http.request(method, path, json=json)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:

@@ -584,7 +584,7 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
         "/videos/{file_name}": ["get", "head"],
     }
     post = schema["paths"]["/generate"]["post"]
-    assert set(post["responses"]) == {"202", "400", "409", "413", "500", "503"}
+    assert set(post["responses"]) == {"202", "400", "401", "408", "409", "413", "429", "500", "503"}
     body = post["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["duration"] == {
         "default": 10,

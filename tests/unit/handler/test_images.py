@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import io
+import random
 import socket
 import threading
+import time
+import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from handler.images import MAX_BYTES, ImageError, is_public, load_image
 
@@ -66,12 +73,18 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked() -> None
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1"),
         *("::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "224.0.0.1", "255.255.255.255"),
+        *("127.255.255.254", "0.1.2.3", "100.127.255.255", "198.18.0.1", "192.0.2.1", "203.0.113.9", "240.0.0.1"),
+        *("::", "::127.0.0.1", "::ffff:169.254.169.254", "::ffff:100.64.0.1", "::ffff:0:10.0.0.1", "fec0::1"),
+        *("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:7f00:1::1", "2002:a9fe:a9fe::", "2001::1"),
+        *("ff02::1", "ff0e::1", "2001:db8::1", "fd00:ec2::254", "100::1", "4000::1"),
     ],
 )
 def test_only_addresses_of_the_open_internet_are_public(address: str) -> None:
     assert not is_public(address)
     assert is_public("93.184.215.14")
     assert is_public("2606:4700::1111")
+    assert is_public("::ffff:93.184.215.14")
+    assert is_public("64:ff9b::5db8:d70e"), "where there is IPv6 alone, all of IPv4 is reached so"
 
 
 @pytest.mark.parametrize(
@@ -98,12 +111,14 @@ def test_nothing_but_the_open_internet_is_asked(source: str) -> None:
 
 class Server(HTTPServer):
     answer: Callable[[BaseHTTPRequestHandler], None]
+    asked_at: str
 
 
 class Request(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        self.server.asked_at = self.connection.getsockname()[0]
         self.server.answer(self)
 
     def log_message(self, *_: object) -> None:
@@ -178,3 +193,79 @@ def test_a_server_that_breaks_off_is_an_error_of_the_image(server: Server) -> No
     server.answer = answer
     with pytest.raises(ImageError, match="can't be fetched"):
         fetch(server)
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_asked(server: Server) -> None:
+    """A name whose owner answers differently each time (DNS rebinding) is looked up once."""
+    server.answer = lambda request: send(request, 200, encoded())
+    checked: list[str] = []
+
+    def allowed(address: str) -> bool:
+        checked.append(address)
+        return True
+
+    assert load_image(f"http://localhost:{server.server_port}/x.png", allowed=allowed).size == (8, 4)
+    assert len(checked) == len(set(checked)), "each address is checked once, and no name is looked up again"
+    assert server.asked_at in checked
+
+
+def test_what_a_server_compressed_is_not_unpacked(server: Server) -> None:
+    bomb = gzip.compress(bytes(500 * 1024 * 1024), 9)
+    server.answer = lambda request: send(request, 200, bomb, **{"Content-Encoding": "gzip"})
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="no JPEG"):
+        fetch(server)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 * 1024 * 1024
+
+
+@pytest.mark.parametrize("dripped", [b"X-Slow: " + b"a" * 1000, b"\r\n" + b"x" * 1000])
+def test_a_server_that_drips_is_left_in_time(server: Server, dripped: bytes) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(OSError):
+            request.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            for byte in dripped:
+                request.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+
+    server.answer = answer
+    started = time.monotonic()
+    with pytest.raises(ImageError, match=r"longer than 0\.5 s"):
+        load_image(f"http://localhost:{server.server_port}/x.png", allowed=lambda address: True, seconds=0.5)
+    assert time.monotonic() - started < 5
+
+
+def test_broken_images_are_errors_of_the_image_whatever_breaks() -> None:
+    chance = random.Random(7)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        body = photograph(kind)
+        for _ in range(1000):
+            broken = bytearray(body)
+            reach = min(len(broken), chance.choice([60, 300, len(broken)]))  # the head breaks in more ways
+            for _ in range(chance.randrange(1, 12)):
+                broken[chance.randrange(reach)] = chance.choice([0, 255, chance.randrange(256)])
+            with contextlib.suppress(ImageError), warnings.catch_warnings(action="ignore"):
+                load_image(data_url(bytes(broken)))
+
+
+def photograph(kind: str) -> bytes:
+    """With all that a camera adds."""
+    body, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "a camera"
+    texts = PngInfo()
+    texts.add_text("comment", "words " * 200, zip=True)
+    options = {"pnginfo": texts} if kind == "PNG" else {}
+    picture = Image.effect_noise((40, 30), 80).convert("RGB")
+    picture.save(body, kind, exif=exif, icc_profile=bytes(200), **options)
+    return body.getvalue()
+
+
+def test_a_text_in_an_image_that_unpacks_to_megabytes_is_an_error_of_the_image() -> None:
+    body, texts = io.BytesIO(), PngInfo()
+    texts.add_text("bomb", "x" * 50_000_000, zip=True)
+    Image.new("RGB", (8, 4)).save(body, "PNG", pnginfo=texts)
+    assert len(body.getvalue()) < 100_000
+    with pytest.raises(ImageError, match="no JPEG"):
+        load_image(data_url(body.getvalue()))

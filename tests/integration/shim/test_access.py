@@ -1,0 +1,297 @@
+"""Keys, limits, origins and headers over a real port."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from handler.contract import ErrorCode, WorkerState
+from shim.access import Access, parse_api_keys
+from shim.app import create_app
+from shim.platform import Platform
+from shim.queue.sql import SqlQueue
+from storage.bucket import Bucket
+from storage.settings import BucketSettings
+from tests.http_server import serving
+from tests.queues import JOB, NOWHERE, TOKEN, sql_bench
+from tests.s3_servers import juicefs
+
+ALICE = "alices-key-0123456789"
+BOB = "bobs-key-0123456789ab"
+KEYS = parse_api_keys(f"alice:{ALICE},bob:{BOB}")
+BEARER = {"Authorization": f"Bearer {ALICE}"}
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, access: Access, bucket: Bucket | None = None, **worker: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The whole app with a worker, ready unless told otherwise, the platform's routes included."""
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=50) as bench:
+        await bench.worker(**worker)
+        assert isinstance(bench.queue, SqlQueue)
+        platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=0.1)
+        app = create_app(bench.queue, bucket or Bucket(NOWHERE), access=access, routers=[platform.router])
+
+        @app.get("/added-later")
+        def added_later() -> str:
+            return "for those with a key"
+
+        @app.get("/broken")
+        def broken() -> None:
+            raise ZeroDivisionError("secret detail")
+
+        async with serving(app) as address, httpx.AsyncClient(base_url=address, timeout=30) as http:
+            yield http
+            platform.stop()
+
+
+@pytest.fixture
+async def locked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(tmp_path, Access(KEYS)) as http:
+        yield http
+
+
+@pytest.fixture
+async def unlocked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(tmp_path, Access()) as http:
+        yield http
+
+
+def assert_refused(response: httpx.Response) -> None:
+    assert response.status_code == 401, response.text
+    assert response.json()["error_code"] == ErrorCode.UNAUTHORIZED
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+# Keys
+
+
+@pytest.mark.parametrize("headers", [BEARER, {"authorization": f"bEARER {BOB}"}, {"X-API-Key": BOB}])
+async def test_any_of_the_keys_opens_the_server_either_way(locked: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    response = await locked.post("/generate", json=JOB.wire(), headers=headers)
+    assert response.status_code == 202
+    status = await locked.get(f"/status/{response.json()['task_id']}", headers=headers)
+    assert status.json()["status"] == "processing"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": "Bearer"},
+        {"Authorization": ALICE},
+        {"Authorization": f"Basic {ALICE}"},
+        {"Authorization": f"Bearer {ALICE}x"},
+        {"Authorization": f"Bearer {ALICE[:-1]}"},
+        {"Authorization": f"Bearer alice:{ALICE}"},
+        {"Authorization": f"Bearer {TOKEN}"},
+        {"X-API-Key": ALICE.upper()},
+        {"X-API-Key": ""},
+        {"Cookie": f"key={ALICE}"},
+    ],
+)
+async def test_what_is_no_key_opens_nothing(locked: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    response = await locked.post("/generate", json=JOB.wire(), headers=headers)
+    assert_refused(response)
+    assert ALICE not in response.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/generate"),
+        ("GET", "/status/any"),
+        ("GET", "/videos/any.mp4"),
+        ("HEAD", "/videos/any.mp4"),
+        ("DELETE", "/tasks/any"),
+        ("GET", "/metrics"),
+        ("GET", "/added-later"),
+        ("GET", "/no-such-path"),
+        ("OPTIONS", "/generate"),
+        ("PUT", "/generate"),
+        ("GET", "/health/"),
+        ("GET", "/Health"),
+        ("GET", "/docs/oauth2-redirect"),
+        ("GET", "/health/../added-later"),
+        ("GET", "/v2"),
+        ("GET", "//v2/local/health"),
+        ("GET", "/added-later?/v2/"),
+        ("GET", "/added-later?api_key=" + ALICE),
+    ],
+)
+async def test_without_a_key_every_path_is_closed_those_to_come_too(
+    locked: httpx.AsyncClient, method: str, path: str
+) -> None:
+    url = httpx.URL(str(locked.base_url).rstrip("/") + path)
+    response = await locked.request(method, url)
+    if method == "HEAD":
+        assert response.status_code == 401
+    else:
+        assert_refused(response)
+
+
+async def test_a_route_added_later_opens_with_a_key(locked: httpx.AsyncClient) -> None:
+    assert (await locked.get("/added-later", headers=BEARER)).text == '"for those with a key"'
+    assert (await locked.get("/no-such-path", headers=BEARER)).status_code == 404
+
+
+async def test_health_readiness_and_documentation_need_no_key(locked: httpx.AsyncClient) -> None:
+    assert (await locked.get("/health")).status_code == 200
+    assert (await locked.get("/ready")).status_code == 503, "the bucket is away"
+    assert (await locked.get("/docs")).status_code == 200
+    assert (await locked.get("/openapi.json")).status_code == 200
+
+
+async def test_why_the_model_is_not_loaded_is_told_to_those_with_a_key(tmp_path: Path) -> None:
+    async with running(tmp_path, Access(KEYS), state=WorkerState.FAILED, error="no /srv/weights") as http:
+        answers = [await http.get("/ready", headers=headers) for headers in ({}, {"X-API-Key": "wrong"}, BEARER)]
+        assert [answer.json()["error_code"] for answer in answers] == [ErrorCode.MODEL_NOT_LOADED] * 3
+        assert ["/srv/weights" in answer.text for answer in answers] == [False, False, True]
+        assert "/srv" not in (await http.get("/health")).text
+
+
+async def test_the_platforms_routes_ask_for_their_own_token(locked: httpx.AsyncClient) -> None:
+    for path in ("/v2/local/health", "/v2/local/job-take/w2", "/v2/local/status/any"):
+        for headers in ({}, BEARER, {"X-API-Key": ALICE}, {"Authorization": ""}):
+            response = await locked.get(path, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error_code"] == ErrorCode.UNAUTHORIZED
+    assert (await locked.get("/v2/local/health", headers={"Authorization": TOKEN})).status_code == 200
+    assert (await locked.get("/v2/other/health", headers={"Authorization": TOKEN})).status_code == 404
+
+
+async def test_the_openapi_document_tells_what_needs_a_key(
+    locked: httpx.AsyncClient, unlocked: httpx.AsyncClient
+) -> None:
+    document = (await locked.get("/openapi.json")).json()
+    assert document["security"] == [{"bearer": []}, {"header": []}]
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "header"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation.get("security") == ([] if path in ("/health", "/ready") else None)
+            assert ("401" in operation["responses"]) == (path not in ("/health", "/ready", "/added-later", "/broken"))
+    assert "security" not in (await unlocked.get("/openapi.json")).json()
+
+
+@pytest.fixture(scope="module")
+def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+async def test_the_hunyuan_command_sends_its_key(tmp_path: Path, bucket_settings: BucketSettings) -> None:
+    async with running(tmp_path, Access(KEYS), Bucket(bucket_settings)) as http:
+        task_id = (await http.post("/generate", json=JOB.wire(), headers=BEARER)).json()["task_id"]
+        command = [sys.executable, "-m", "shim", "status", task_id, "--json"]
+        for key, code, words in ((ALICE, 0, "processing"), ("", 2, "HUNYUAN_API_KEY"), (BOB + "x", 2, "UNAUTHORIZED")):
+            environment = {"HUNYUAN_SERVER": str(http.base_url), "HUNYUAN_API_KEY": key, "PYTHONPATH": sys.path[0]}
+            done = await anyio.run_process(command, env=environment, check=False)
+            output = (done.stdout + done.stderr).decode()
+            assert done.returncode == code, output
+            assert words in output
+            assert ALICE not in output
+            assert BOB not in output
+
+
+# The rate limit
+
+
+async def test_more_videos_than_the_limit_are_429_and_each_key_has_its_own(tmp_path: Path) -> None:
+    async with running(tmp_path, Access(KEYS, rate_limit=2)) as http:
+        for _ in range(2):
+            accepted = await http.post("/generate", json=JOB.wire(), headers=BEARER)
+            assert accepted.status_code == 202
+        response = await http.post("/generate", json=JOB.wire(), headers=BEARER)
+        assert (response.status_code, response.json()["error_code"]) == (429, ErrorCode.RATE_LIMITED)
+        assert 0 < int(response.headers["retry-after"]) <= 30
+        assert (await http.post("/generate", json=JOB.wire(), headers={"X-API-Key": BOB})).status_code == 202
+        status = await http.get(f"/status/{accepted.json()['task_id']}", headers=BEARER)
+        assert status.status_code == 200, "only videos are counted"
+        for _ in range(5):
+            assert_refused(await http.post("/generate", json=JOB.wire()))
+
+
+async def test_where_no_keys_are_set_the_limit_is_the_addresss(tmp_path: Path) -> None:
+    async with running(tmp_path, Access(rate_limit=1)) as http:
+        assert (await http.post("/generate", json=JOB.wire())).status_code == 202
+        assert (await http.post("/generate", json=JOB.wire(), headers=BEARER)).status_code == 429
+        proxied = {"X-Forwarded-For": "192.0.2.7"}
+        assert (await http.post("/generate", json=JOB.wire(), headers=proxied)).status_code == 202, (
+            "a proxy on loopback"
+        )
+
+
+async def test_an_invalid_request_counts_too(tmp_path: Path) -> None:
+    async with running(tmp_path, Access(rate_limit=1)) as http:
+        assert (await http.post("/generate", json={})).status_code == 400
+        assert (await http.post("/generate", json=JOB.wire())).status_code == 429
+
+
+# Browsers
+
+
+async def test_other_origins_pages_are_let_in_only_where_the_setting_names_them(
+    tmp_path: Path, unlocked: httpx.AsyncClient
+) -> None:
+    preflight = {
+        "Origin": "https://films.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type, authorization, x-api-key",
+    }
+    closed = await unlocked.options("/generate", headers=preflight)
+    assert closed.status_code == 405
+    assert not [name for name in closed.headers if name.startswith("access-control")]
+    assert "access-control-allow-origin" not in (await unlocked.get("/health", headers=preflight)).headers
+    (tmp_path / "open").mkdir()
+    async with running(tmp_path / "open", Access(KEYS, cors_origins=("https://films.example",))) as http:
+        allowed = await http.options("/generate", headers=preflight)
+        assert allowed.status_code == 200, "a preflight carries no key"
+        assert allowed.headers["access-control-allow-origin"] == "https://films.example"
+        other = await http.options("/generate", headers={**preflight, "Origin": "https://evil.example"})
+        assert other.status_code == 400
+        assert "access-control-allow-origin" not in other.headers
+        refused = await http.post("/generate", json=JOB.wire(), headers={"Origin": "https://films.example"})
+        assert_refused(refused)
+        assert refused.headers["access-control-allow-origin"] == "https://films.example"
+        assert "Retry-After" in refused.headers["access-control-expose-headers"]
+        assert "access-control-allow-credentials" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/health", 200), ("/openapi.json", 200), ("/docs", 200), ("/status/any", 503), ("/no", 404), ("/broken", 500)],
+)
+async def test_every_answer_has_the_safe_headers(unlocked: httpx.AsyncClient, path: str, status: int) -> None:
+    response = await unlocked.get(path)
+    assert response.status_code == status
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["content-security-policy"].startswith("default-src 'none'")
+    assert ("script-src" in response.headers["content-security-policy"]) == (path == "/docs")
+    assert "server" not in response.headers
+    assert "secret detail" not in response.text
+
+
+async def test_the_page_of_documentation_loads_from_nowhere_that_its_policy_forbids(
+    unlocked: httpx.AsyncClient,
+) -> None:
+    response = await unlocked.get("/docs")
+    policy = response.headers["content-security-policy"]
+    for source in [part.split('"')[0] for part in response.text.split('src="')[1:] + response.text.split('href="')[1:]]:
+        host = "https://" + httpx.URL(source).host
+        assert host in policy, source
+
+
+async def test_the_platforms_openapi_stays_hidden(unlocked: httpx.AsyncClient) -> None:
+    assert not [path for path in json.loads((await unlocked.get("/openapi.json")).text)["paths"] if "/v2" in path]

@@ -1,0 +1,615 @@
+"""Clients that mean harm, on real sockets: each gets a documented answer in time, or its connection is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handler.contract import ErrorCode
+from shim.app import create_app
+from shim.errors import STATUS
+from shim.http_server import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, Connection
+from shim.queue.sql import SqlQueue
+from storage import layout
+from storage.bucket import Bucket
+from storage.settings import BucketSettings
+from tests.http_server import serving
+from tests.queues import JOB, Bench, result, sql_bench
+from tests.s3_servers import juicefs
+
+#: Seconds in which every case is over: nothing hangs.
+DEADLINE = 10.0
+PROMPT = "A paper boat on a rainy street"
+
+
+class Impatient(Connection):
+    """The same bounds, on a test's scale of time."""
+
+    head_seconds = 0.5
+    body_seconds = 0.8
+    stall_seconds = 0.5
+    max_connections = 8
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Client:
+    """A TCP connection that sends what it is told."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, *parts: bytes) -> None:
+        """A server that has closed already is no error: what it answered stays to be read."""
+        try:
+            for part in parts:
+                self.writer.write(part)
+                await self.writer.drain()
+        except ConnectionError:
+            pass
+
+    async def answer(self, method: bytes = b"GET") -> Answer | None:
+        """The next answer, None if there is none."""
+        try:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        status, *lines = head.decode("latin-1").rstrip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if status.startswith("HTTP/1.1 100"):
+            return await self.answer(method)
+        length = 0 if method == b"HEAD" else int(headers.get("content-length", 0))
+        body = await self.reader.readexactly(length)
+        if headers.get("transfer-encoding") == "chunked":
+            body = await self.reader.read()
+        return Answer(int(status.split()[1]), headers, body)
+
+    async def closed(self) -> bool:
+        """Whether the server has nothing more to say; waits for it to say so."""
+        try:
+            return await self.reader.read(1) == b""
+        except ConnectionError:
+            return True
+
+
+@dataclass
+class Server:
+    bench: Bench
+    bucket: Bucket
+    host: str
+    port: int
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        async with asyncio.timeout(DEADLINE):
+            reader, writer = await asyncio.open_connection(self.host, self.port)
+            try:
+                yield Client(reader, writer)
+            finally:
+                writer.close()
+
+    async def ask(self, *parts: bytes) -> Answer | None:
+        async with self.client() as client:
+            await client.send(*parts)
+            return await client.answer(parts[0].partition(b" ")[0])
+
+    async def queued(self) -> dict[str, Any]:
+        """The input that a worker gets for the task that waits; the task is over then."""
+        delivery = await self.bench.dispatcher.take("w1")
+        assert delivery is not None
+        await self.bench.queue.cancel(delivery.task_id)
+        job_input: dict[str, Any] = delivery.input
+        return job_input
+
+    async def finished(self, video: bytes) -> str:
+        """A task whose video is in the bucket."""
+        accepted = await self.ask(post(BODY))
+        assert accepted is not None
+        task_id: str = json.loads(accepted.body)["task_id"]
+        await self.bench.take()
+        output = result(task_id).model_copy(update={"file_size": len(video)})
+        await asyncio.to_thread(self.bucket.put_bytes, video, layout.video_key(task_id), content_type="video/mp4")
+        await self.bench.dispatcher.complete("w1", task_id, output.model_dump(mode="json"))
+        return task_id
+
+    async def is_well(self) -> bool:
+        answer = await self.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        return answer is not None and answer.status == 200
+
+
+@pytest.fixture(scope="module")
+def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+@asynccontextmanager
+async def running(directory: Path, bucket: Bucket, connection: type[Connection]) -> AsyncIterator[Server]:
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=100) as bench:
+        await bench.worker()
+        async with serving(create_app(bench.queue, bucket), connection) as address:
+            host, _, port = address.removeprefix("http://").partition(":")
+            yield Server(bench, bucket, host, int(port))
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, and with it one server."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def patient(tmp_path_factory: pytest.TempPathFactory, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
+    async with running(tmp_path_factory.mktemp("queue"), Bucket(bucket_settings), Connection) as made:
+        yield made
+
+
+@pytest.fixture
+async def server(patient: Server) -> Server:
+    """The module's server with nothing queued: whatever came before, it is well."""
+    assert isinstance(patient.bench.queue, SqlQueue)
+    await patient.bench.queue.purge()
+    return patient
+
+
+@pytest.fixture
+async def impatient(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
+    async with running(tmp_path, Bucket(bucket_settings), Impatient) as made:
+        yield made
+
+
+def assert_documented(answer: Answer | None, *statuses: int) -> None:
+    """The answer is one of ours: the documented shape, and no traceback."""
+    assert answer is not None
+    assert answer.status in statuses, answer
+    assert b"Traceback" not in answer.body
+    assert "server" not in answer.headers
+    if answer.status >= 400 and answer.body:
+        error = json.loads(answer.body)
+        assert set(error) == {"error", "error_code"}
+        assert STATUS[ErrorCode(error["error_code"])] == answer.status
+
+
+def get(path: bytes, *headers: bytes, method: bytes = b"GET") -> bytes:
+    lines = [method + b" " + path + b" HTTP/1.1", b"Host: example", *headers]
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def post(body: bytes, *headers: bytes, media_type: bytes = b"application/json") -> bytes:
+    length = b"Content-Length: %d" % len(body)
+    return get(b"/generate", b"Content-Type: " + media_type, length, *headers, method=b"POST") + body
+
+
+def prompt_of(body: str) -> bytes:
+    return post(b'{"duration": 5, "resolution": "720p", "prompt": "' + body.encode() + b'"}')
+
+
+# Paths
+
+
+TRAVERSALS = [
+    b"../../etc/passwd",
+    b"..%2f..%2fetc%2fpasswd",
+    b"%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+    b"%2e%2e/%2e%2e/etc/passwd",
+    b"%252e%252e%252f%252e%252e%252fetc%252fpasswd",
+    b"..\\..\\etc\\passwd",
+    b"..%5c..%5cetc%5cpasswd",
+    b"%c0%ae%c0%ae%c0%afetc%c0%afpasswd",
+    b"....//....//etc/passwd",
+    b"/etc/passwd",
+    b"//etc/passwd",
+    b"%00",
+    b"x%00",
+    b"x%0d%0aSet-Cookie:a=b",
+    b"%ff%fe",
+    b"%",
+    b"%zz",
+    b"x;y",
+    b"x?y",
+    b"~root",
+    b"CON",
+    b"." * 200,
+    b"a" * 20_000,
+    "видео".encode(),
+    b"%F0%9F%A6%8A",
+    b"%E2%80%AE4pm",
+    b"*",
+    b"x#fragment",
+]
+
+
+@pytest.mark.parametrize("name", TRAVERSALS, ids=lambda name: repr(name[:40]))
+async def test_no_path_leads_out(server: Server, name: bytes) -> None:
+    for path in (b"/videos/" + name + b".mp4", b"/videos/" + name, b"/status/" + name, b"/" + name):
+        answer = await server.ask(get(path))
+        assert_documented(answer, 400, 404)
+        assert answer is not None
+        assert b"root:x:" not in answer.body
+        assert "set-cookie" not in answer.headers
+    assert await server.is_well()
+
+
+# Prompts: what is refused, what is taken, and that what is taken arrives as it was sent
+
+
+@pytest.mark.parametrize(
+    ("body", "characters"),
+    [
+        ("e\\u0301" * 5, 10),  # combining marks count: characters are code points
+        ("\\u00e9" * 10, 10),
+        ("e\u0301" * 250, 500),
+        ("\u00e9" * 500, 500),
+        ("\U0001f98a" * 10, 10),
+        ("\U0001f98a" * 500, 500),
+        ("\\ud83e\\udd8a" * 10, 10),  # a pair of surrogates is one character
+        ("\U0001f468\u200d\U0001f469\u200d\U0001f467" * 2, 10),
+        ("\u05d0\u202e\u05d1\u202c\u05d2" * 2, 10),
+        ("\u200b" * 10, 10),
+        ("a\u0300\u0301\u0302\u0303\u0304\u0305\u0306\u0307\u0308", 10),
+        ("\\u0001" * 10, 10),
+        ("x" + "\\t" * 8 + "y", 10),
+        ("\\ufeff" + "x" * 9, 10),
+        ("\ufffe" * 10, 10),
+        ("\\ud7ff\\ue000" * 250, 500),
+        ("\u2028" + "x" * 10 + "\u2028", 10),
+        ("' OR 1=1; --", 12),
+        ("{{7*7}}${7*7}%s%n", 17),
+        ("<script>alert(1)</script>", 25),
+        ("$(reboot) `id` | cat", 20),
+    ],
+)
+async def test_any_text_of_10_to_500_characters_is_a_prompt(server: Server, body: str, characters: int) -> None:
+    assert_documented(await server.ask(prompt_of(body)), 202)
+    job_input = await server.queued()
+    assert job_input["prompt"] == json.loads(f'"{body}"', strict=False).strip()
+    assert len(job_input["prompt"]) == characters
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("\u0301" * 9, "\u00e9" * 9, "\U0001f98a" * 9, "\u00e9" * 501, "\U0001f98a" * 501, "e\u0301" * 251),
+        *("\\u0000" * 10, "nul\\u0000 in a prompt", " " * 10, "\\u2003" * 20, "\\n" * 10),
+    ],
+)
+async def test_text_of_any_other_length_is_not_nor_is_a_nul(server: Server, body: str) -> None:
+    answer = await server.ask(prompt_of(body))
+    assert_documented(answer, 400)
+    assert answer is not None
+    assert json.loads(answer.body)["error_code"] == "INVALID_PROMPT"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("\\ud800" * 10, "lone \\ud83e surrogate", "\\udd8a\\ud83e" * 5, "\\ud800x\\udfff xxxxxxx"),
+        *("\x00" * 10, "raw\x01control character", "bad \\x escape here", "half \\u12 escape"),
+    ],
+)
+async def test_what_is_no_unicode_text_is_no_json(server: Server, body: str) -> None:
+    answer = await server.ask(prompt_of(body))
+    assert_documented(answer, 400)
+    assert answer is not None
+    assert json.loads(answer.body)["error_code"] in ("INVALID_REQUEST", "INVALID_PROMPT")
+
+
+# Bodies
+
+
+def with_duration(value: bytes) -> bytes:
+    return b'{"prompt": "' + PROMPT.encode() + b'", "duration": ' + value + b"}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"[" * 30_000, b"[" * 30_000 + b"]" * 30_000, b'{"a":' * 10_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000),
+        *(b'{"prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", b'{"image": ' + b'{"a":' * 9_000),
+        *(with_duration(value) for value in (b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"5e0", b"5.0")),
+        *(with_duration(value) for value in (b"9" * 10_000, b"-" + b"9" * 10_000, b"05", b"+5", b"0x5", b"'5'")),
+        *(with_duration(value) for value in (b"5,", b"5}}", b"5} trailing", b"5 // why", b"1E" + b"9" * 60_000)),
+        *(b"\xef\xbb\xbf" + json.dumps(JOB.wire()).encode(), json.dumps(JOB.wire()).encode("utf-16")),
+        *(json.dumps(JOB.wire()).encode("utf-32"), b'{"prompt": "\xc3\x28 is not UTF-8 at all"}', b"\0" * 100),
+        *(b'{"prompt": "\xed\xa0\x80 is a surrogate"}', b"%PDF-1.4", b"<xml/>", b"prompt=A+paper+boat+on+a+street"),
+        *(b'{"__proto__": {"a": 1}, "prompt": "' + PROMPT.encode() + b'"}', b'{"prompt": {"$ne": null}}'),
+        b'{"prompt": "' + PROMPT.encode() + b'", "guidance_scale": ' + b"1" * 5_000 + b"}",
+        b'{"prompt": "' + PROMPT.encode() + b'", "seed": 1' + b"0" * 5_000 + b"}",
+        b'{"prompt": "' + PROMPT.encode() + b'", "' + b"k" * 60_000 + b'": 1}',
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+async def test_a_hostile_body_is_400(server: Server, body: bytes) -> None:
+    answer = await server.ask(post(body))
+    assert_documented(answer, 400)
+    assert answer is not None
+    assert len(answer.body) < 1000, "what was sent is not sent back"
+
+
+async def test_of_a_name_that_comes_twice_the_last_counts_for_check_and_job_alike(server: Server) -> None:
+    body = b'{"prompt": "short", "prompt": "' + PROMPT.encode() + b'", "duration": 99, "duration": 6}'
+    assert_documented(await server.ask(post(body)), 202)
+    job_input = await server.queued()
+    assert (job_input["prompt"], job_input["duration"]) == (PROMPT, 6)
+    swapped = b'{"prompt": "' + PROMPT.encode() + b'", "prompt": "short"}'
+    assert_documented(await server.ask(post(swapped)), 400)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "status"),
+    [
+        *((media_type, 202) for media_type in (b"application/json", b"Application/JSON; charset=UTF-8")),
+        *((media_type, 202) for media_type in (b"application/json;charset=latin-1", b"application/json ; x=y")),
+        *((media_type, 400) for media_type in (b"text/json", b"application/xml", b"multipart/form-data; boundary=x")),
+        *((media_type, 400) for media_type in (b"", b"application/json, text/plain", b"application/jsonp", b"\xff")),
+        *((media_type, 400) for media_type in (b"text/plain", b"application/x-www-form-urlencoded", b"a" * 10_000)),
+    ],
+)
+async def test_only_a_body_that_is_declared_as_json_is_read(server: Server, media_type: bytes, status: int) -> None:
+    body = json.dumps(JOB.wire()).encode()
+    assert_documented(await server.ask(post(body, media_type=media_type)), status)
+
+
+# HTTP itself
+
+
+BODY = json.dumps(JOB.wire()).encode()
+JSON = b"Content-Type: application/json"
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "statuses"),
+    [
+        (get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + chunked(BODY, b""), [202]),
+        (
+            get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST")
+            + chunked(*(BODY[i : i + 1] for i in range(len(BODY))), b""),
+            [202],
+        ),
+        (get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + chunked(b"x" * 70_000, b""), [413]),
+        (get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + b"zz\r\n", [400]),
+        (get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + b"f" * 20 + b"\r\n", [400]),
+        (get(b"/generate", JSON, b"Transfer-Encoding: gzip", method=b"POST") + BODY, [400]),
+        (post(BODY, b"Transfer-Encoding: chunked"), [400]),  # request smuggling's favourite
+        (get(b"/generate", JSON, b"Content-Length: 3", b"Content-Length: 4", method=b"POST") + b"{}  ", [400]),
+        (get(b"/generate", JSON, b"Content-Length: -1", method=b"POST") + BODY, [400]),
+        (get(b"/generate", JSON, b"Content-Length: " + b"9" * 30, method=b"POST") + BODY, [400]),
+        (get(b"/generate", JSON, b"Content-Length: five", method=b"POST") + BODY, [400]),
+        (get(b"/generate", JSON, b"Content-Length: 10", method=b"POST") + BODY, [400]),  # the rest is no request
+        (get(b"/generate", JSON, b"Content-Length: 0", method=b"POST"), [400]),
+        (get(b"/generate", JSON, method=b"POST"), [400]),
+        (post(BODY, b"Expect: 100-continue"), [202]),
+        (post(BODY, b"Expect: a-miracle"), [202]),
+        (post(BODY, b"Content-Encoding: gzip"), [202]),  # it is JSON all the same: nothing is unpacked
+        (post(BODY, b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMAAABk"), [400]),
+        (get(b"/health", b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"), [200]),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+        (b"GET /health HTTP/1.0\r\n\r\n", [200]),
+        (b"GET /health HTTP/0.9\r\n\r\n", [200]),
+        (b"GET /health HTTP/3.0\r\n\r\n", [400]),
+        (b"GET /health\r\n\r\n", [200]),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200, [400]),  # TLS
+        (b"\0" * 300, [400]),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", [400]),
+        (b"GET http://169.254.169.254/latest/meta-data HTTP/1.1\r\nHost: x\r\n\r\n", [404]),
+        (b"CONNECT 169.254.169.254:80 HTTP/1.1\r\nHost: x\r\n\r\n", [400, 404, 405]),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", [404]),
+        (b"TRACE /health HTTP/1.1\r\nHost: x\r\nX: secret\r\n\r\n", [405]),
+        (b"BREW /generate HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+        (b"PROPFIND /videos/x.mp4 HTTP/1.1\r\nHost: x\r\n\r\n", [405]),
+        (b"PUT /videos/x.mp4 HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", [405]),
+        (b"DELETE /status/x HTTP/1.1\r\nHost: x\r\n\r\n", [405]),
+        (b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+        (b"GET /health HTTP/1.1\r\nHost : x\r\n\r\n", [400]),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n", [400, 200]),
+        (b"GET /health HTTP/1.1\r\nX: a\0b\r\n\r\n", [400]),
+        (b"GET /health HTTP/1.1\nHost: x\n\n", [400]),
+        (b"GET /hea lth HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+        (get(b"/status/x", b"Host: ["), [404]),
+        (get(b"/health", b"X-Forwarded-For: ' OR 1=1", b"X-Forwarded-Proto: javascript"), [200]),
+        (get(b"/videos/x.mp4", b"Range: bytes=" + b"9" * 5_000 + b"-"), [404]),
+        (get(b"/" + b"a" * 40_000), [431]),
+        (get(b"/health?" + b"a" * 40_000), [431]),
+        (get(b"/health", b"X: " + b"a" * 40_000), [431]),
+        (get(b"/health", b"X" * 40_000 + b": a"), [431]),
+        (get(b"/health", *(b"X-%d: a" % number for number in range(MAX_HEADERS + 1))), [431]),
+        (get(b"/health", *(b"X: a" for _ in range(MAX_HEADERS - 1))), [200]),
+        (get(b"/health", b"X: " + b"a" * (MAX_HEAD - 100)), [200]),
+    ],
+    ids=lambda value: repr(value[:70]) if isinstance(value, bytes) else "",
+)
+async def test_odd_http_gets_a_documented_answer(server: Server, request_bytes: bytes, statuses: list[int]) -> None:
+    assert_documented(await server.ask(request_bytes), *statuses)
+    assert await server.is_well()
+
+
+@pytest.mark.parametrize("host", [b"[", b"a b", b"\xff", b"x" * 5_000, b"evil.example/path?", b"", b"%00", b"x:99999"])
+async def test_no_host_header_breaks_the_address_of_a_video(server: Server, host: bytes) -> None:
+    task_id = await server.finished(b"")
+    request = f"GET /status/{task_id} HTTP/1.1\r\nHost: ".encode() + host + b"\r\n\r\n"
+    assert_documented(await server.ask(request), 200, 400)
+
+
+async def test_a_head_that_never_ends_is_cut_at_its_size(server: Server) -> None:
+    async with server.client() as client:
+        await client.send(b"GET /health HTTP/1.1\r\n", *(b"X: " + b"a" * 1000 + b"\r\n" for _ in range(300)))
+        assert_documented(await client.answer(), 431)
+        assert await client.closed()
+    async with server.client() as client:
+        await client.send(b"GET /", *(b"a" * 1000 for _ in range(300)))
+        assert_documented(await client.answer(), 431)
+
+
+async def test_a_body_in_one_piece_with_its_head_is_no_long_head(server: Server) -> None:
+    async with server.client() as client:
+        for _ in range(3):
+            await client.send(post(BODY.ljust(60_000)))
+            assert_documented(await client.answer(), 202)
+
+
+# Requests ahead of their answers
+
+
+async def test_requests_sent_ahead_are_answered_in_their_order(server: Server) -> None:
+    async with server.client() as client:
+        await client.send(get(b"/health") + post(BODY) + get(b"/status/none") + get(b"/nothing"))
+        statuses = [answer.status for _ in range(4) if (answer := await client.answer()) is not None]
+        assert statuses == [200, 202, 404, 404]
+
+
+async def test_more_requests_ahead_than_are_kept_end_the_connection(server: Server) -> None:
+    async with server.client() as client:
+        await client.send(get(b"/health") * (MAX_PIPELINED * 40))
+        answers = 0
+        while (answer := await client.answer()) is not None:
+            assert_documented(answer, 200, 400)
+            answers += 1
+        assert answers <= MAX_PIPELINED + 2
+    assert await server.is_well()
+
+
+# Time
+
+
+async def test_a_connection_that_sends_nothing_is_closed(impatient: Server) -> None:
+    async with impatient.client() as client:
+        assert_documented(await client.answer(), 408)
+        assert await client.closed()
+
+
+async def drip(client: Client, data: bytes) -> None:
+    for byte in data:
+        await client.send(bytes([byte]))
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: " + b"a" * 1000,
+        b"\r\n" * 500,
+        b"GET /" + b"a" * 1000,
+    ],
+)
+async def test_a_head_that_drips_in_is_cut_off(impatient: Server, data: bytes) -> None:
+    async with impatient.client() as client:
+        dripping = asyncio.create_task(drip(client, data))
+        assert_documented(await client.answer(), 408)
+        assert await client.closed()
+        dripping.cancel()
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000", b"Transfer-Encoding: chunked"])
+async def test_a_body_that_drips_in_is_cut_off(impatient: Server, framing: bytes) -> None:
+    async with impatient.client() as client:
+        await client.send(get(b"/generate", JSON, framing, method=b"POST"))
+        dripping = asyncio.create_task(drip(client, b"1\r\n \r\n" * 200))
+        answer = await client.answer()
+        assert_documented(answer, 408)
+        assert await client.closed()
+        dripping.cancel()
+    assert (await impatient.bench.queue.backlog()).waiting == []
+
+
+async def test_an_answered_request_whose_body_still_drips_in_is_cut_off(impatient: Server) -> None:
+    async with impatient.client() as client:
+        await client.send(get(b"/generate", b"Content-Type: text/plain", b"Content-Length: 100000", method=b"POST"))
+        assert_documented(await client.answer(), 400)
+        dripping = asyncio.create_task(drip(client, b"x" * 400))
+        last = await client.answer()
+        assert last is None or last.status == 408
+        assert await client.closed()
+        dripping.cancel()
+
+
+async def test_a_second_request_that_never_comes_whole_is_cut_off(impatient: Server) -> None:
+    for beginning in (b"\r\n", b"G", b"GET /health HTTP/1.1\r\n"):
+        async with impatient.client() as client:
+            await client.send(get(b"/health"))
+            assert_documented(await client.answer(), 200)
+            await client.send(beginning)
+            assert_documented(await client.answer(), 408)
+            assert await client.closed()
+
+
+async def test_a_slow_but_steady_client_is_served(server: Server) -> None:
+    async with server.client() as client:
+        for byte in post(BODY):
+            await client.send(bytes([byte]))
+        assert_documented(await client.answer(), 202)
+
+
+async def test_a_client_that_leaves_in_the_middle_leaves_no_traceback(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    for data in (post(BODY)[:-10], get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + b"5\r\nab"):
+        async with server.client() as client:
+            await client.send(data)
+    assert await server.is_well()
+    assert "Traceback" not in caplog.text
+    assert "Exception in ASGI" not in caplog.text
+    assert (await server.bench.queue.backlog()).waiting == []
+
+
+async def test_connections_beyond_the_limit_are_turned_away_and_the_others_served(impatient: Server) -> None:
+    async with asyncio.timeout(DEADLINE):
+        idle = [await asyncio.open_connection(impatient.host, impatient.port) for _ in range(Impatient.max_connections)]
+        await asyncio.gather(*(reader.read(0) for reader, _ in idle))
+        turned_away = await impatient.ask(get(b"/health"))
+        assert_documented(turned_away, 503)
+        assert turned_away is not None
+        assert turned_away.headers["retry-after"] == "5"
+        for reader, writer in idle:
+            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+            writer.close()
+    assert await impatient.is_well(), "idle ones are dropped, and there is room again"
+
+
+async def test_a_client_that_reads_nothing_is_dropped(impatient: Server) -> None:
+    video = bytes(64 * 1024 * 1024)
+    task_id = await impatient.finished(video)
+    async with impatient.client() as client:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(get(f"/videos/{task_id}.mp4".encode()))
+        await asyncio.sleep(3 * Impatient.stall_seconds)
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        received = 0
+        try:
+            while chunk := await client.reader.read(1 << 20):
+                received += len(chunk)
+        except ConnectionError:
+            pass
+        assert received < len(video)
+
+
+def test_every_bound_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    numbers: dict[str, Any] = {
+        "head": f"{Connection.head_seconds:g} s",
+        "body": f"{Connection.body_seconds:g} s",
+        "stall": f"{Connection.stall_seconds:g} s",
+        "connections": str(Connection.max_connections),
+        "head size": f"{MAX_HEAD // 1024} KiB",
+        "headers": str(MAX_HEADERS),
+        "pipelined": str(MAX_PIPELINED),
+    }
+    for what, number in numbers.items():
+        assert re.search(rf"\b{re.escape(number)}\b", page), what
