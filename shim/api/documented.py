@@ -136,7 +136,7 @@ async def limited_body(request: Request) -> bytes:
 
 
 def idempotency_key(request: Request) -> str | None:
-    """The request's Idempotency-Key, if it has one.
+    """The request's Idempotency-Key, if it has one; each API key has a space of its own for them.
 
     Raises:
         ApiError: INVALID_REQUEST for one that is empty or too long.
@@ -144,7 +144,8 @@ def idempotency_key(request: Request) -> str | None:
     given = request.headers.get("idempotency-key")
     if given is not None and not 1 <= len(given.strip()) <= _MAX_IDEMPOTENCY_KEY:
         raise ApiError(ErrorCode.INVALID_REQUEST, f"Idempotency-Key takes 1-{_MAX_IDEMPOTENCY_KEY} characters")
-    return given
+    name = getattr(request.state, "client", None)
+    return f"{name}:{given}" if given is not None and name is not None else given
 
 
 def _body_schema() -> dict[str, Any]:

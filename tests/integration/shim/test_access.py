@@ -140,6 +140,14 @@ async def test_without_a_key_every_path_is_closed_those_to_come_too(
         assert_refused(response)
 
 
+async def test_an_idempotency_key_is_one_clients_own(locked: httpx.AsyncClient) -> None:
+    task_ids = []
+    for key in (ALICE, ALICE, BOB):
+        headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "order 1"}
+        task_ids.append((await locked.post("/generate", json=JOB.wire(), headers=headers)).json()["task_id"])
+    assert task_ids[0] == task_ids[1] != task_ids[2]
+
+
 async def test_a_route_added_later_opens_with_a_key(locked: httpx.AsyncClient) -> None:
     assert (await locked.get("/added-later", headers=BEARER)).text == '"for those with a key"'
     assert (await locked.get("/no-such-path", headers=BEARER)).status_code == 404
