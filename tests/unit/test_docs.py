@@ -94,18 +94,3 @@ def test_the_files_that_architecture_names_exist_and_no_other() -> None:
         if path.stem != "__init__" and "migrations" not in path.parts
     }
     assert named == modules
-
-
-@pytest.mark.parametrize(
-    "page", sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]), ids=lambda p: p.name
-)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
-
-
-def test_every_make_target_that_the_pages_name_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.M))
-        assert named <= targets, page
