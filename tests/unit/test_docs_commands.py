@@ -81,7 +81,7 @@ def test_every_block_is_in_a_language_that_is_checked_here(page: Path) -> None:
 @by_page
 def test_every_shell_block_passes_shellcheck(page: Path) -> None:
     #: SC2034: a variable that a page sets for the reader. SC2164, SC2148: it is no script.
-    command = [SCRIPTS / "shellcheck", "--shell=bash", "--severity=warning", "--exclude=SC2034,SC2164,SC2148", "-"]
+    command = [str(SCRIPTS / "shellcheck"), "--shell=bash", "--severity=warning", "--exclude=SC2034,SC2164,SC2148", "-"]
     for block in code(page, "bash"):
         done = subprocess.run(command, input=block.replace("…", "x"), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
