@@ -129,6 +129,7 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
             find_result=manifests.find_result,
             discard=manifests.discard,
             max_attempts=settings.max_attempts,
+            lease=settings.worker_timeout,
             history=settings.history_ttl,
         )
         await dispatcher.forget_workers(f"{instance}-")  # an earlier life's: they ended with it
@@ -159,11 +160,13 @@ async def _serve_local(settings: ShimSettings, listener: socket.socket, store: _
 async def _database(settings: ShimSettings) -> Database:
     """The queue's database; one that does not answer yet is waited for."""
     if settings.database_url is None:
-        return await Database.open(f"sqlite:///{settings.directory}/queue.sqlite3")
+        url = f"sqlite:///{settings.directory}/queue.sqlite3"
+        return await Database.open(url, worker_timeout=settings.worker_timeout)
     deadline = time.monotonic() + _DATABASE_PATIENCE
     while True:
         try:
-            return await Database.open(settings.database_url.get_secret_value())
+            url = settings.database_url.get_secret_value()
+            return await Database.open(url, worker_timeout=settings.worker_timeout)
         except (ValueError, QueueError) as exc:
             if not isinstance(exc, QueueUnavailableError) or time.monotonic() > deadline:
                 raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc
