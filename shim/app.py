@@ -15,6 +15,7 @@ from handler.contract import ErrorCode, InvalidInputError
 from shim.api import documented, videos
 from shim.api.dependencies import Services
 from shim.errors import ApiError, api_error
+from shim.http_client import HttpClient
 from shim.queue.base import JobQueue, QueueError
 from shim.tasks import Manifests, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
@@ -32,7 +33,7 @@ def create_app(
 ) -> FastAPI:
     """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces."""
     # Slightly over a multiple of 3 s, the TCP retransmission timer; a read is one chunk, not a whole video.
-    store = httpx.AsyncClient(timeout=httpx.Timeout(30, connect=3.05), limits=httpx.Limits(max_connections=200))
+    store = HttpClient(timeout=httpx.Timeout(30, connect=3.05), limits=httpx.Limits(max_connections=200))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
