@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+from pydantic import HttpUrl, SecretStr
+
+from storage.settings import BucketSettings
 
 START_SECONDS = 120.0
 RENDER_SECONDS = 180.0
@@ -59,11 +62,15 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         self.http = httpx.Client(base_url=self.address, timeout=60)
 
-    def start(self, *, until_ready: bool = True) -> None:
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "shim", "serve"], env=self._environment, stdout=log, stderr=log
             )
+
+    def start(self, *, until_ready: bool = True) -> None:
+        self.launch()
         eventually(
             "the server's first answer" if not until_ready else "readiness",
             lambda: self._up(until_ready),
@@ -115,6 +122,15 @@ class Service:
     def process_id(self) -> int:
         assert self.process is not None
         return self.process.pid
+
+    def embedded_bucket(self) -> BucketSettings:
+        """The bucket that it made for itself."""
+        kept = self.directory / "data" / "bucket"
+        return BucketSettings(
+            endpoint_url=HttpUrl(f"http://127.0.0.1:{(kept / 'port').read_text()}"),
+            access_key_id=(kept / "access-key").read_text(),
+            secret_access_key=SecretStr((kept / "secret-key").read_text()),
+        )
 
     def generate(self, **fields: Any) -> str:
         request = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p", **fields}

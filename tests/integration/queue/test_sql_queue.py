@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from shim.queue.engine import database_url as database_url_of
 from shim.queue.engine import migrate
 from shim.queue.schema import metadata
 from shim.queue.sql import SqlQueue
-from tests.postgres import Postgres
+from storage.errors import StorageUnavailableError
+from tests.postgres import Postgres, running_postgres
 from tests.queues import JOB, Bench, add_history, result, sql_bench
 
 
@@ -153,6 +155,28 @@ async def test_a_job_that_kills_its_workers_is_given_up_after_three_attempts(ben
     assert "3 times" in job.failure.error
 
 
+async def test_no_job_is_given_up_while_the_bucket_can_not_say_that_it_is_not_done(database_url: str) -> None:
+    stored: dict[str, JobResult] | None = None
+
+    async def find_result(task_id: str) -> JobResult | None:
+        if stored is None:
+            raise StorageUnavailableError("the bucket is away")
+        return stored.get(task_id)
+
+    async with sql_bench(database_url, find_result=find_result) as bench:
+        await bench.worker()
+        done, lost = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
+        for _ in range(3):
+            await bench.take("w1")
+            await bench.take("w2")
+            bench.later(61)
+            await bench.dispatcher.sweep()
+        assert {await state(bench, task_id) for task_id in (done, lost)} == {JobState.RUNNING}
+        stored = {done: result(done)}
+        await bench.dispatcher.sweep()
+        assert (await state(bench, done), await state(bench, lost)) == (JobState.COMPLETED, JobState.FAILED)
+
+
 async def test_a_worker_that_was_asked_to_stop_costs_no_attempt(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     for number in range(5):
@@ -267,6 +291,41 @@ async def test_a_database_that_does_not_answer_is_said_so(tmp_path: Path, postgr
             await connection.execute(text("DROP TABLE workers"))
         with pytest.raises(QueueUnavailableError):
             await bench.queue.submit(JOB)
+
+
+async def test_a_database_that_hangs_keeps_nobody_waiting_for_long(postgres: Postgres) -> None:
+    database = await Database.open(postgres.create_database(), patience=1.0)
+    queue = SqlQueue(database)
+    try:
+        assert await queue.get("task") is None
+        postgres.send(signal.SIGSTOP)
+        asked = [asyncio.create_task(queue.get("task")) for _ in range(40)]  # more than the pool has connections
+        _, waiting = await asyncio.wait(asked, timeout=60)
+        assert not waiting
+        assert all(isinstance(question.exception(), QueueUnavailableError) for question in asked)
+        postgres.send(signal.SIGCONT)
+        assert await queue.get("task") is None
+    finally:
+        postgres.send(signal.SIGCONT)
+        await database.close()
+
+
+async def test_the_bell_is_heard_again_after_the_database_was_killed() -> None:
+    with running_postgres() as server:
+        url = server.create_database()
+        async with sql_bench(url) as here, sql_bench(url) as there:
+            first = there.database.changed
+            listener = asyncio.create_task(there.database.listen())
+            await asyncio.wait_for(first.wait(), 10)
+            again = there.database.changed
+            server.kill()
+            await asyncio.to_thread(server.start)
+            await asyncio.wait_for(again.wait(), 30)  # it rings when it listens
+            await here.worker()
+            changed = there.database.changed
+            await here.queue.submit(JOB)
+            await asyncio.wait_for(changed.wait(), 10)
+            listener.cancel()
 
 
 @pytest.mark.parametrize("url", ["mysql://host/database", "no address"])
