@@ -9,6 +9,8 @@ from typing import Self
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from handler.contract import Profile
+
 
 class ShimSettings(BaseSettings):
     """What `hunyuan serve` needs to know.
@@ -107,6 +109,48 @@ class ClientSettings(BaseSettings):
         validation_alias="HUNYUAN_SERVER",
         description="Server that `hunyuan generate`, `status`, `download` and `health` talk to.",
     )
+
+
+class DeploySettings(BaseSettings):
+    """What `hunyuan deploy` needs to know, beside its options.
+
+    Raises:
+        pydantic.ValidationError: naming each environment variable that is missing or wrong.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+
+    api_key: SecretStr = Field(validation_alias="RUNPOD_API_KEY", description="RunPod API key. Never logged.")
+    api_url: HttpUrl = Field(
+        default=HttpUrl("https://api.runpod.io/v2"),
+        validation_alias="RUNPOD_API_URL",
+        description="Base of RunPod's management API.",
+    )
+    endpoint_base_url: HttpUrl = Field(
+        default=HttpUrl("https://api.runpod.ai/v2"),
+        validation_alias="RUNPOD_ENDPOINT_BASE_URL",
+        description="Base of RunPod's endpoint API.",
+    )
+    profile: Profile = Field(
+        default=Profile.FAST,
+        validation_alias="HUNYUAN_PROFILE",
+        description="What to choose GPUs and the execution timeout for, and what workers serve first.",
+    )
+
+
+def worker_environment() -> dict[str, str]:
+    """What of this process's environment a worker elsewhere needs: `BUCKET_*`, and `HUNYUAN_*` that is a worker's."""
+    own = {
+        field.validation_alias
+        for settings in (ShimSettings, ClientSettings)
+        for field in settings.model_fields.values()
+    }
+    own.remove("HUNYUAN_MODEL_PATH")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if value and name.startswith(("BUCKET_", "HUNYUAN_")) and name not in own
+    }
 
 
 def child_environment(**overrides: str) -> dict[str, str]:
