@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings
 from handler.contract import ErrorCode
 from handler.settings import WorkerSettings
 from shim.errors import STATUS
-from shim.settings import ClientSettings, ShimSettings
+from shim.settings import ClientSettings, DeploySettings, ShimSettings
 from storage.settings import BucketSettings
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,7 @@ SETTINGS: dict[str, type[BaseSettings]] = {
     "The bucket": BucketSettings,
     "The worker": WorkerSettings,
     "The command line client": ClientSettings,
+    "Deploying to RunPod": DeploySettings,
 }
 
 

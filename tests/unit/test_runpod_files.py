@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,37 @@ def test_no_other_setting_of_a_worker_is_secret() -> None:
 def test_a_reference_that_is_none_is_refused(reference: str) -> None:
     with pytest.raises(IncompleteError, match="--secret"):
         worker_variables({}, Profile.FAST, [reference])
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The table's cells under a heading of docs/deploy-runpod.md, without its head."""
+    section = (ROOT / "docs" / "deploy-runpod.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_the_documented_sizes_are_those_that_are_deployed() -> None:
+    documented = {
+        name: (tuple(re.findall(r"`(\w+)`", pools)), int(timeout.removesuffix(" s")))
+        for name, pools, timeout in rows("3. Deploy")
+    }
+    assert documented == {
+        profile.value: (SIZES[profile].pools, SIZES[profile].execution_timeout) for profile in Profile
+    }
+
+
+def test_the_documented_costs_are_estimated_seconds_times_price() -> None:
+    table = rows("What it costs")
+    assert len(table) == len(Profile) * len(Resolution) * 2
+    for name, _, price, video, seconds, cost in table:
+        resolution, duration = video.removesuffix(" s").split(", ")
+        shown = [float(part) for part in seconds.split("-")]
+        asked = JobInput(
+            prompt="A paper boat on a rainy street",
+            duration=int(duration),
+            resolution=Resolution(resolution),
+            model=Profile(name).model,
+        )
+        assert sum(shown) / len(shown) == render_seconds(asked, {}), video
+        costs = [part * float(price) for part in shown]
+        assert [float(part) for part in cost.split("-")] == pytest.approx(costs, abs=0.0005000001), (name, video)
