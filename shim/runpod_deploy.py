@@ -178,8 +178,10 @@ def plan(api: RunPodApi, wanted: Deployment) -> Plan:
         RunPodError: also where the endpoint of that name is one that no job queue feeds.
     """
     endpoint = api.find(Kind.ENDPOINT, wanted.name)
-    if endpoint is not None and endpoint.get("type", "QUEUE") != "QUEUE":
-        raise RunPodError(f"endpoint {wanted.name} is of type {endpoint['type']}, which can't be changed: name another")
+    if endpoint is not None:
+        endpoint = {"type": "QUEUE", **endpoint}  # RunPod may leave it out, and takes no update of it
+        if endpoint["type"] != "QUEUE":
+            raise RunPodError(f"endpoint {wanted.name} is of type {endpoint['type']} for good: choose another --name")
     return Plan(
         _difference(Kind.TEMPLATE, wanted.template(), api.find(Kind.TEMPLATE, wanted.name)),
         _difference(Kind.ENDPOINT, wanted.endpoint(), endpoint),

@@ -100,6 +100,7 @@ async def test_the_same_again_changes_nothing(bench: Bench) -> None:
 
 async def test_what_is_different_is_updated_and_nothing_else(bench: Bench) -> None:
     await bench.deploy(*UP, HUNYUAN_ENABLE_SAGE_ATTN="true")
+    del bench.account.endpoint["type"]  # RunPod need not tell it
     bench.account.endpoint["workers"]["max"] = 0  # as RunPod does after seven days without a request
     bench.account.requests.clear()
     run = await bench.deploy(*UP[:-1], "registry.example.com/hunyuan-worker:1.6.0", "--network-volume", "vol1")
