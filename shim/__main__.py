@@ -8,20 +8,30 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from handler.contract import DEFAULT_MODEL, AspectRatio, Resolution
+from handler.contract import DEFAULT_MODEL, AspectRatio, Profile, Resolution
 from shim.client import Answer, Client, ClientError, RefusedError, TaskFailedError, UnreachableError
-from shim.settings import ClientSettings, RemoteWorkerSettings, ShimSettings, child_environment
+from shim.settings import (
+    ClientSettings,
+    DeploySettings,
+    RemoteWorkerSettings,
+    ShimSettings,
+    child_environment,
+    deployed_environment,
+)
 from storage.settings import bucket_settings, explain
+
+if TYPE_CHECKING:
+    from shim.runpod_api import RunPodApi
 
 
 class ExitCode(IntEnum):
@@ -43,11 +53,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
+deploy = typer.Typer(help="Run workers on RunPod. Needs RUNPOD_API_KEY.", no_args_is_help=True)
+app.add_typer(deploy, name="deploy")
+
 Server = Annotated[str | None, typer.Option(help="Address of the server; else HUNYUAN_SERVER.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to save; else TASK_ID.mp4.")]
 Prompt = Annotated[str, typer.Argument(help="What the video shows, 10-500 characters.")]
 Duration = Annotated[int, typer.Option(help="Length in seconds, 5-10.")]
+DeploymentName = Annotated[str, typer.Option(help="Name of template and endpoint.")]
 Size = Annotated[Resolution, typer.Option(help="Output size.")]
 
 
@@ -196,6 +210,122 @@ def _weights(command: str, arguments: list[str]) -> NoReturn:
     """A process of its own: the server's side of the package never loads torch."""
     done = subprocess.run([sys.executable, "-m", "handler.weights", command, *arguments], check=False)
     raise typer.Exit(done.returncode)
+
+
+@deploy.command()
+def runpod(
+    image: Annotated[str, typer.Option(help="The worker's image, with registry and tag.")],
+    name: DeploymentName = "hunyuan-video",
+    profile: Annotated[Profile | None, typer.Option(help="Sizes the deployment; else HUNYUAN_PROFILE.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="GPU pool, up to three, the first preferred; else by profile.")
+    ] = None,
+    execution_timeout: Annotated[
+        int | None, typer.Option(min=5, help="Seconds one job may run; else by profile.")
+    ] = None,
+    disk: Annotated[int, typer.Option(min=1, help="Container disk in GB.")] = 100,
+    network_volume: Annotated[str | None, typer.Option(help="Id of a network volume, for weights.")] = None,
+    registry: Annotated[str | None, typer.Option(help="Id of RunPod's credential for a private registry.")] = None,
+    idle_timeout: Annotated[int, typer.Option(min=1, max=3600, help="Seconds a worker waits for a next job.")] = 60,
+    min_workers: Annotated[int, typer.Option(min=0, help="Workers that always run, and always cost.")] = 0,
+    max_workers: Annotated[int, typer.Option(min=0, help="Workers at most.")] = 3,
+    min_cuda: Annotated[str, typer.Option(help="Lowest CUDA version of a worker's driver.")] = "13.0",
+    secret: Annotated[
+        list[str] | None, typer.Option(metavar="VARIABLE=SECRET", help="Take a variable from a secret kept at RunPod.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+) -> None:
+    """Create a template and an endpoint, or bring them up to date. BUCKET_* and HUNYUAN_* go to the workers."""
+    from shim import runpod_deploy
+
+    settings = _deploy_settings(profile)
+    size = runpod_deploy.SIZES[settings.profile]
+    try:
+        env = runpod_deploy.worker_variables(deployed_environment(), settings.profile, secret or [])
+    except runpod_deploy.IncompleteError as exc:
+        _fail(str(exc), ExitCode.USAGE)
+    wanted = runpod_deploy.Deployment(
+        name=name,
+        image=image,
+        env=env,
+        pools=tuple(gpu or size.pools),
+        execution_timeout=execution_timeout or size.execution_timeout,
+        disk=disk,
+        network_volume=network_volume,
+        registry=registry,
+        idle_timeout=idle_timeout,
+        min_workers=min_workers,
+        max_workers=max_workers,
+        min_cuda=min_cuda,
+    )
+    with _runpod_api(settings, wanted.secrets) as api:
+        planned = runpod_deploy.plan(api, wanted)
+        for line in (*wanted.warnings(), *planned.lines()):
+            typer.echo(line, err=True)
+        if not dry_run:
+            endpoint = runpod_deploy.apply(api, planned)
+            typer.echo(f"endpoint_id: {endpoint['id']}")
+
+
+@deploy.command("status")
+def deploy_status(name: DeploymentName = "hunyuan-video", as_json: AsJson = False) -> None:
+    """Show an endpoint's workers and jobs."""
+    from shim import runpod_deploy
+
+    with _runpod_api(_deploy_settings()) as api:
+        answer = runpod_deploy.status(api, name)
+    _print(answer, as_json)
+
+
+@deploy.command()
+def destroy(
+    name: DeploymentName = "hunyuan-video",
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
+) -> None:
+    """Delete an endpoint and its template. Jobs that wait or run there are cancelled; videos stay in the bucket."""
+    from shim import runpod_deploy
+
+    with _runpod_api(_deploy_settings()) as api:
+        found = runpod_deploy.existing(api, name)
+        for kind, resource in found:
+            typer.echo(f"{kind} {name} ({resource['id']})", err=True)
+        if found and not yes:
+            typer.confirm("Delete?", abort=True, err=True)
+        for kind, resource in found:
+            api.delete(kind, resource["id"])
+    typer.echo("deleted" if found else f"there is nothing named {name}")
+
+
+def _deploy_settings(profile: Profile | None = None) -> DeploySettings:
+    given: dict[str, Any] = {} if profile is None else {"profile": profile}
+    with _settings_explained():
+        return DeploySettings(**given)
+
+
+@contextmanager
+def _runpod_api(settings: DeploySettings, secrets: Collection[str] = ()) -> Iterator[RunPodApi]:
+    """RunPod's API; its errors end the command with what they mean."""
+    from shim.runpod_api import RunPodApi, RunPodError, RunPodUnreachableError
+
+    try:
+        with RunPodApi(settings, secrets) as api:
+            yield api
+    except RunPodUnreachableError as exc:
+        _fail(str(exc), ExitCode.UNREACHABLE)
+    except RunPodError as exc:
+        _fail(str(exc), _runpod_exit(exc.status))
+
+
+def _runpod_exit(status: int | None) -> ExitCode:
+    match status:
+        case 401 | 403:
+            return ExitCode.USAGE
+        case 404:
+            return ExitCode.NOT_FOUND
+        case int() if status == 429 or status >= 500:
+            return ExitCode.BUSY
+        case _:
+            return ExitCode.FAILED
 
 
 def _generate(client: Client, request: Mapping[str, object], output: Path | None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from handler.contract import Profile
 from handler.logs import LogOptions
 from shim.access import Access, ApiKey, parse_api_keys, sendable
 
@@ -196,6 +197,48 @@ class ClientSettings(BaseSettings):
         validation_alias="HUNYUAN_API_KEY",
         description="Key for a server that has HUNYUAN_API_KEYS. Never logged.",
     )
+
+
+class DeploySettings(BaseSettings):
+    """What `hunyuan deploy` needs to know, beside its options.
+
+    Raises:
+        pydantic.ValidationError: naming each environment variable that is missing or wrong.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
+
+    api_key: SecretStr = Field(validation_alias="RUNPOD_API_KEY", description="RunPod API key. Never logged.")
+    api_url: HttpUrl = Field(
+        default=HttpUrl("https://api.runpod.io/v2"),
+        validation_alias="RUNPOD_API_URL",
+        description="Base of RunPod's management API.",
+    )
+    endpoint_base_url: HttpUrl = Field(
+        default=HttpUrl("https://api.runpod.ai/v2"),
+        validation_alias="RUNPOD_ENDPOINT_BASE_URL",
+        description="Base of RunPod's endpoint API.",
+    )
+    profile: Profile = Field(
+        default=Profile.FAST,
+        validation_alias="HUNYUAN_PROFILE",
+        description="What to choose GPUs and the execution timeout for, and what workers serve first.",
+    )
+
+
+def deployed_environment() -> dict[str, str]:
+    """What of this process's environment a worker elsewhere needs: `BUCKET_*`, and `HUNYUAN_*` that is a worker's."""
+    shared = {"HUNYUAN_MODEL_PATH"} | {field.validation_alias for field in LogOptions.model_fields.values()}
+    own = {
+        field.validation_alias
+        for settings in (ShimSettings, RemoteWorkerSettings, ClientSettings)
+        for field in settings.model_fields.values()
+    } - shared
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if value and name.startswith(("BUCKET_", "HUNYUAN_")) and name not in own
+    }
 
 
 def child_environment(**overrides: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings
 from handler.contract import ErrorCode
 from handler.settings import WorkerSettings
 from shim.errors import STATUS
-from shim.settings import ClientSettings, RemoteWorkerSettings, ShimSettings
+from shim.settings import ClientSettings, DeploySettings, RemoteWorkerSettings, ShimSettings
 from storage.settings import BucketSettings
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,7 @@ SETTINGS: dict[str, type[BaseSettings]] = {
     "The worker": WorkerSettings,
     "A worker on another host": RemoteWorkerSettings,
     "The command line client": ClientSettings,
+    "Deploying to RunPod": DeploySettings,
 }
 
 

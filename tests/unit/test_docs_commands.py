@@ -19,13 +19,13 @@ from typer.core import TyperGroup
 
 from handler.settings import WorkerSettings
 from shim.__main__ import app
-from shim.settings import ClientSettings, RemoteWorkerSettings, ShimSettings
+from shim.settings import ClientSettings, DeploySettings, RemoteWorkerSettings, ShimSettings
 from storage.settings import BucketSettings
 from tests.s3_servers import SCRIPTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SETTINGS = (ShimSettings, WorkerSettings, BucketSettings, RemoteWorkerSettings, ClientSettings)
+SETTINGS = (ShimSettings, WorkerSettings, BucketSettings, RemoteWorkerSettings, ClientSettings, DeploySettings)
 VARIABLES = {str(field.validation_alias) for settings in SETTINGS for field in settings.model_fields.values()}
 #: Languages in which the pages have code, and what reads each.
 LANGUAGES = {"", "bash", "console", "ini", "javascript", "json", "python", "text", "yaml"}

@@ -1,0 +1,11 @@
+"""RunPod's Hub looks for a file of this name. The image itself runs `python -u -m handler`, which is the same."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])  # in place of this directory, where `handler` would be this file
+
+from handler.__main__ import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

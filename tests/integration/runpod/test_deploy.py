@@ -1,0 +1,285 @@
+"""`hunyuan deploy` as a process, against a stand-in of RunPod's management API on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.http_server import serving
+from tests.runpod_account import KEY, Account, Fault
+
+SECRET = "a-secret-nobody-may-read"
+BUCKET = {
+    "BUCKET_ENDPOINT_URL": "https://s3.example.com",
+    "BUCKET_ACCESS_KEY_ID": "an-id",
+    "BUCKET_SECRET_ACCESS_KEY": SECRET,
+}
+IMAGE = "registry.example.com/hunyuan-worker:1.5.0"
+UP = ("runpod", "--image", IMAGE)
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Bench:
+    account: Account
+    address: str
+
+    async def deploy(self, *arguments: str, answer: str = "", **environment: str) -> Run:
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
+        }
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shim", "deploy", *arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={
+                **clean,
+                "RUNPOD_API_KEY": KEY,
+                "RUNPOD_API_URL": f"{self.address}/manage",
+                "RUNPOD_ENDPOINT_BASE_URL": f"{self.address}/endpoints",
+                **BUCKET,
+                **environment,
+            },
+        )
+        out, err = await asyncio.wait_for(process.communicate(answer.encode()), 60)
+        assert process.returncode is not None
+        run = Run(process.returncode, out.decode(), err.decode())
+        for secret in (KEY, SECRET):
+            assert secret not in run.out + run.err
+        assert "Traceback" not in run.err
+        return run
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    account = Account()
+    async with serving(account.app()) as address:
+        yield Bench(account, address)
+
+
+async def test_the_first_run_creates_template_and_endpoint_with_what_video_needs(bench: Bench) -> None:
+    run = await bench.deploy(*UP, HUNYUAN_OFFLOAD_CPU="true", HUNYUAN_PORT="9000", HUNYUAN_SERVER="http://elsewhere")
+    assert run.code == 0, run.err
+    assert bench.account.writes() == ["POST /templates", "POST /serverless"]
+    template, endpoint = bench.account.template, bench.account.endpoint
+    assert template["serverless"] is True
+    assert template["public"] is False
+    assert endpoint["env"] == {**BUCKET, "HUNYUAN_OFFLOAD_CPU": "true", "HUNYUAN_PROFILE": "fast"}
+    assert (endpoint["image"], endpoint["disk"]) == (IMAGE, 100)
+    assert endpoint["type"] == "QUEUE"
+    assert endpoint["timeout"] == 900_000
+    assert endpoint["flashboot"] == "FLASHBOOT"
+    assert endpoint["gpu"]["pools"] == ["ADA_24", "ADA_48_PRO"]
+    assert endpoint["workers"] == {"min": 0, "max": 3, "idleTimeout": 60}
+    assert run.out == f"endpoint_id: {endpoint['id']}\n"
+
+
+async def test_the_same_again_changes_nothing(bench: Bench) -> None:
+    first = await bench.deploy(*UP)
+    bench.account.writes()
+    again = await bench.deploy(*UP)
+    assert again.code == 0, again.err
+    assert bench.account.writes() == []
+    assert "template hunyuan-video: as it should be" in again.err
+    assert again.out == first.out
+
+
+async def test_what_is_different_is_updated_and_nothing_else(bench: Bench) -> None:
+    await bench.deploy(*UP, HUNYUAN_ENABLE_SAGE_ATTN="true")
+    del bench.account.endpoint["type"]  # RunPod need not tell it
+    bench.account.endpoint["workers"]["max"] = 0  # as RunPod does after seven days without a request
+    bench.account.requests.clear()
+    run = await bench.deploy(*UP[:-1], "registry.example.com/hunyuan-worker:1.6.0", "--network-volume", "vol1")
+    assert run.code == 0, run.err
+    written = {line.rpartition("/")[0]: body for line, body in bench.account.requests if not line.startswith("GET")}
+    assert written["PATCH /templates"].keys() == {"image", "env"}
+    assert written["PATCH /serverless"].keys() == {"templateId", "workers", "networkVolumes"}
+    endpoint = bench.account.endpoint
+    assert endpoint["image"].endswith(":1.6.0")
+    assert "HUNYUAN_ENABLE_SAGE_ATTN" not in endpoint["env"]
+    assert endpoint["workers"]["max"] == 3
+    assert endpoint["networkVolumes"] == ["vol1"]
+    assert "  env: -HUNYUAN_ENABLE_SAGE_ATTN" in run.err
+    assert '  networkVolumes: [] -> ["vol1"]' in run.err
+
+
+@pytest.mark.parametrize(
+    ("profile", "first_pool", "timeout"), [("balanced", "ADA_48_PRO", 1_800_000), ("quality", "ADA_80_PRO", 7_200_000)]
+)
+async def test_the_profile_chooses_gpu_and_timeout(bench: Bench, profile: str, first_pool: str, timeout: int) -> None:
+    assert (await bench.deploy(*UP, HUNYUAN_PROFILE="quality")).code == 0
+    assert (await bench.deploy(*UP, "--profile", profile, HUNYUAN_PROFILE="fast")).code == 0
+    endpoint = bench.account.endpoint
+    assert endpoint["gpu"]["pools"][0] == first_pool
+    assert endpoint["timeout"] == timeout
+    assert endpoint["env"]["HUNYUAN_PROFILE"] == profile
+
+
+async def test_options_go_before_the_profile(bench: Bench) -> None:
+    options = ("--gpu", "HOPPER_141", "--gpu", "AMPERE_80", "--execution-timeout", "600", "--min-cuda", "12.8")
+    assert (await bench.deploy(*UP, *options, "--name", "another")).code == 0
+    endpoint = bench.account.endpoint
+    assert endpoint["name"] == "another"
+    assert endpoint["gpu"]["pools"] == ["HOPPER_141", "AMPERE_80"]
+    assert endpoint["gpu"]["minCudaVersion"] == "12.8"
+    assert endpoint["timeout"] == 600_000
+
+
+async def test_a_dry_run_tells_and_writes_nothing(bench: Bench) -> None:
+    run = await bench.deploy(*UP, "--dry-run")
+    assert run.code == 0
+    assert "endpoint hunyuan-video: create" in run.err
+    assert "+BUCKET_SECRET_ACCESS_KEY" in run.err
+    assert bench.account.writes() == []
+    assert run.out == ""
+
+
+async def test_a_secret_kept_at_runpod_is_named_and_never_sent(bench: Bench) -> None:
+    run = await bench.deploy(*UP, "--secret", "BUCKET_SECRET_ACCESS_KEY=s3-key", BUCKET_SECRET_ACCESS_KEY="")
+    assert run.code == 0, run.err
+    assert bench.account.endpoint["env"]["BUCKET_SECRET_ACCESS_KEY"] == "{{ RUNPOD_SECRET_s3-key }}"
+    assert "warning" not in run.err
+    assert "in clear" in (await bench.deploy(*UP)).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (UP, {"RUNPOD_API_KEY": ""}, "RUNPOD_API_KEY: Field required"),
+        (UP, {"BUCKET_SECRET_ACCESS_KEY": ""}, "BUCKET_SECRET_ACCESS_KEY: Field required"),
+        (UP, {"HUNYUAN_PROFILE": "best"}, "HUNYUAN_PROFILE: "),
+        ((*UP, "--secret", f"KEY={SECRET}!"), {}, "--secret takes VARIABLE=SECRET"),
+        (UP, {"RUNPOD_API_KEY": "rpa_a-wrong-key"}, "RUNPOD_API_KEY was refused. RunPod answered 401"),
+    ],
+)
+async def test_what_is_missing_or_wrong_is_named(
+    bench: Bench, arguments: tuple[str, ...], environment: dict[str, str], said: str
+) -> None:
+    run = await bench.deploy(*arguments, **environment)
+    assert run.code == 2
+    assert run.err.startswith(f"error: {said}")
+    assert bench.account.requests == []
+
+
+async def test_without_a_bucket_it_warns(bench: Bench) -> None:
+    run = await bench.deploy(*UP, **dict.fromkeys(BUCKET, ""))
+    assert run.code == 0
+    assert "warning: no BUCKET_* is set" in run.err
+
+
+async def test_what_runpod_finds_wrong_is_told_and_mended_by_the_next_run(bench: Bench) -> None:
+    run = await bench.deploy(*UP, "--min-cuda", "newest")
+    assert run.code == 1
+    assert "RunPod answered 422: Request validation failed.: $.gpu.minCudaVersion: 'newest'" in run.err
+    assert bench.account.writes() == ["POST /templates", "POST /serverless"]
+    assert (await bench.deploy(*UP)).code == 0
+    assert bench.account.writes() == ["POST /serverless"]
+
+
+async def test_a_secret_that_runpod_repeats_is_cut_out(bench: Bench) -> None:
+    bench.account.faults = [Fault("POST", 400, detail=f"env is odd: {SECRET}")]
+    run = await bench.deploy(*UP)
+    assert run.code == 1
+    assert "RunPod answered 400: env is odd: …" in run.err
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET", 429, {"Retry-After": "0"}),
+        Fault("GET", 503),
+        Fault("POST", 502, {"Retry-After": "0"}),
+        Fault("POST", 504, {"Retry-After": "0"}, late=True),
+    ],
+    ids=lambda fault: f"{fault.method}-{fault.status}",
+)
+async def test_what_passes_is_outlasted_and_nothing_is_made_twice(bench: Bench, fault: Fault) -> None:
+    bench.account.faults = [fault]
+    run = await bench.deploy(*UP)
+    assert run.code == 0, run.err
+    assert bench.account.faults == []
+    assert bench.account.endpoint["image"] == bench.account.template["image"] == IMAGE
+
+
+async def test_what_does_not_pass_ends_as_busy(bench: Bench) -> None:
+    bench.account.faults = [Fault("GET", 429, {"Retry-After": "0"}) for _ in range(4)]
+    run = await bench.deploy(*UP)
+    assert run.code == 5
+    assert "RunPod answered 429: later" in run.err
+    assert bench.account.faults == []
+
+
+async def test_nobody_there_ends_as_unreachable(bench: Bench) -> None:
+    run = await bench.deploy("status", RUNPOD_API_URL="http://127.0.0.1:9")
+    assert run.code == 3
+    assert run.err.startswith("error: no answer from 127.0.0.1")
+
+
+async def test_an_answer_that_is_no_json_is_said_to_be_none(bench: Bench) -> None:
+    run = await bench.deploy("status", RUNPOD_API_URL=f"{bench.address}/docs#")
+    assert run.code == 1
+    assert "no JSON object" in run.err
+
+
+async def test_two_of_one_name_are_left_alone(bench: Bench) -> None:
+    for resource_id in ("a", "b"):
+        bench.account.resources["serverless"][resource_id] = {"id": resource_id, "name": "hunyuan-video"}
+    for command in (UP, ("destroy", "--yes")):
+        run = await bench.deploy(*command)
+        assert run.code == 1
+        assert "2 endpoints named hunyuan-video (a, b)" in run.err
+        assert bench.account.writes() == []
+
+
+async def test_an_endpoint_with_no_queue_is_left_alone(bench: Bench) -> None:
+    bench.account.resources["serverless"]["a"] = {"id": "a", "name": "hunyuan-video", "type": "LOAD_BALANCER"}
+    run = await bench.deploy(*UP)
+    assert run.code == 1
+    assert "LOAD_BALANCER" in run.err
+    assert bench.account.writes() == []
+
+
+async def test_status_shows_workers_and_jobs(bench: Bench) -> None:
+    assert (await bench.deploy("status")).code == 4
+    await bench.deploy(*UP)
+    run = await bench.deploy("status", "--json")
+    assert run.code == 0, run.err
+    status: dict[str, Any] = json.loads(run.out)
+    assert status == {
+        "endpoint_id": bench.account.endpoint["id"],
+        "name": "hunyuan-video",
+        "image": IMAGE,
+        "gpu": "ADA_24, ADA_48_PRO",
+        "limits": {"min": 0, "max": 3, "idleTimeout": 60},
+        "workers": {"idle": 0, "running": 1},
+        "jobs": {"completed": 3, "failed": 0, "inProgress": 1, "inQueue": 2, "retried": 0},
+    }
+
+
+async def test_destroy_asks_first_then_deletes_both_and_only_those(bench: Bench) -> None:
+    await bench.deploy(*UP)
+    await bench.deploy(*UP, "--name", "another")
+    bench.account.writes()
+    refused = await bench.deploy("destroy", answer="n\n")
+    assert refused.code == 1
+    assert bench.account.writes() == []
+    bench.account.faults = [Fault("DELETE", 500, {"Retry-After": "0"}, late=True)]
+    done = await bench.deploy("destroy", answer="y\n")
+    assert done.code == 0, done.err
+    assert bench.account.template["name"] == bench.account.endpoint["name"] == "another"
+    again = await bench.deploy("destroy", "--yes")
+    assert (again.code, again.out) == (0, "there is nothing named hunyuan-video\n")
