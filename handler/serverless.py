@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
+from itertools import count
 from threading import Event
 from types import FrameType
 from typing import Any, Final
@@ -38,11 +39,14 @@ from handler.worker import Job, JobError, Worker
 #: The id that the SDK gives to each job of `--test_input`.
 _TEST_ID: Final = "local_test"
 _PR_SET_PDEATHSIG: Final = 1
-#: Seconds between questions to a platform that is away: at first, and at most.
-_FIRST_DELAY: Final = 0.25
-_LONGEST_DELAY: Final = 5.0
+#: Seconds before a platform that is away is asked again: the first time, the second, ... and from then on.
+_BACK_OFF: Final = (0.25, 0.5, 1.0, 2.0, 5.0)
 #: Seconds for which a result is offered to it. Later it is found in the bucket, by its manifest.
 _RESULT_PATIENCE: Final = 600.0
+#: Seconds that it may take to answer to one: ours waits up to 120 s for its database.
+_ANSWER_PATIENCE: Final = 150.0
+#: "Later", not "never": https://www.rfc-editor.org/rfc/rfc9110#section-15.5.9, https://www.rfc-editor.org/rfc/rfc6585#section-4.
+_LATER: Final = (408, 429)
 
 #: Its DEBUG and TRACE are left out: they show jobs with their s3Config.
 _SDK_LEVELS: Final = {
@@ -59,16 +63,23 @@ RunPodJob = dict[str, Any]
 Request = Callable[..., Awaitable[Any]]
 
 
-def serve(worker: Worker, *, tells_progress: bool, on_stop: Callable[[], None]) -> None:
+def serve(
+    worker: Worker,
+    *,
+    tells_progress: bool,
+    on_stop: Callable[[], None],
+    answer_patience: float = _ANSWER_PATIENCE,
+) -> None:
     """Take jobs from the platform until SIGTERM, or run the one of `--test_input`. Never returns from the latter.
 
-    `on_stop` is called by the signal handler, which the SDK's own one follows.
+    `on_stop` is called by the signal handler, which the SDK's own one follows. A result that is not answered within
+    `answer_patience` seconds is offered again.
     """
     os.register_at_fork(after_in_child=_die_with_parent)
     if RunPodLogger.level in ("TRACE", "DEBUG"):  # the SDK's default, at which it logs jobs with their s3Config
         RunPodLogger().level = "INFO"
     rp_scale.get_job = _unhurried(rp_scale.get_job)
-    rp_http._transmit = _persistent(rp_http._transmit)
+    rp_http._transmit = _persistent(rp_http._transmit, answer_patience)
     runpod.serverless.start(
         {
             "handler": make_handler(worker, tells_progress=tells_progress),
@@ -99,6 +110,10 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
+def _delay(failures: int) -> float:
+    return _BACK_OFF[min(failures, len(_BACK_OFF) - 1)]
+
+
 def _unhurried(get_job: Request) -> Request:
     """The SDK asks again at once when its platform is away, a thousand times a second: wait before it does."""
     failures = 0
@@ -108,7 +123,7 @@ def _unhurried(get_job: Request) -> Request:
         try:
             jobs = await get_job(*arguments)
         except Exception:
-            await asyncio.sleep(min(_FIRST_DELAY * 2**failures, _LONGEST_DELAY))
+            await asyncio.sleep(_delay(failures))
             failures += 1
             raise
         failures = 0
@@ -117,21 +132,32 @@ def _unhurried(get_job: Request) -> Request:
     return get_job_or_wait
 
 
-def _persistent(transmit: Request) -> Request:
-    """The SDK drops a result that it can't deliver at once: go on for a while. Progress is not worth it."""
+def _persistent(transmit: Request, answer_patience: float) -> Request:
+    """The SDK drops a result that it can't deliver at once, and waits ten minutes for an answer: go on for a while.
+
+    Progress is not worth it.
+    """
+
+    async def transmit_once(session: Any, url: str, body: str) -> None:
+        try:
+            async with asyncio.timeout(answer_patience):
+                await transmit(session, url, body)
+        except TimeoutError as exc:  # the SDK expects no such error here
+            raise rp_http.ClientError("no answer") from exc
 
     async def transmit_until_taken(session: Any, url: str, body: str) -> None:
         deadline = time.monotonic() + _RESULT_PATIENCE
-        while True:
+        for failures in count():
             try:
-                await transmit(session, url, body)
+                await transmit_once(session, url, body)
                 return
             except rp_http.ClientError as exc:
-                refused = 400 <= getattr(exc, "status", 0) < 500
+                status = getattr(exc, "status", 0)
+                refused = 400 <= status < 500 and status not in _LATER
                 if refused or time.monotonic() > deadline or json.loads(body).get("status") == "IN_PROGRESS":
                     raise
                 log.warning("the platform does not take the result, trying again: %s", exc)
-            await asyncio.sleep(_LONGEST_DELAY)
+            await asyncio.sleep(_delay(failures))
 
     return transmit_until_taken
 

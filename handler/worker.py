@@ -127,7 +127,7 @@ class Worker:
             error = JobError.of(ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
         except RenderCancelledError as exc:
             error = RenderCancelledError(str(exc))
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             # Whatever it was, it costs this job and not the worker; the traceback is for the log alone.
             log.exception("%s: the render failed", job.task_id)
             text = f"Video generation failed ({type(exc).__name__}); the worker's log has the details"

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+from pydantic import HttpUrl, SecretStr
+
+from storage.settings import BucketSettings
 
 START_SECONDS = 120.0
 RENDER_SECONDS = 180.0
@@ -115,6 +118,15 @@ class Service:
     def process_id(self) -> int:
         assert self.process is not None
         return self.process.pid
+
+    def embedded_bucket(self) -> BucketSettings:
+        """The bucket that it made for itself."""
+        kept = self.directory / "data" / "bucket"
+        return BucketSettings(
+            endpoint_url=HttpUrl(f"http://127.0.0.1:{(kept / 'port').read_text()}"),
+            access_key_id=(kept / "access-key").read_text(),
+            secret_access_key=SecretStr((kept / "secret-key").read_text()),
+        )
 
     def generate(self, **fields: Any) -> str:
         request = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p", **fields}

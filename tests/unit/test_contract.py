@@ -1,6 +1,7 @@
 """The bounds and codes of the job's input, as REST and RunPod meet them."""
 
 import json
+import math
 
 import pytest
 
@@ -16,6 +17,7 @@ from handler.contract import (
     num_frames,
     parse_input,
 )
+from tests.queues import result
 
 PROMPT = "A paper boat on a rainy street"
 
@@ -126,3 +128,10 @@ def test_a_failure_in_foreign_words_shows_a_client_no_traceback(text: str | None
     failure = JobFailure.from_wire(text)
     assert failure.error_code is ErrorCode.GENERATION_FAILED
     assert "Traceback" not in failure.error
+
+
+def test_a_result_holds_no_number_that_json_has_no_word_for() -> None:
+    """The SDK would send NaN as it is, which is no JSON."""
+    for number in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            result("task", seconds=number)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from handler.contract import Gpu, WorkerState
 from handler.report import Reporter
@@ -73,6 +76,26 @@ async def test_out_of_memory_then_a_job_that_works(settings: BucketSettings) -> 
     assert json.loads((await handler({"id": "job-3", "input": INPUT}))["error"])["error_code"] == "OOM_ERROR"
     model.before_step = lambda _: None
     assert (await handler({"id": "job-3", "input": INPUT}))["status"] == "completed"
+
+
+async def test_an_exit_in_a_render_ends_the_job_and_not_the_worker(settings: BucketSettings) -> None:
+    """The SDK would let it end the worker, with no word of the job."""
+    model = ScriptedModel(before_step=lambda _: sys.exit("a library that gives up"))
+    handler = handler_of(model, settings)
+    output = await handler({"id": "job-6", "input": INPUT})
+    assert json.loads(output["error"])["error_code"] == "GENERATION_FAILED"
+    model.before_step = lambda _: None
+    assert (await handler({"id": "job-6", "input": INPUT}))["status"] == "completed"
+
+
+async def test_a_result_names_the_video_and_carries_no_data(settings: BucketSettings) -> None:
+    """RunPod refuses a result of more than 10 MB, and what JSON has no word for: NaN, bytes."""
+    picture = io.BytesIO()
+    Image.effect_noise((700, 700), 100).save(picture, "PNG")
+    image = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    assert len(image) > 300_000
+    output = await handler_of(ScriptedModel(), settings)({"id": "job-7", "input": {**INPUT, "image": image}})
+    assert len(json.dumps(output, allow_nan=False)) < 10_000
 
 
 async def test_a_cancelled_job_has_ended_when_the_next_one_starts(settings: BucketSettings) -> None:

@@ -17,11 +17,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from pydantic import HttpUrl, SecretStr
 
 from storage import layout
 from storage.bucket import Bucket
-from storage.settings import BucketSettings
 from tests.queues import result
 from tests.service import Service, eventually, free_port
 
@@ -55,17 +53,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         assert running.stop() == 0, running.log.read_text()
 
 
-def embedded_bucket(service: Service) -> Bucket:
-    kept = service.directory / "data" / "bucket"
-    return Bucket(
-        BucketSettings(
-            endpoint_url=HttpUrl(f"http://127.0.0.1:{(kept / 'port').read_text()}"),
-            access_key_id=(kept / "access-key").read_text(),
-            secret_access_key=SecretStr((kept / "secret-key").read_text()),
-        )
-    )
-
-
 @pytest.fixture(scope="module")
 def large(service: Service, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A task with a video of 200 MB in the bucket, and that video's sha256."""
@@ -76,7 +63,7 @@ def large(service: Service, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
             block = os.urandom(MEGABYTE)
             digest.update(block)
             file.write(block)
-    bucket = embedded_bucket(service)
+    bucket = Bucket(service.embedded_bucket())
     bucket.put_file(path, layout.video_key("large"), content_type="video/mp4")
     manifest = result("large").model_copy(update={"file_size": 200 * MEGABYTE, "sha256": digest.hexdigest()})
     body = manifest.model_dump_json().encode()

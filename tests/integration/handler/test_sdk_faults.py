@@ -1,0 +1,279 @@
+"""What runpod 1.12 does wrong, each case with the real SDK worker in a process of its own.
+
+The rest of the SDK's faults are the platform's to answer: tests/integration/queue/test_platform.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from handler.contract import WorkerState
+from shim.platform import worker_environment
+from storage.settings import BucketSettings
+from tests.fault_proxy import FaultProxy, Faults
+from tests.s3_servers import juicefs
+from tests.service import Service, eventually, free_port
+from tests.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
+from tests.worker_process import WorkerProcess
+
+TOKEN = "a-token-of-the-tests"
+#: Seconds after which a silent worker loses its job anyway.
+LEASE = 60.0
+
+pytestmark = pytest.mark.xdist_group("sdk_faults")
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+@pytest.fixture
+def platform() -> Iterator[StandInPlatform]:
+    with stand_in_platform() as made:
+        yield made
+
+
+@pytest.fixture
+def network(platform: StandInPlatform) -> Iterator[FaultProxy]:
+    """Between the worker and its platform."""
+    with FaultProxy(platform.address) as made:
+        yield made
+
+
+StartWorker = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start_worker(network: FaultProxy, bucket: BucketSettings, tmp_path: Path) -> Iterator[StartWorker]:
+    started: list[WorkerProcess] = []
+
+    def start(*arguments: str) -> WorkerProcess:
+        worker = WorkerProcess(tmp_path, bucket, platform=network.url, token=TOKEN)
+        worker.start(*arguments)
+        started.append(worker)
+        return worker
+
+    yield start
+    for worker in started:
+        if worker.process is not None:
+            worker.kill()
+
+
+def test_a_result_that_finds_the_platform_away_is_offered_until_it_is_back(
+    platform: StandInPlatform, network: FaultProxy, start_worker: StartWorker
+) -> None:
+    """The SDK never retries a connection error; and its connections of before the restart are stale."""
+    worker = start_worker("--step-seconds", "0.5")
+    platform.submit("first")
+    eventually("the render", lambda: worker.renders() == ["first"])
+    with network.broken(refuse=True):
+        eventually("the first offer", lambda: "does not take the result" in worker.log.read_text(), 60)
+        assert platform.results == []
+    eventually("the result", lambda: platform.delivered() == ["first"])
+    platform.submit("second")
+    eventually("the next result", lambda: platform.delivered() == ["first", "second"])
+
+
+@pytest.mark.parametrize("statuses", [[503] * 4, [429] * 2], ids=str)
+def test_a_platform_that_can_not_take_a_result_just_now_gets_it_later(
+    platform: StandInPlatform, start_worker: StartWorker, statuses: list[int]
+) -> None:
+    """The SDK tries three times after a 5xx, and once after a 429."""
+    platform.answers.extend(statuses)
+    start_worker()
+    platform.submit("task")
+    eventually("the result", lambda: platform.delivered() == ["task"] * (len(statuses) + 1), 60)
+    bodies = [body for _, body in platform.results]
+    assert all(body == bodies[0] for body in bodies), "the same result each time"
+
+
+def test_a_result_that_is_refused_costs_the_worker_nothing_more(
+    platform: StandInPlatform, start_worker: StartWorker
+) -> None:
+    platform.answers.append(404)
+    start_worker()
+    platform.submit("unknown")
+    platform.submit("known")
+    eventually("the next result", lambda: platform.delivered() == ["unknown", "known"], 60)
+
+
+def test_a_result_that_is_not_answered_is_offered_again(platform: StandInPlatform, start_worker: StartWorker) -> None:
+    """The SDK waits ten minutes for the answer and takes no job meanwhile."""
+    platform.answers.append(NO_ANSWER)
+    start_worker("--answer-patience", "1")
+    platform.submit("task")
+    eventually("the second offer", lambda: platform.delivered() == ["task", "task"], 60)
+    platform.submit("next")
+    eventually("the next result", lambda: platform.delivered()[2:] == ["next"], 60)
+
+
+def test_a_platform_that_is_away_is_asked_every_few_seconds_and_found_again(
+    platform: StandInPlatform, network: FaultProxy, start_worker: StartWorker
+) -> None:
+    """The SDK alone asks more than a thousand times a second, and logs each time."""
+    network.faults = Faults(reset_on_accept=True)
+    start_worker()
+    eventually("the first question", lambda: network.hits["reset_on_accept"], 60)
+    started = time.monotonic()
+    eventually("ten questions", lambda: network.hits["reset_on_accept"] >= 10, 60)
+    before = network.hits["reset_on_accept"]
+    eventually("three seconds", lambda: time.monotonic() - started > 3, 60)
+    # Of the job-take, job-stop, report and ping that each ask again by themselves.
+    per_second = (network.hits["reset_on_accept"] - before) / (time.monotonic() - started)
+    assert per_second < 10
+    network.heal()
+    platform.submit("task")
+    eventually("the result", lambda: platform.delivered() == ["task"], 60)
+
+
+def test_an_idle_worker_stops_at_once(platform: StandInPlatform, start_worker: StartWorker) -> None:
+    """The SDK waits for the answer to its last question, which this platform would hold for ever."""
+    worker = start_worker()
+    eventually("its question", lambda: platform.held)
+    worker.terminate()
+    assert worker.wait(30) == 0
+    assert platform.reports[-2:] == [WorkerState.STOPPING, WorkerState.STOPPED]
+
+
+def test_a_job_that_comes_after_the_signal_is_known_to_be_nobodys(
+    platform: StandInPlatform, start_worker: StartWorker
+) -> None:
+    """The SDK queues it, mostly never runs it, and exits with 0: that the worker has stopped says whose it is not."""
+    platform.last_minute_job = "late"
+    worker = start_worker()
+    eventually("its question", lambda: platform.held)
+    worker.terminate()
+    assert worker.wait(30) == 0
+    assert not platform.last_minute_job, "it was handed out"
+    assert platform.delivered() == worker.renders()
+    assert platform.reports[-1] == WorkerState.STOPPED
+
+
+def test_a_worker_that_is_asked_to_stop_finishes_its_job_and_takes_no_other(
+    platform: StandInPlatform, start_worker: StartWorker
+) -> None:
+    worker = start_worker("--step-seconds", "0.5")
+    platform.submit("task")
+    eventually("the render", lambda: worker.renders() == ["task"])
+    worker.terminate()
+    eventually("word of it", lambda: WorkerState.STOPPING in platform.reports)
+    platform.submit("next")
+    assert worker.wait() == 0
+    assert platform.delivered() == ["task"]
+    assert platform.results[0][1]["output"]["status"] == "completed"
+    assert list(platform.jobs) == ["next"]
+    assert platform.reports[-1] == WorkerState.STOPPED
+
+
+def test_a_killed_worker_leaves_nothing_behind_that_says_it_lives(
+    platform: StandInPlatform, start_worker: StartWorker
+) -> None:
+    """The SDK's pings come from a process of their own."""
+    worker = start_worker()
+    eventually("the ping process", lambda: len(worker.family()) > 1)
+    family = worker.family()
+    worker.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_a_worker_needs_no_public_network() -> None:
+    """The SDK's own checks ask a name server on the internet, and end the worker where there is none."""
+    script = (
+        "import asyncio; from runpod.serverless.modules import rp_fitness as checks; "
+        "asyncio.run(checks.run_fitness_checks()); print(len(checks._fitness_checks))"
+    )
+    environment = {**os.environ, **worker_environment("http://127.0.0.1:9/v2", "local", "w1", TOKEN)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "0"
+
+
+def test_the_worker_command_becomes_the_worker(tmp_path: Path) -> None:
+    """A command that stayed in front of it would keep the signals to itself."""
+    environment = {
+        **os.environ,
+        "BUCKET_ENDPOINT_URL": "http://127.0.0.1:9",
+        "BUCKET_ACCESS_KEY_ID": "id",
+        "BUCKET_SECRET_ACCESS_KEY": "secret",
+        "HUNYUAN_MODEL_PATH": "demo",
+    }
+    command = [sys.executable, "-m", "shim", "worker", "--platform", f"http://127.0.0.1:{free_port()}"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--token", TOKEN], env=environment, stdout=log, stderr=log)
+    try:
+        worker = psutil.Process(process.pid)
+        eventually("the worker in its place", lambda: worker.cmdline()[-2:] == ["-m", "handler"])
+        environ = worker.environ()
+        assert environ["RUNPOD_AI_API_KEY"] == TOKEN
+        assert environ["RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"] == "true"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+
+
+# With our own platform
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A server with no worker of its own."""
+    running = Service(tmp_path_factory.mktemp("service"), HUNYUAN_WORKERS="0", HUNYUAN_PLATFORM_TOKEN=TOKEN)
+    try:
+        running.start(until_ready=False)
+        yield running
+    finally:
+        running.http.close()
+        assert running.stop() == 0, running.log.read_text()
+
+
+@contextmanager
+def worker_of(service: Service, directory: Path, address: str, worker_id: str) -> Iterator[WorkerProcess]:
+    """A worker of `service` that reaches it under `address`, from when it is ready."""
+    worker = WorkerProcess(
+        directory, service.embedded_bucket(), platform=address, token=TOKEN, worker_id=f"{worker_id}-{uuid.uuid4()}"
+    )
+    worker.start("--silent")
+    try:
+        eventually("the worker's first question", lambda: "Serverless Worker" in worker.log.read_text())
+        eventually("readiness", lambda: service.http.get("/ready").status_code == 200)
+        yield worker
+    finally:
+        if worker.process is not None:
+            worker.terminate()
+            assert worker.wait() == 0, worker.log.read_text()
+
+
+def test_a_result_that_was_lost_is_found_in_the_bucket_and_not_rendered_again(service: Service, tmp_path: Path) -> None:
+    """After a lost result the SDK's pings no longer name the job, and it asks for the next one."""
+    with FaultProxy(("127.0.0.1", service.port), http=True) as network:
+        network.answer(404, "Lost", times=1, method="POST", target="/job-done/")
+        with worker_of(service, tmp_path, network.url, "w") as worker:
+            task_id = service.generate()
+            assert service.finished(task_id, LEASE - 10)["status"] == "completed"
+            assert network.hits["Lost"] == 1
+            assert worker.renders() == [task_id]
+
+
+def test_a_job_that_comes_after_the_signal_is_another_workers_at_once(service: Service, tmp_path: Path) -> None:
+    with FaultProxy(("127.0.0.1", service.port)) as network, worker_of(service, tmp_path, network.url, "slow") as slow:
+        with network.broken(latency=1.5):
+            task_id = service.generate()
+            eventually("the hand-over", lambda: service.status(task_id)["queue_position"] is None)
+            slow.terminate()
+            assert slow.wait() == 0
+        with worker_of(service, tmp_path, service.address, "other") as other:
+            assert service.finished(task_id, LEASE - 20)["status"] == "completed"
+            assert other.renders() == [task_id]
