@@ -25,6 +25,9 @@ from shim.queue.schema import jobs, outcomes, workers
 _LOOK_AGAIN: Final = 1.0
 _LOOK_AGAIN_LISTENING: Final = 10.0
 _LISTEN_AGAIN: Final = 1.0
+#: Seconds that a transaction may take. The server ends long statements by itself, but not one that is frozen or cut
+#: off. To cancel it takes the driver up to 10 s more.
+_PATIENCE: Final = 20.0
 _CHANNEL: Final = "hunyuan_queue"
 
 log = logging.getLogger(__name__)
@@ -35,11 +38,17 @@ class Database:
 
     On PostgreSQL the bell is heard by every server on the same database, as long as `listen` runs in each; and the
     time is the database's, so that servers whose clocks differ agree on when a lease lapses. `clock` gives seconds
-    since the epoch in its place. A worker counts as there for `worker_timeout` seconds after it was last seen.
+    since the epoch in its place. A worker counts as there for `worker_timeout` seconds after it was last seen. A
+    transaction that takes longer than `patience` seconds is given up.
     """
 
     def __init__(
-        self, engine: AsyncEngine, *, clock: Callable[[], float] | None = None, worker_timeout: float = 60.0
+        self,
+        engine: AsyncEngine,
+        *,
+        clock: Callable[[], float] | None = None,
+        worker_timeout: float = 60.0,
+        patience: float = _PATIENCE,
     ) -> None:
         self._engine = engine
         self._writing = writing(engine)
@@ -49,19 +58,24 @@ class Database:
         self._listening = False
         self._clock = clock
         self._ahead = 0.0
+        self._patience = patience
         self.worker_timeout = worker_timeout
 
     @classmethod
-    async def open(cls, url: str, *, clock: Callable[[], float] | None = None, worker_timeout: float = 60.0) -> Self:
-        """The database at `url`, its tables made or brought up to date.
+    async def open(cls, url: str, **options: Any) -> Self:
+        """The database at `url`, its tables made or brought up to date. The options are those of `__init__`.
 
         Raises:
             ValueError: `url` is no address of a database that we know.
             QueueUnavailableError: it does not answer, or refuses us.
             QueueError: a newer release of the service made it.
         """
-        database = cls(await open_engine(database_url(url)), clock=clock, worker_timeout=worker_timeout)
-        await database.set_clock()
+        database = cls(await open_engine(database_url(url)), **options)
+        try:
+            await database.set_clock()
+        except BaseException:
+            await database.close()
+            raise
         return database
 
     async def close(self) -> None:
@@ -85,7 +99,7 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only reads. Raises QueueUnavailableError."""
         with _translated():
-            async with self._engine.connect() as connection:
+            async with asyncio.timeout(self._patience), self._engine.connect() as connection:
                 yield connection
 
     @asynccontextmanager
@@ -95,7 +109,7 @@ class Database:
         Raises QueueUnavailableError.
         """
         with _translated():
-            async with self._writing.begin() as connection:
+            async with asyncio.timeout(self._patience), self._writing.begin() as connection:
                 yield connection
                 if rings and self._is_postgresql:  # delivered if and when this transaction is committed
                     await connection.execute(
@@ -161,7 +175,7 @@ def _translated() -> Iterator[None]:
     """A server that is away, stops, or is a replica that takes no writes just now, is one that does not answer."""
     try:
         yield
-    except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as exc:
+    except (OperationalError, InterfaceError, InternalError, PoolTimeoutError, TimeoutError) as exc:
         raise QueueUnavailableError("The job queue's database does not answer") from exc
     except DBAPIError as exc:
         if not exc.connection_invalidated:

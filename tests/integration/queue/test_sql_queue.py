@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from shim.queue.engine import database_url as database_url_of
 from shim.queue.engine import migrate
 from shim.queue.schema import metadata
 from shim.queue.sql import SqlQueue
-from tests.postgres import Postgres
+from tests.postgres import Postgres, running_postgres
 from tests.queues import JOB, Bench, add_history, result, sql_bench
 
 
@@ -267,6 +268,41 @@ async def test_a_database_that_does_not_answer_is_said_so(tmp_path: Path, postgr
             await connection.execute(text("DROP TABLE workers"))
         with pytest.raises(QueueUnavailableError):
             await bench.queue.submit(JOB)
+
+
+async def test_a_database_that_hangs_keeps_nobody_waiting_for_long(postgres: Postgres) -> None:
+    database = await Database.open(postgres.create_database(), patience=1.0)
+    queue = SqlQueue(database)
+    try:
+        assert await queue.get("task") is None
+        postgres.send(signal.SIGSTOP)
+        asked = [asyncio.create_task(queue.get("task")) for _ in range(40)]  # more than the pool has connections
+        _, waiting = await asyncio.wait(asked, timeout=60)
+        assert not waiting
+        assert all(isinstance(question.exception(), QueueUnavailableError) for question in asked)
+        postgres.send(signal.SIGCONT)
+        assert await queue.get("task") is None
+    finally:
+        postgres.send(signal.SIGCONT)
+        await database.close()
+
+
+async def test_the_bell_is_heard_again_after_the_database_was_killed() -> None:
+    with running_postgres() as server:
+        url = server.create_database()
+        async with sql_bench(url) as here, sql_bench(url) as there:
+            first = there.database.changed
+            listener = asyncio.create_task(there.database.listen())
+            await asyncio.wait_for(first.wait(), 10)
+            again = there.database.changed
+            server.kill()
+            await asyncio.to_thread(server.start)
+            await asyncio.wait_for(again.wait(), 30)  # it rings when it listens
+            await here.worker()
+            changed = there.database.changed
+            await here.queue.submit(JOB)
+            await asyncio.wait_for(changed.wait(), 10)
+            listener.cancel()
 
 
 @pytest.mark.parametrize("url", ["mysql://host/database", "no address"])
