@@ -54,11 +54,7 @@ class Manifests:
 
     async def find_result(self, task_id: str) -> JobResult | None:
         """What the job would have returned, had its result not been lost on the way (a `FindResult`)."""
-        try:
-            manifest = await self.find(task_id)
-        except StorageError as exc:
-            log.warning("%s: can't look for its manifest: %s", task_id, exc, extra={"task_id": task_id})
-            return None
+        manifest = await self.find(task_id)
         if manifest is None:
             return None
         return JobResult(

@@ -25,7 +25,7 @@ from handler.contract import (
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
 
 #: Looks for a finished job in the bucket by its task id: what a job whose result never reached the queue left there.
-#: It raises nothing: where the bucket can't be asked the answer is None, and the worker asks again before it renders.
+#: It raises StorageError where the bucket can't be asked, and nothing else.
 FindResult = Callable[[str], Awaitable[JobResult | None]]
 
 #: Removes what a job left in the bucket, by its task id. It raises nothing.

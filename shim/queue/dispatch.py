@@ -18,6 +18,7 @@ from handler.contract import ErrorCode, JobFailure, Manifest, Progress, WorkerRe
 from shim.queue.base import NO_VIDEO, Discard, FindResult, JobObserver, JobState, QueueError
 from shim.queue.database import Database, end, fetch_all, fetch_one, upsert
 from shim.queue.schema import jobs, render_times, valid_manifest, workers
+from storage.errors import StorageError
 
 #: Seconds after which a stop that the worker has not followed is sent again.
 _STOP_AGAIN: Final = 2.0
@@ -264,17 +265,29 @@ class Dispatcher:
                 await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
 
     async def _settle(self, which: ColumnElement[bool], *, blameless: bool = False) -> None:
-        """Running jobs that nobody is at: done after all, or queued again, or given up."""
+        """Running jobs that nobody is at: done after all, or queued again, or given up.
+
+        While the bucket can't be asked none is given up: it may be done. To be queued again does no harm, the worker
+        asks before it renders.
+        """
         async with self._database.read() as connection:
             lost = await fetch_all(connection, select(jobs).where(jobs.c.state == JobState.RUNNING, which))
         for row in lost:
-            result = await self._find_result(row.task_id)
+            result, unknown = None, False
+            try:
+                result = await self._find_result(row.task_id)
+            except StorageError as exc:
+                log.warning(
+                    "%s: can't look for its manifest: %s", row.task_id, exc, extra={"task_id": row.task_id}
+                )
+                unknown = True
             if result is not None:
                 text = "%s: its result was lost on the way, its manifest is in the bucket"
                 log.info(text, row.task_id, extra=_ids(row.task_id, row.worker_id))
                 await self.complete(row.worker_id, row.task_id, result.model_dump(mode="json"))
             elif row.attempts >= self._max_attempts and not blameless:
-                await self._give_up(row, which)
+                if not unknown:
+                    await self._give_up(row, which)
             else:
                 await self._give_back(row, which, blameless)
 

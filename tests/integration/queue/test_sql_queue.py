@@ -30,6 +30,7 @@ from shim.queue.engine import database_url as database_url_of
 from shim.queue.engine import migrate
 from shim.queue.schema import metadata
 from shim.queue.sql import SqlQueue
+from storage.errors import StorageUnavailableError
 from tests.postgres import Postgres, running_postgres
 from tests.queues import JOB, Bench, add_history, result, sql_bench
 
@@ -152,6 +153,28 @@ async def test_a_job_that_kills_its_workers_is_given_up_after_three_attempts(ben
     assert job.failure is not None
     assert job.failure.error_code is ErrorCode.GENERATION_FAILED
     assert "3 times" in job.failure.error
+
+
+async def test_no_job_is_given_up_while_the_bucket_can_not_say_that_it_is_not_done(database_url: str) -> None:
+    stored: dict[str, JobResult] | None = None
+
+    async def find_result(task_id: str) -> JobResult | None:
+        if stored is None:
+            raise StorageUnavailableError("the bucket is away")
+        return stored.get(task_id)
+
+    async with sql_bench(database_url, find_result=find_result) as bench:
+        await bench.worker()
+        done, lost = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
+        for _ in range(3):
+            await bench.take("w1")
+            await bench.take("w2")
+            bench.later(61)
+            await bench.dispatcher.sweep()
+        assert {await state(bench, task_id) for task_id in (done, lost)} == {JobState.RUNNING}
+        stored = {done: result(done)}
+        await bench.dispatcher.sweep()
+        assert (await state(bench, done), await state(bench, lost)) == (JobState.COMPLETED, JobState.FAILED)
 
 
 async def test_a_worker_that_was_asked_to_stop_costs_no_attempt(bench: Bench) -> None:
