@@ -136,6 +136,7 @@ async def _serve_local(
             find_result=manifests.find_result,
             discard=manifests.discard,
             max_attempts=settings.max_attempts,
+            lease=settings.worker_timeout,
             history=settings.history_ttl,
             observer=metrics,
         )
@@ -177,11 +178,13 @@ async def _serve_local(
 async def _database(settings: ShimSettings) -> Database:
     """The queue's database; one that does not answer yet is waited for."""
     if settings.database_url is None:
-        return await Database.open(f"sqlite:///{settings.directory}/queue.sqlite3")
+        url = f"sqlite:///{settings.directory}/queue.sqlite3"
+        return await Database.open(url, worker_timeout=settings.worker_timeout)
     deadline = time.monotonic() + _DATABASE_PATIENCE
     while True:
         try:
-            return await Database.open(settings.database_url.get_secret_value())
+            url = settings.database_url.get_secret_value()
+            return await Database.open(url, worker_timeout=settings.worker_timeout)
         except (ValueError, QueueError) as exc:
             if not isinstance(exc, QueueUnavailableError) or time.monotonic() > deadline:
                 raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc

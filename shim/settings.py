@@ -62,6 +62,13 @@ class ShimSettings(LogOptions, BaseSettings):
         validation_alias="HUNYUAN_MAX_ATTEMPTS",
         description="Workers that a task may lose before it fails.",
     )
+    worker_timeout: float = Field(
+        default=60.0,
+        ge=15,
+        validation_alias="HUNYUAN_WORKER_TIMEOUT",
+        description="Seconds without a sign of life after which a worker counts as lost and its task is handed on. "
+        "Workers give one every 5 seconds.",
+    )
     history_ttl: float = Field(
         default=7 * 24 * 3600.0,
         ge=3600,
