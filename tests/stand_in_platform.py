@@ -36,6 +36,7 @@ class StandInPlatform(ThreadingHTTPServer):
         #: The results that came, each time they came.
         self.results: list[tuple[str, Any]] = []
         self.reports: list[str] = []
+        self.pings = 0
         self.closing = False
 
     @property
@@ -71,6 +72,7 @@ class _Request(BaseHTTPRequestHandler):
                     self.server.changed.wait_for(self._is_over)
                 self._answer(204)
             case _:
+                self.server.pings += 1
                 self._answer(200, {})
 
     def do_POST(self) -> None:
