@@ -33,6 +33,10 @@ test: lint ## Lint, type-check and run every test
 unit: $(VENV)/.dev ## Run the tests that need no server and no model
 	$(BIN)/pytest tests/unit
 
+.PHONY: test-faults
+test-faults: $(VENV)/.dev ## Kill and cut off every part during 200 tasks, half an hour or so (FAULTS="--fault-seed 7" as an earlier run)
+	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
+
 .PHONY: bench-gpu
 bench-gpu: $(VENV)/.local ## Measure the model's real dimensions on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
 	$(BIN)/python -m benchmarks.gpu $(BENCH)

@@ -1,6 +1,7 @@
 """Fixtures every room's tests share."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,25 @@ hypothesis.settings.load_profile("short")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run beside each other already: torch with a thread for each core would only get in its own way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", choices=["short", "full"], default="short", help="form of tests/faults")
+    parser.addoption("--fault-seed", type=int, help="else fixed in the short form, random in the full one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.fault_seed is None:
+        config.option.fault_seed = 1 if config.option.faults == "short" else random.randrange(10**6)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The reports of tests/faults; from the processes of xdist, too."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, text in getattr(report, "user_properties", ()):
+                if name == "faults" and report.when == "call":
+                    terminalreporter.write_line(f"\n{text}")
 
 
 @pytest.fixture

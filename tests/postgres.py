@@ -42,6 +42,7 @@ class Postgres:
     def __init__(self, directory: Path) -> None:
         self.port = free_port()
         self._directory = directory
+        self.log = directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self._programs = _programs()
         if _USER is not None:
@@ -52,7 +53,7 @@ class Postgres:
     def start(self) -> None:
         settings = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "max_connections=200")
         options = [part for setting in settings for part in ("-c", setting)]
-        with (self._directory / "log").open("ab") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [self._programs / "postgres", "-D", str(self._directory / "data"), "-p", str(self.port), *options],
                 stdout=log,
@@ -62,9 +63,12 @@ class Postgres:
             )
         eventually("PostgreSQL's first answer", self._answers, START_SECONDS)
 
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def _answers(self) -> bool:
         assert self._process is not None
-        assert self._process.poll() is None, (self._directory / "log").read_text()
+        assert self._process.poll() is None, self.log.read_text()
         try:
             psycopg.connect(self.url("postgres"), connect_timeout=2).close()
         except psycopg.OperationalError:

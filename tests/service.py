@@ -62,11 +62,15 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         self.http = httpx.Client(base_url=self.address, timeout=60)
 
-    def start(self, *, until_ready: bool = True) -> None:
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "shim", "serve"], env=self._environment, stdout=log, stderr=log
             )
+
+    def start(self, *, until_ready: bool = True) -> None:
+        self.launch()
         eventually(
             "the server's first answer" if not until_ready else "readiness",
             lambda: self._up(until_ready),

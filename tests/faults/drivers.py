@@ -1,0 +1,158 @@
+"""What goes wrong: signals to parts, and breaks in the network between them, one after another, by a seed."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tests.fault_proxy import FaultProxy, Faults
+from tests.faults.system import WORKER_TIMEOUT, Part, System
+from tests.service import eventually
+
+#: In the long form so often: a worker is frozen until its task is another's.
+_LONG_FREEZES = 0.25
+
+_KILL, _FREEZE, _TERMINATE = "SIGKILL", "SIGSTOP", "SIGTERM"
+
+#: Limits are drawn up to what stands here: about a video of the scripted model.
+_BREAKS: dict[str, Faults] = {
+    "refused": Faults(refuse=True),
+    "reset at once": Faults(reset_on_accept=True),
+    "reset on the way up": Faults(reset_up_after=8_000),
+    "reset on the way down": Faults(reset_down_after=8_000),
+    "truncated": Faults(truncate_after=8_000),
+    "stalled": Faults(stall=True),
+    "slow": Faults(latency=0.2, bandwidth=50_000),
+}
+#: What befalls each new connection of a link by chance.
+_MISHAPS = ("reset at once", "reset on the way up", "reset on the way down", "truncated")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much goes wrong: each driver goes through all it knows once, or again and again."""
+
+    name: str
+    tasks: int
+    machines_tasks: int
+    clients: int
+    longest_fault: float
+    repeats: bool
+
+
+SHORT = Form("short", tasks=24, machines_tasks=20, clients=14, longest_fault=2.0, repeats=False)
+FULL = Form("full", tasks=200, machines_tasks=100, clients=24, longest_fault=5.0, repeats=True)
+
+
+class Driver(threading.Thread):
+    """Breaks one thing after another until it is told to stop, or knows no more; what it broke is whole at its end."""
+
+    def __init__(self, name: str, system: System, form: Form, seed: str) -> None:
+        super().__init__(name=name)
+        self._chance = random.Random(f"{seed} {name}")
+        self._system = system
+        self._form = form
+        self._enough = threading.Event()
+        self.counts: Counter[str] = Counter()
+        self.violations: list[str] = []
+
+    def run(self) -> None:
+        try:
+            for fault in self._faults():
+                if self._enough.is_set():
+                    return
+                fault()
+                self._enough.wait(self._chance.uniform(0.1, 0.5))
+        except Exception as exc:  # for the test to see
+            self.violations.append(f"{self.name}: {exc!r}")
+            raise
+
+    def stop(self) -> None:
+        self._enough.set()
+        self.join(200)
+
+    def _faults(self) -> Iterator[Callable[[], None]]:
+        while True:
+            bag = self._bag()
+            self._chance.shuffle(bag)
+            yield from bag
+            if not self._form.repeats:
+                return
+
+    def _bag(self) -> list[Callable[[], None]]:
+        raise NotImplementedError
+
+    def _seconds(self) -> float:
+        return self._chance.uniform(0.3, self._form.longest_fault)
+
+
+class Signals(Driver):
+    """Kills, freezes and ends parts, and starts what is gone again, as its supervisor would."""
+
+    def _bag(self) -> list[Callable[[], None]]:
+        def of(part: Part, kind: str) -> Callable[[], None]:
+            return lambda: self._send(part, kind)
+
+        system = self._system
+        kinds = (_KILL, _FREEZE, _TERMINATE)
+        singles: list[Part] = [system.store, system.database]
+        bag = [of(part, kind) for part in singles for kind in kinds]
+        bag += [of(self._chance.choice(system.shims), kind) for kind in kinds]
+        bag += [of(worker, _KILL) for worker in system.workers]
+        return bag + [of(self._chance.choice(system.workers), kind) for kind in (_FREEZE, _TERMINATE)]
+
+    def _send(self, part: Part, kind: str) -> None:
+        self._check_running()
+        eventually(f"{part.name} up", part.is_up, 120)
+        self.counts[f"{kind} {part.name}"] += 1
+        if kind == _FREEZE:
+            self._freeze(part)
+            return
+        if kind == _KILL:
+            part.kill()
+        elif code := part.terminate():
+            self.violations.append(f"{part.name} ended with code {code} after {_TERMINATE}")
+        time.sleep(self._seconds() / 2)
+        part.start()
+
+    def _freeze(self, part: Part) -> None:
+        seconds = self._seconds()
+        if self._form.repeats and part in self._system.workers and self._chance.random() < _LONG_FREEZES:
+            seconds = 1.5 * WORKER_TIMEOUT
+        part.freeze()
+        try:
+            time.sleep(seconds)
+        finally:
+            part.thaw()
+
+    def _check_running(self) -> None:
+        for part in self._system.parts:
+            if not part.is_running():
+                self.violations.append(f"{part.name} ended by itself")
+                part.start()
+
+
+class Network(Driver):
+    """Breaks the connections of one link after another: all of them, or each new one by chance."""
+
+    def _bag(self) -> list[Callable[[], None]]:
+        def of(name: str, link: FaultProxy, kind: str) -> Callable[[], None]:
+            return lambda: self._break(name, link, kind)
+
+        links = self._system.links.items()
+        return [of(name, link, kind) for name, link in links for kind in (*_BREAKS, "at random")]
+
+    def _break(self, name: str, link: FaultProxy, kind: str) -> None:
+        self.counts[f"{kind}: {name}"] += 1
+        if kind == "at random":
+            link.break_at_random(self._chance, 0.5, [_BREAKS[mishap] for mishap in _MISHAPS])
+        else:
+            link.faults = _BREAKS[kind].drawn(self._chance)
+        try:
+            time.sleep(self._seconds())
+        finally:
+            link.heal()
