@@ -21,6 +21,7 @@ from shim.api.dependencies import Services
 from shim.api.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, api_error
+from shim.http_client import HttpClient
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
 from shim.tasks import Manifests, TaskNotFoundError, Tasks
@@ -47,9 +48,7 @@ def create_app(
     """
     metrics = metrics or Metrics()
     # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
-    store = httpx.AsyncClient(
-        timeout=httpx.Timeout(store_timeout, connect=3.05), limits=httpx.Limits(max_connections=200)
-    )
+    store = HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=httpx.Limits(max_connections=200))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -277,9 +277,7 @@ class Dispatcher:
             try:
                 result = await self._find_result(row.task_id)
             except StorageError as exc:
-                log.warning(
-                    "%s: can't look for its manifest: %s", row.task_id, exc, extra={"task_id": row.task_id}
-                )
+                log.warning("%s: can't look for its manifest: %s", row.task_id, exc, extra={"task_id": row.task_id})
                 unknown = True
             if result is not None:
                 text = "%s: its result was lost on the way, its manifest is in the bucket"

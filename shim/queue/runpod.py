@@ -19,6 +19,7 @@ import httpx
 from pydantic import ValidationError
 
 from handler.contract import ErrorCode, JobFailure, JobInput, Manifest, Progress, Stage
+from shim.http_client import HttpClient
 from shim.queue.base import (
     NO_VIDEO,
     Backlog,
@@ -90,7 +91,7 @@ class RunPodQueue:
         clock: Callable[[], float] = time.monotonic,
         observer: JobObserver | None = None,
     ) -> None:
-        self._http = httpx.AsyncClient(
+        self._http = HttpClient(
             base_url=f"{base_url.rstrip('/')}/{endpoint_id}",
             headers={"Authorization": f"Bearer {api_key}"},
             # Slightly over a multiple of 3 s, the TCP retransmission timer.
