@@ -13,8 +13,8 @@ from tests.fault_proxy import FaultProxy, Faults
 from tests.faults.system import WORKER_TIMEOUT, Part, System
 from tests.service import eventually
 
-#: In the long form so often: a worker is frozen until its task is another's.
-_LONG_FREEZES = 0.25
+#: Seconds that a worker is given to store a video while its result is held back.
+_STORED = 10.0
 
 _KILL, _FREEZE, _TERMINATE = "SIGKILL", "SIGSTOP", "SIGTERM"
 
@@ -34,18 +34,22 @@ _MISHAPS = ("reset at once", "reset on the way up", "reset on the way down", "tr
 
 @dataclass(frozen=True)
 class Form:
-    """How much goes wrong: each driver goes through all it knows once, or again and again."""
+    """How much goes wrong: each driver goes through all it knows once, or again and again.
+
+    A share of `long_freezes` of a worker's freezes last until its task is another's. Faults in seconds.
+    """
 
     name: str
     tasks: int
     machines_tasks: int
     clients: int
     longest_fault: float
+    long_freezes: float
     repeats: bool
 
 
-SHORT = Form("short", tasks=24, machines_tasks=20, clients=14, longest_fault=2.0, repeats=False)
-FULL = Form("full", tasks=200, machines_tasks=100, clients=24, longest_fault=5.0, repeats=True)
+SHORT = Form("short", tasks=24, machines_tasks=20, clients=14, longest_fault=2.0, long_freezes=0.0, repeats=False)
+FULL = Form("full", tasks=200, machines_tasks=100, clients=24, longest_fault=5.0, long_freezes=0.25, repeats=True)
 
 
 class Driver(threading.Thread):
@@ -73,7 +77,9 @@ class Driver(threading.Thread):
 
     def stop(self) -> None:
         self._enough.set()
-        self.join(200)
+        self.join(300)
+        if self.is_alive():
+            self.violations.append(f"{self.name} has not ended")
 
     def _faults(self) -> Iterator[Callable[[], None]]:
         while True:
@@ -103,7 +109,8 @@ class Signals(Driver):
         bag = [of(part, kind) for part in singles for kind in kinds]
         bag += [of(self._chance.choice(system.shims), kind) for kind in kinds]
         bag += [of(worker, _KILL) for worker in system.workers]
-        return bag + [of(self._chance.choice(system.workers), kind) for kind in (_FREEZE, _TERMINATE)]
+        bag += [of(self._chance.choice(system.workers), kind) for kind in (_FREEZE, _TERMINATE)]
+        return [*bag, self._kill_with_a_result, self._kill_with_a_result]
 
     def _send(self, part: Part, kind: str) -> None:
         self._check_running()
@@ -121,13 +128,32 @@ class Signals(Driver):
 
     def _freeze(self, part: Part) -> None:
         seconds = self._seconds()
-        if self._form.repeats and part in self._system.workers and self._chance.random() < _LONG_FREEZES:
+        if part in self._system.workers and self._chance.random() < self._form.long_freezes:
             seconds = 1.5 * WORKER_TIMEOUT
         part.freeze()
         try:
             time.sleep(seconds)
         finally:
             part.thaw()
+
+    def _kill_with_a_result(self) -> None:
+        """SIGKILL to a worker that has stored a video and can't say so."""
+        self._check_running()
+        link = self._chance.choice(self._system.workers).link
+        before = len(self._system.notes())
+        link.faults = Faults(refuse=True)
+        try:
+            deadline = time.monotonic() + _STORED
+            while time.monotonic() < deadline and not self._enough.wait(0.02):
+                stored = {note.pid for note in self._system.notes()[before:] if note.event == "stored"}
+                for worker in self._system.workers:
+                    if worker.link is link and worker.is_running() and worker.worker.pid in stored:
+                        self.counts[f"{_KILL} {worker.name} with a result"] += 1
+                        worker.kill()
+                        worker.start()
+                        return
+        finally:
+            link.heal()
 
     def _check_running(self) -> None:
         for part in self._system.parts:

@@ -123,10 +123,18 @@ class WorkerPart:
     """A worker. Its next life has the same id, as a RunPod pod's has, or another one, as `hunyuan worker`'s has."""
 
     def __init__(
-        self, name: str, directory: Path, platform: str, bucket: BucketSettings, *, keeps_id: bool, step_seconds: float
+        self,
+        name: str,
+        directory: Path,
+        link: FaultProxy,
+        bucket: BucketSettings,
+        *,
+        keeps_id: bool,
+        step_seconds: float,
     ) -> None:
         self.name = name
-        self.worker = WorkerProcess(directory, bucket, platform=platform, token=TOKEN, worker_id=name)
+        self.link = link
+        self.worker = WorkerProcess(directory, bucket, platform=link.url, token=TOKEN, worker_id=name)
         self.log = self.worker.log
         self._keeps_id = keeps_id
         self._step_seconds = step_seconds
@@ -274,7 +282,7 @@ class System:
             ShimPart(f"shim{index}", directory / f"shim{index}", database_url, shims_bucket) for index in range(SHIMS)
         ]
         self.addresses = [link(f"clients to {shim.name}", shim.address).url for shim in self.shims]
-        platforms = [link(f"workers to {shim.name}", shim.address).url for shim in self.shims]
+        platforms = [link(f"workers to {shim.name}", shim.address) for shim in self.shims]
         self.workers = [
             WorkerPart(
                 f"worker{index}",
