@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,10 +44,13 @@ class StandInPlatform(ThreadingHTTPServer):
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", self.server_port
 
-    def submit(self, task_id: str) -> None:
+    def submit(self) -> str:
+        """A new job's id."""
+        task_id = str(uuid.uuid4())
         with self.changed:
             self.jobs.append(task_id)
             self.changed.notify_all()
+        return task_id
 
     def delivered(self) -> list[str]:
         """The jobs whose results came, a job twice if its result did."""
