@@ -118,7 +118,10 @@ class Tasks:
         return job
 
     async def find(self, task_id: str) -> Job:
-        """The task as of now. A finished one that the queue has forgotten, or can't tell of, is in the bucket.
+        """The task as of now. A finished one that the queue has forgotten is in the bucket.
+
+        While the queue can't be asked nobody knows whether it has ended: a video may be stored, and its task not yet
+        be completed.
 
         Raises:
             TaskNotFoundError: nobody knows it.
@@ -127,14 +130,23 @@ class Tasks:
         if not layout.is_task_id(task_id):
             raise TaskNotFoundError(task_id)
         bind(task_id=task_id)
-        unavailable: QueueUnavailableError | None = None
+        job = await self._queue.get(task_id) or await self._stored(task_id)
+        if job is None:
+            raise TaskNotFoundError(task_id)
+        return job
+
+    async def find_video(self, task_id: str) -> Job:
+        """As `find`; but what is in the bucket is served while the queue can't be asked, too."""
         try:
-            job = await self._queue.get(task_id)
-        except QueueUnavailableError as exc:
-            job, unavailable = None, exc
-        if job is not None:
+            return await self.find(task_id)
+        except QueueUnavailableError:
+            job = await self._stored(task_id)
+            if job is None:
+                raise
             return job
+
+    async def _stored(self, task_id: str) -> Job | None:
         manifest = await self._manifests.find(task_id)
-        if manifest is not None:
-            return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
-        raise unavailable or TaskNotFoundError(task_id)
+        if manifest is None:
+            return None
+        return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)

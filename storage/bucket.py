@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import boto3
+import urllib3
 from boto3.exceptions import Boto3Error, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
@@ -216,6 +217,8 @@ class Bucket:
         except RecursionError as exc:  # boto3 follows a 301 that names no region, and the next one, and so on
             why = f"redirects without end ({self._variable('endpoint_url')})"
             raise StorageDeniedError(f"{where}: {why}") from exc
+        except urllib3.exceptions.HTTPError as exc:  # an answer that breaks off: botocore lets it through
+            raise StorageUnavailableError(f"{where}: {type(exc).__name__}") from exc
         except (BotoCoreError, Boto3Error) as exc:
             # An upload's own error holds the store's in its context.
             if isinstance(exc, S3UploadFailedError) and isinstance(exc.__context__, ClientError):

@@ -194,9 +194,9 @@ class FaultProxy:
             for connection in self._connections:
                 connection.faults = None
         if faults.refuse and not refused:
-            self._server.close()
             # Bound, but not listening: connections are refused and the port stays ours.
             self._socket = _bound(self.port)
+            self._server.close()
             for connection in self._connections:
                 self.hits["refuse"] += 1
                 connection.end(reset=True)
@@ -336,6 +336,7 @@ def _end(writer: asyncio.StreamWriter, *, reset: bool) -> None:
 
 def _bound(port: int) -> socket.socket:
     made = socket.socket()
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # bound again before it is let go
+        made.setsockopt(socket.SOL_SOCKET, option, 1)
     made.bind(("127.0.0.1", port))
     return made

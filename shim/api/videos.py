@@ -124,7 +124,7 @@ async def video(file_name: str, request: Request, use: Annotated[Services, Depen
 
 
 async def _finished(task_id: str, use: Services) -> Manifest:
-    job = await use.tasks.find(task_id)
+    job = await use.tasks.find_video(task_id)
     if job.result is not None:
         return job.result
     if job.failure is not None:

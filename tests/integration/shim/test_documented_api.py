@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from handler.contract import ErrorCode, Gpu, JobFailure, Progress, Stage, WorkerState
 from shim.app import create_app
@@ -379,6 +380,16 @@ async def test_a_cancelled_task_has_failed(server: Server) -> None:
 async def test_an_unknown_or_malformed_id_is_404(server: Server, task_id: str) -> None:
     assert_error(await server.http.get(f"/status/{task_id}"), 404, ErrorCode.TASK_NOT_FOUND)
     assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.TASK_NOT_FOUND)
+
+
+async def test_no_status_is_told_while_the_queue_is_away_and_videos_go_on(server: Server) -> None:
+    """A video is stored before its task is completed: told from the bucket, a status could be taken back."""
+    task_id = await server.finished()
+    async with server.bench.database.write() as connection:
+        await connection.execute(text("DROP TABLE jobs"))
+    assert_error(await server.http.get(f"/status/{task_id}"), 503, ErrorCode.QUEUE_UNAVAILABLE)
+    assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
+    assert_error(await server.http.get("/videos/no-such-task.mp4"), 503, ErrorCode.QUEUE_UNAVAILABLE)
 
 
 async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(

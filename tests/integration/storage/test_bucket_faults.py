@@ -177,6 +177,12 @@ def test_an_answer_that_breaks_off_is_never_taken_for_the_whole(
                 read()
 
 
+def test_a_refusal_that_breaks_off_is_one_of_our_errors(bucket: Bucket, proxy: FaultProxy) -> None:
+    for limit in range(0, 1000, 25):
+        with proxy.broken(reset_down_after=limit), pytest.raises(StorageError):
+            bucket.get_bytes("videos/no-such-task.json")
+
+
 def test_a_stalled_server_is_given_up_in_time(settings: BucketSettings, proxy: FaultProxy) -> None:
     bucket = Bucket(settings, timeout=0.3, attempts=2)
     started = time.monotonic()
