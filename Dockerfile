@@ -1,0 +1,114 @@
+# Two images: `--target shim` is the server, `--target worker` renders. docs/deploy-docker.md has the build arguments.
+# tests/infra runs these instructions in empty virtual environments; what is made lies under /opt/hunyuan for that.
+
+FROM python:3.12.13-slim-trixie AS wheel
+
+WORKDIR /opt/hunyuan/source
+COPY pyproject.toml README.md LICENSE ./
+COPY handler ./handler
+COPY shim ./shim
+COPY storage ./storage
+RUN pip wheel --no-deps --wheel-dir /opt/hunyuan/dist .
+
+
+FROM python:3.12.13-slim-trixie AS shim
+
+RUN useradd --uid 10001 --create-home hunyuan \
+    && install --directory --owner=10001 --group=10001 /var/lib/hunyuan
+
+ENV PATH=/opt/hunyuan/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONUNBUFFERED=1
+
+# The dependencies, which change rarely: of a package with no code in it.
+WORKDIR /opt/hunyuan/source
+COPY pyproject.toml constraints.txt ./
+RUN touch README.md LICENSE \
+    && python3 -m venv /opt/hunyuan/venv \
+    && pip install --constraint constraints.txt .
+
+COPY --from=wheel /opt/hunyuan/dist /opt/hunyuan/dist
+RUN pip install --no-deps --force-reinstall /opt/hunyuan/dist/*.whl
+
+ENV HUNYUAN_DATA_DIR=/var/lib/hunyuan \
+    HUNYUAN_WORKERS=0
+ARG VERSION=""
+ARG REVISION=""
+LABEL org.opencontainers.image.title="hunyuan-video-shim" \
+      org.opencontainers.image.description="HunyuanVideo-1.5 service: the REST server, without torch" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.12.13-slim-trixie" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+
+WORKDIR /home/hunyuan
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('HUNYUAN_PORT', '8000') + '/health', timeout=4)"]
+CMD ["hunyuan", "serve"]
+
+
+# CUDA 13.0 is what PyPI's torch 2.13 is built for. Its wheels bring cuBLAS, cuDNN and the rest along, so `base` is enough.
+FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS worker
+
+# torch.compile calls a compiler, with Python's headers, when the model is loaded.
+# The distribution keeps no old versions to pin; the base image's tag names the distribution's release.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+# RunPod mounts network volumes and its cached models at /runpod-volume; elsewhere it is the place for a volume, too.
+RUN useradd --uid 10001 --create-home hunyuan \
+    && install --directory --owner=10001 --group=10001 /runpod-volume /runpod-volume/huggingface-cache/hub
+
+ENV PATH=/opt/hunyuan/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
+
+WORKDIR /opt/hunyuan/source
+COPY pyproject.toml constraints.txt ./
+ARG PIP_EXTRA_INDEX_URL=""
+RUN touch README.md LICENSE \
+    && python3 -m venv /opt/hunyuan/venv \
+    && pip install --constraint constraints.txt '.[worker]'
+
+ARG FLASH_ATTN_WHEEL=""
+RUN if [ -n "$FLASH_ATTN_WHEEL" ]; then \
+        pip install --constraint constraints.txt "$FLASH_ATTN_WHEEL"; \
+    fi
+
+COPY --from=wheel /opt/hunyuan/dist /opt/hunyuan/dist
+RUN pip install --no-deps --force-reinstall /opt/hunyuan/dist/*.whl
+
+ARG PROFILE=""
+ARG ACCEPT_LICENCE=""
+RUN if [ -n "$PROFILE" ]; then \
+        hunyuan download-weights "$PROFILE" --to /opt/hunyuan/models ${ACCEPT_LICENCE:+--accept-licence}; \
+    fi
+
+# An empty HUNYUAN_MODEL_PATH counts as absent: then the weights are looked for in the hub's cache, which is RunPod's.
+ENV HF_HUB_CACHE=/runpod-volume/huggingface-cache/hub \
+    HUNYUAN_MODEL_PATH=${PROFILE:+/opt/hunyuan/models}
+ARG VERSION=""
+ARG REVISION=""
+LABEL org.opencontainers.image.title="hunyuan-video-worker" \
+      org.opencontainers.image.description="HunyuanVideo-1.5 service: the render process, for RunPod and hunyuan worker" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/nvidia/cuda:13.0.3-base-ubuntu24.04" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+
+WORKDIR /home/hunyuan
+USER 10001:10001
+STOPSIGNAL SIGTERM
+# It listens nowhere: it reports itself to its server, whose /health counts it.
+HEALTHCHECK NONE
+# The base image's entry point prints a banner before it hands over.
+ENTRYPOINT []
+CMD ["python", "-u", "-m", "handler"]
