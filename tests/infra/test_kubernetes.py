@@ -55,7 +55,7 @@ def rendered(overlay: str) -> list[Resource]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl, which has kustomize in it, is not installed")
-    command = [kubectl, "kustomize", KUBERNETES / "overlays" / overlay]
+    command = [kubectl, "kustomize", str(KUBERNETES / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
