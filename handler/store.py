@@ -46,7 +46,7 @@ class Patience:
         """How long to wait after each failure, without end."""
         wait_for = self.first
         while True:
-            yield wait_for * random.uniform(0.5, 1.0)  # nosec B311 - it spreads retries
+            yield wait_for * random.uniform(0.5, 1.0)  # nosec B311 # jitter
             wait_for = min(2 * wait_for, self.longest)
 
 
