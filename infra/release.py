@@ -19,6 +19,8 @@ _CARRIED: Final = (
     "handler/video_model/catalog.py",
     "shim/__main__.py",
     "shim/queue/migrations/env.py",
+    "shim/web/app.js",
+    "shim/web/index.html",
     "storage/bucket.py",
 )
 _ROOMS: Final = {"handler", "shim", "storage"}

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from handler.contract import ErrorCode, InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
-from shim.api import documented, videos
+from shim.api import documented, page, videos
 from shim.api.access_log import AccessLog
 from shim.api.dependencies import Services
 from shim.api.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
@@ -68,7 +68,7 @@ def create_app(
         public_url=public_url,
         rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
     )
-    for router in (documented.router, videos.router, metrics_router, *routers):
+    for router in (documented.router, videos.router, page.router, metrics_router, *routers):
         app.include_router(router)
     for expected in (
         ApiError,

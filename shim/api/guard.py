@@ -16,14 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from handler.contract import ErrorCode
 from shim.access import ApiKeys
+from shim.api import page
 from shim.errors import ApiError
 
 DOCS_PATH: Final = "/docs"
 #: What needs no key: for load balancers, and what is the same on every server.
-OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"})
+OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"}) | page.PATHS
 #: The platform's routes: each checks the platform's own token.
 PLATFORM_PREFIX: Final = "/v2/"
-#: A page of ours is no place for scripts, frames or forms; a browser that opens a video may play it.
+#: An answer is no place for scripts, frames or forms; a browser that opens a video may play it.
 _POLICY: Final = "default-src 'none'; media-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 #: FastAPI's page loads Swagger UI from its usual place, and starts it with a script of its own.
 _DOCS_POLICY: Final = (

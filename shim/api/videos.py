@@ -107,7 +107,7 @@ async def video(file_name: str, request: Request, use: Annotated[Services, Depen
         "Cache-Control": "private, no-cache",
         "Content-Disposition": f'inline; filename="{task_id}.mp4"',
     }
-    if _lists(request.headers.get("if-none-match"), etag):
+    if names_etag(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     wanted = _range(request, etag, manifest.file_size)
     status = 200 if wanted is None else 206
@@ -132,7 +132,7 @@ async def _finished(task_id: str, use: Services) -> Manifest:
     raise ApiError(ErrorCode.VIDEO_NOT_READY, f"The video is not ready: {job.progress} % done")
 
 
-def _lists(header: str | None, etag: str) -> bool:
+def names_etag(header: str | None, etag: str) -> bool:
     """Whether an If-None-Match header names `etag`, compared weakly."""
     if header is None:
         return False

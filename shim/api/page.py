@@ -1,0 +1,65 @@
+"""The web page: GET /, and the files it is made of under /static. Read once, when the server starts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+
+from shim.api.videos import names_etag
+
+_MEDIA_TYPES: Final = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+#: Everything comes from this server, nothing stands inline. A blob is a video that was fetched with a key.
+_POLICY: Final = (
+    "default-src 'self'; media-src 'self' blob:; object-src 'none'; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'; require-trusted-types-for 'script'"
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    body: bytes
+    media_type: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {
+            "ETag": f'"{hashlib.sha256(self.body).hexdigest()}"',
+            "Cache-Control": "no-cache",  # kept, but asked about each time: the files fit one another
+            "Content-Security-Policy": _POLICY,
+        }
+
+
+def _files() -> dict[str, _File]:
+    """Every file of the page by its path on the server."""
+    found = {}
+    for file in resources.files("shim").joinpath("web").iterdir():
+        path = "/" if file.name == "index.html" else f"/static/{file.name}"
+        found[path] = _File(file.read_bytes(), _MEDIA_TYPES[file.name.rpartition(".")[2]])
+    return found
+
+
+_FILES: Final = _files()
+#: They hold nothing of anybody's: a browser gets them before its user can give a key.
+PATHS: Final = frozenset(_FILES)
+
+router = APIRouter(include_in_schema=False)
+
+
+async def _file(request: Request) -> Response:
+    file = _FILES[request.scope["route"].path]
+    if names_etag(request.headers.get("if-none-match"), file.headers["ETag"]):
+        return Response(status_code=304, headers=file.headers)
+    return Response(file.body, media_type=file.media_type, headers=file.headers)
+
+
+for _path in PATHS:
+    router.add_api_route(_path, _file, methods=["GET", "HEAD"])

@@ -1,0 +1,246 @@
+/** A task on the page: its progress while it runs, then its video or what went wrong. */
+
+import { ApiError, currentKey, json, request, unlessLost } from "./api.js";
+import { forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
+
+const STAGES = {
+  queued: "In the queue",
+  encoding_prompt: "Reading the prompt",
+  denoising: "Forming the video",
+  upscaling: "Adding detail",
+  decoding: "Drawing the frames",
+  storing: "Storing the video",
+};
+const PARTS = [
+  "video", "prompt", "settings", "progress", "stage", "percent", "bar", "time", "problem",
+  "cancel", "download", "copy", "reuse", "remove",
+];
+
+/** A video is loaded when its player comes near the part of the page that is seen. */
+const nearby = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    nearby.unobserve(target);
+    target.dispatchEvent(new Event("nearby"));
+  }
+}, { rootMargin: "300px" });
+
+/** Follows `task` from its making to its end. `onReuse(input)`: its settings are wanted again; `onRemove()`: it is gone. */
+export class Card {
+  #task;
+  #parts;
+  #removed = false;
+  #blobUrl = null;
+
+  constructor(task, { onReuse, onRemove }) {
+    this.#task = task;
+    this.element = document.getElementById("card").content.firstElementChild.cloneNode(true);
+    this.#parts = Object.fromEntries(PARTS.map((name) => [name, this.element.querySelector(`.${name}`)]));
+    this.#describe();
+    const { cancel, copy, remove, reuse, video } = this.#parts;
+    cancel.addEventListener("click", () => this.#cancel());
+    copy.addEventListener("click", () => this.#copyLink());
+    reuse.addEventListener("click", () => onReuse(task.input));
+    remove.addEventListener("click", () => { this.#remove(); onRemove(); });
+    video.addEventListener("nearby", () => this.#loadVideo());
+    video.addEventListener("error", () => this.#explainVideo());
+    this.#render();
+    this.#follow();
+  }
+
+  #describe() {
+    const { prompt, settings, video } = this.#parts;
+    const { id, input } = this.#task;
+    prompt.id = `prompt-${id}`;
+    prompt.textContent = input.prompt;
+    settings.textContent = settingsInWords(input);
+    for (const named of [this.element.firstElementChild, video]) named.setAttribute("aria-labelledby", prompt.id);
+    [video.width, video.height] = input.aspect_ratio.split(":").map(Number); // its shape until it is loaded
+  }
+
+  async #follow() {
+    let failures = 0;
+    while (!hasEnded(this.#task) && !this.#removed) {
+      let retryAfter = 0;
+      try {
+        if (this.#task.taskId === null) await submit(this.#task, { background: true });
+        this.#update(await json(`status/${encodeURIComponent(this.#task.taskId)}`, { background: true }));
+        failures = 0;
+      } catch (error) {
+        if (!(error instanceof ApiError)) throw error;
+        if (!error.passes && error.status !== 401) {
+          this.#update({ status: "failed", error: error.message, error_code: error.code });
+          break;
+        }
+        failures += 1;
+        retryAfter = error.retryAfter ?? 0;
+        this.#say(`${error.message}. Trying again …`);
+      }
+      await pause(pollDelay(failures, retryAfter));
+    }
+  }
+
+  #update(status) {
+    if (this.#removed || hasEnded(this.#task)) return;
+    this.#task.status = status;
+    keep(this.#task);
+    this.#say("");
+    this.#render();
+  }
+
+  #render() {
+    const { bar, cancel, copy, download, percent, progress, remove, stage, time } = this.#parts;
+    const { estimate, status, taskId } = this.#task;
+    const ended = hasEnded(this.#task);
+    const completed = status?.status === "completed";
+    progress.hidden = cancel.hidden = ended;
+    download.hidden = copy.hidden = !completed;
+    remove.hidden = !ended;
+    if (completed) {
+      this.#renderVideo();
+    } else if (ended) {
+      this.#say(status.error_code ? `${status.error} (${status.error_code})` : status.error);
+    } else {
+      cancel.textContent = taskId === null ? "Give up" : "Cancel";
+      setText(stage, taskId === null ? "Sending" : stageInWords(status));
+      bar.value = status?.progress ?? 0;
+      percent.textContent = `${bar.value} %`;
+      time.textContent = timeInWords(status?.elapsed_time ?? 0, estimate);
+    }
+  }
+
+  #renderVideo() {
+    const { settings, video } = this.#parts;
+    settings.textContent = `${settingsInWords(this.#task.input)} · ${megabytes(this.#task.status.file_size)}`;
+    video.hidden = false;
+    nearby.observe(video);
+  }
+
+  #say(text) {
+    setText(this.#parts.problem, text);
+  }
+
+  async #cancel() {
+    const { cancel } = this.#parts;
+    if (this.#task.taskId === null) { // whether the server has it is unknown: it is asked no more
+      this.#update({ status: "failed", error: "Given up before the server answered", error_code: "" });
+      return;
+    }
+    cancel.disabled = true;
+    try {
+      this.#update(await json(`tasks/${encodeURIComponent(this.#task.taskId)}`, { method: "DELETE" }));
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      this.#say(error.message);
+    } finally {
+      cancel.disabled = false;
+    }
+  }
+
+  get #videoPath() {
+    return `videos/${encodeURIComponent(this.#task.taskId)}.mp4`;
+  }
+
+  /** Straight from the server; where there is a key, which a player can't send, by way of a blob. */
+  async #loadVideo() {
+    const { download, video } = this.#parts;
+    let source = this.#videoPath;
+    try {
+      if (currentKey() !== null) source = await this.#fetchVideo();
+    } catch (error) {
+      await this.#videoFailed(error);
+      return;
+    }
+    if (this.#removed) return;
+    this.#say("");
+    video.src = download.href = source;
+    download.download = `${this.#task.taskId}.mp4`;
+  }
+
+  async #fetchVideo() {
+    this.#say("Loading the video …");
+    const response = await request(this.#videoPath, { background: true, patient: true });
+    this.#blobUrl = URL.createObjectURL(await unlessLost(response.blob()));
+    return this.#blobUrl;
+  }
+
+  /** The player does not say why it failed: the server does. */
+  async #explainVideo() {
+    const key = currentKey();
+    try {
+      await request(this.#videoPath, { headers: { Range: "bytes=0-0" } });
+    } catch (error) {
+      await this.#videoFailed(error);
+      return;
+    }
+    if (currentKey() !== key) await this.#loadVideo();
+    else this.#say("This browser can’t play the video. It can be downloaded.");
+  }
+
+  async #videoFailed(error) {
+    if (!(error instanceof ApiError)) throw error;
+    this.#say(error.message);
+    if (!error.passes && error.status !== 401) return;
+    await pause(pollDelay(3, error.retryAfter ?? 0));
+    if (!this.#removed) nearby.observe(this.#parts.video);
+  }
+
+  async #copyLink() {
+    const { copy } = this.#parts;
+    copy.textContent = await copied(this.#task.status.video_url) ? "Copied" : "The browser forbids it";
+    await pause(2_000);
+    copy.textContent = "Copy link";
+  }
+
+  #remove() {
+    this.#removed = true;
+    forget(this.#task);
+    this.element.remove();
+    if (this.#blobUrl !== null) URL.revokeObjectURL(this.#blobUrl);
+  }
+}
+
+/** Change only what differs: a live region announces each change. */
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function stageInWords(status) {
+  if (status?.queue_position > 1) return `In the queue, ${status.queue_position - 1} ahead of it`;
+  if (status?.queue_position === 1) return "In the queue, next to start";
+  return STAGES[status?.stage] ?? "Accepted";
+}
+
+function timeInWords(elapsed, estimate) {
+  return estimate === null ? clock(elapsed) : `${clock(elapsed)} of about ${clock(estimate)}`;
+}
+
+function settingsInWords(input) {
+  const extras = [
+    input.model,
+    input.seed !== undefined && `seed ${input.seed}`,
+    input.num_inference_steps !== undefined && `${input.num_inference_steps} steps`,
+    input.guidance_scale !== undefined && `guidance ${input.guidance_scale}`,
+    input.image && "from an image",
+  ];
+  return [`${input.duration} s`, input.resolution, input.aspect_ratio, ...extras.filter(Boolean)].join(" · ");
+}
+
+function clock(seconds) {
+  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
+}
+
+function megabytes(bytes) {
+  return `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+/** Put the text on the clipboard; whether that went. navigator.clipboard is there over https and on localhost only. */
+async function copied(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  const area = document.body.appendChild(document.createElement("textarea"));
+  area.value = text;
+  area.select();
+  const went = document.execCommand("copy");
+  area.remove();
+  return went;
+}
