@@ -13,9 +13,9 @@ from shim.http_server import Connection, HttpServer
 
 
 @asynccontextmanager
-async def serving(app: FastAPI, connection: type[Connection] = Connection) -> AsyncIterator[str]:
-    """The app's address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+async def serving(app: FastAPI, connection: type[Connection] = Connection, *, port: int = 0) -> AsyncIterator[str]:
+    """The app's address, on a free port if none is named."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
         server = HttpServer(app, grace=1, connection=connection)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

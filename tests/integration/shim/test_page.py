@@ -1,0 +1,603 @@
+"""The web page in a real browser, on the real app with a real queue and bucket; the dispatcher plays the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import numpy as np
+import pytest
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Error,
+    FilePayload,
+    Locator,
+    Page,
+    Route,
+    expect,
+)
+
+from handler.contract import DEMO_MODEL, ErrorCode, JobFailure, JobInput, Progress, Stage, WorkerReport, WorkerState
+from handler.encode import Target, encode
+from shim.access import OPEN_TO_ALL, Access, parse_api_keys
+from shim.app import create_app
+from storage import layout
+from storage.bucket import Bucket
+from tests.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, chromium
+from tests.http_server import serving
+from tests.queues import Bench, result, sql_bench
+from tests.s3_servers import juicefs
+
+pytestmark = pytest.mark.xdist_group("page")  # one browser for all
+
+KEY = "alices-key-0123456789"
+PROMPT = "A paper boat on a rainy street at night"
+FRAMES = 121
+_SCRIPT = "text/javascript; charset=utf-8"
+FILES = {
+    "/": "text/html; charset=utf-8",
+    **dict.fromkeys(("/static/app.js", "/static/api.js", "/static/card.js", "/static/tasks.js"), _SCRIPT),
+    "/static/style.css": "text/css; charset=utf-8",
+    "/static/icon.svg": "image/svg+xml",
+}
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip(HOW_TO_GET_IT)
+    async with chromium() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as settings:
+        yield Bucket(settings)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Five seconds as the worker makes them, but small."""
+    target = Target(tmp_path_factory.mktemp("video") / "video.mp4", Path("/dev/null"), 320, 180, FRAMES)
+    shades = (np.full((1, 36, 64, 3), (2 * index, 90, 200), dtype=np.uint8) for index in range(FRAMES))
+    encode(shades, target, lambda _: None)
+    return target.video.read_bytes()
+
+
+@dataclass
+class Site:
+    """The server, and the worker's side of it."""
+
+    bench: Bench
+    bucket: Bucket
+    address: str
+
+    async def take(self) -> tuple[str, JobInput]:
+        """The next task and what it asks for, once it has come."""
+        dispatcher = self.bench.dispatcher
+        with anyio.fail_after(PATIENCE / 1000):
+            changed = dispatcher.changed
+            while (delivery := await dispatcher.take("w1")) is None:
+                await changed.wait()
+                changed = dispatcher.changed
+        self.bench.later()
+        return delivery.task_id, JobInput.model_validate(delivery.input)
+
+    async def progress(self, task_id: str, progress: int, stage: Stage) -> None:
+        await self.bench.dispatcher.record_progress("w1", task_id, Progress(progress=progress, stage=stage))
+
+    async def finish(self, task_id: str, asked: JobInput, video: bytes) -> None:
+        known = {"input": asked, "file_size": len(video), "sha256": hashlib.sha256(video).hexdigest()}
+        output = result(task_id).model_copy(update=known)
+        body = output.model_dump_json().encode()
+        for content, key, kind in (
+            (video, layout.video_key(task_id), "video/mp4"),
+            (body, layout.manifest_key(task_id), "application/json"),
+        ):
+            await asyncio.to_thread(self.bucket.put_bytes, content, key, content_type=kind)
+        assert await self.bench.dispatcher.complete("w1", task_id, output.model_dump(mode="json"))
+
+    async def backlog(self) -> tuple[int, int]:
+        """How many tasks wait and run."""
+        seen = await self.bench.queue.backlog()
+        return len(seen.waiting), len(seen.running)
+
+
+@asynccontextmanager
+async def running(directory: Path, bucket: Bucket, access: Access = OPEN_TO_ALL, **worker: Any) -> AsyncIterator[Site]:
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=2) as bench:
+        await bench.worker(**worker)
+        async with serving(create_app(bench.queue, bucket, access=access)) as address:
+            yield Site(bench, bucket, address)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, bucket: Bucket) -> AsyncIterator[Site]:
+    async with running(tmp_path, bucket) as made:
+        yield made
+
+
+@dataclass
+class Visit:
+    """A browser with one page open, which may say nothing on its console but what the test expects."""
+
+    context: BrowserContext
+    page: Page
+    #: What the browser itself says of answers that are errors.
+    expected: list[str] = field(default_factory=list)
+    console: list[str] = field(default_factory=list)
+
+    def hear(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.console.append(message.text)
+
+    def unexpected(self) -> list[str]:
+        return [text for text in self.console if not any(known in text for known in self.expected)]
+
+    @property
+    def prompt(self) -> Locator:
+        return self.page.get_by_label("Prompt", exact=True)
+
+    @property
+    def card(self) -> Locator:
+        """The newest."""
+        return self.page.locator(".card").first
+
+    async def click(self, name: str) -> None:
+        await self.page.get_by_role("button", name=name, exact=True).first.click()
+
+    async def make(self, prompt: str = PROMPT) -> None:
+        await self.prompt.fill(prompt)
+        await self.click("Make video")
+
+
+@asynccontextmanager
+async def visiting(browser: Browser, address: str, **options: Any) -> AsyncIterator[Visit]:
+    """Fails at the end for errors and warnings on the console; breaches of the content policy are among them."""
+    context = await browser.new_context(**options)
+    context.set_default_timeout(PATIENCE)
+    visit = Visit(context, await context.new_page())
+    context.on("console", visit.hear)
+    context.on("weberror", lambda error: visit.console.append(str(error.error)))
+    await visit.page.goto(address)
+    yield visit
+    await context.close()
+    assert visit.unexpected() == []
+
+
+@pytest.fixture
+async def visit(browser: Browser, site: Site) -> AsyncIterator[Visit]:
+    async with visiting(browser, site.address) as made:
+        yield made
+
+
+async def plays(player: Locator) -> None:
+    """The player has the whole of the five seconds, and moves on."""
+    await expect(player).to_be_visible()
+    await expect(player).to_have_js_property("readyState", 4)
+    assert await player.evaluate("video => video.duration") == pytest.approx(FRAMES / 24, abs=0.05)
+    assert await player.evaluate("video => [video.videoWidth, video.videoHeight]") == [320, 180]
+    await player.evaluate("video => video.play()")
+    await expect(player).not_to_have_js_property("currentTime", 0)
+
+
+async def downloaded(visit: Visit) -> bytes:
+    async with visit.page.expect_download() as started:
+        await visit.card.get_by_role("link", name="Download").click()
+    return (await (await started.value).path()).read_bytes()
+
+
+# A video, from the prompt to the player
+
+
+async def test_a_prompt_becomes_a_video_that_plays_and_can_be_downloaded(
+    site: Site, visit: Visit, video: bytes
+) -> None:
+    await visit.prompt.fill(f"  {PROMPT} ")
+    await expect(visit.page.locator("#count")).to_have_text(f"{len(PROMPT)} / 500")
+    await visit.page.get_by_label("Duration").fill("6")
+    await visit.page.get_by_label("1080p").check()
+    await visit.page.get_by_label("9:16").check()
+    await visit.page.get_by_text("More").click()
+    for label, value in (("Seed", "7"), ("Steps", "12"), ("Guidance", "2.5"), ("Negative prompt", "text")):
+        await visit.page.get_by_label(label, exact=True).fill(value)
+    await visit.click("Make video")
+    await expect(visit.card).to_contain_text("In the queue, next to start")
+
+    task_id, asked = await site.take()
+    assert asked == JobInput.model_validate(
+        {
+            **{"prompt": PROMPT, "duration": 6, "resolution": "1080p", "aspect_ratio": "9:16", "seed": 7},
+            **{"num_inference_steps": 12, "guidance_scale": 2.5, "negative_prompt": "text"},
+        }
+    )
+    bar = visit.card.get_by_role("progressbar")
+    for percent, stage, words in ((30, Stage.DENOISING, "Forming the video"), (80, Stage.DECODING, "Drawing")):
+        await site.progress(task_id, percent, stage)
+        await expect(bar).to_have_js_property("value", percent)
+        await expect(visit.card.get_by_role("status").first).to_contain_text(words)
+    await expect(visit.card).to_contain_text(re.compile(r"0:0\d of about \d:\d\d"))
+
+    await site.finish(task_id, asked, video)
+    await plays(visit.card.locator("video"))
+    await expect(bar).to_be_hidden()
+    assert await downloaded(visit) == video
+
+
+async def test_settings_can_be_used_again_and_an_ended_task_removed(site: Site, visit: Visit) -> None:
+    await visit.page.get_by_text("More").click()
+    await visit.page.get_by_label("Seed").fill("7")
+    await visit.page.get_by_label("3:4").check()
+    await visit.make()
+    task_id, _ = await site.take()
+    await site.bench.dispatcher.fail("w1", task_id, JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR))
+    await expect(visit.card).to_contain_text("Out of memory (OOM_ERROR)")
+
+    await visit.page.reload()
+    await visit.click("Use these settings again")
+    await expect(visit.prompt).to_have_value(PROMPT)
+    await expect(visit.page.get_by_label("Seed")).to_have_value("7")
+    await expect(visit.page.get_by_label("3:4")).to_be_checked()
+    await visit.click("Remove from list")
+    await expect(visit.page.get_by_text("Nothing here yet")).to_be_visible()
+    await visit.page.reload()
+    await expect(visit.page.locator(".card")).to_have_count(0)
+
+
+async def test_a_running_task_can_be_cancelled(site: Site, visit: Visit) -> None:
+    await visit.make()
+    await site.take()
+    await visit.click("Cancel")
+    await expect(visit.card).to_contain_text("CANCELLED")
+    assert await site.backlog() == (0, 0)
+
+
+async def test_an_image_travels_in_the_request(site: Site, visit: Visit) -> None:
+    await visit.page.get_by_text("More").click()
+    small = FilePayload(name="boat.png", mimeType="image/png", buffer=b"\x89PNG" + bytes(1000))
+    await visit.page.get_by_label("or a file").set_input_files(small)
+    await visit.make()
+    await expect(visit.card).to_contain_text("from an image")
+    _, asked = await site.take()
+    assert (asked.image or "").startswith("data:image/png;base64,iVBORw")
+
+
+# What the server refuses, and where it is shown
+
+
+async def test_an_error_stands_at_its_field_in_the_servers_words(site: Site, visit: Visit) -> None:
+    visit.expected += ["status of 400", "status of 413"]
+    await visit.page.get_by_text("More").click()
+    for label, value, words in (
+        ("Prompt", "short", "prompt must be text of 10-500 characters after trimming; got 5"),
+        ("Seed", "seven", "seed must be an integer"),
+        ("Guidance", "99", "guidance_scale must be a number from 1 to 20"),
+        ("First frame", "ftp://films.test/a.png", "image must be an http(s) URL"),
+        ("First frame", "data:image/png;base64," + "A" * 70_000, "larger than 64 KiB"),
+    ):
+        await visit.prompt.fill(PROMPT)
+        control = visit.page.get_by_label(label, exact=True)
+        await control.fill(value)
+        await visit.click("Make video")
+        await expect(control).to_have_accessible_description(re.compile(re.escape(words)))
+        await expect(control).to_have_attribute("aria-invalid", "true")
+        await expect(control).to_be_focused()
+        await expect(visit.page.locator(".error:not(:empty)")).to_have_count(1)
+        await control.fill("")
+    assert await site.backlog() == (0, 0)
+    await visit.make()
+    await expect(visit.card).to_be_visible()
+    await expect(visit.page.locator(".error:not(:empty)")).to_have_count(0)
+
+
+async def test_an_error_of_no_field_stands_above_the_button(site: Site, visit: Visit) -> None:
+    visit.expected.append("status of 400")
+    await visit.page.locator("#seed").evaluate("field => { field.name = 'sed'; field.value = '1'; }")
+    await visit.make()
+    await expect(visit.page.get_by_role("alert")).to_contain_text('unknown field "sed"')
+
+
+async def test_a_file_too_large_is_refused_before_it_is_sent(visit: Visit) -> None:
+    await visit.page.get_by_text("More").click()
+    large = FilePayload(name="boat.png", mimeType="image/png", buffer=bytes(46_081))
+    await visit.page.get_by_label("or a file").set_input_files(large)
+    await expect(visit.page.locator("#image-error")).to_have_text("boat.png has 46 KiB; at most 45 fit a request")
+
+
+async def test_a_full_queue_says_when_to_try_again_and_offers_it_then(site: Site, visit: Visit) -> None:
+    visit.expected.append("status of 503")
+    await visit.page.clock.install()
+    await visit.page.reload()
+    for count in (1, 2):
+        await visit.make()
+        await expect(visit.page.locator(".card")).to_have_count(count)
+    await visit.make()
+    await expect(visit.page.get_by_role("alert")).to_contain_text(re.compile(r"\d.*It can be sent again in 30 s\."))
+    button = visit.page.get_by_role("button", name=re.compile(r"^Again in \d+ s"))
+    await expect(button).to_have_attribute("aria-disabled", "true")
+    await site.take()
+    await visit.page.clock.run_for(31_000)
+    await visit.click("Make video")
+    await expect(visit.page.locator(".card")).to_have_count(3)
+
+
+# Answers that are lost, and pages that are closed
+
+
+async def test_a_reload_in_mid_job_goes_on(site: Site, visit: Visit, video: bytes) -> None:
+    await visit.make()
+    await expect(visit.card).to_be_visible()
+    task_id, asked = await site.take()
+    await visit.page.reload()
+    await site.progress(task_id, 55, Stage.DENOISING)
+    await expect(visit.card.get_by_role("progressbar")).to_have_js_property("value", 55)
+
+    await visit.page.close()
+    await site.finish(task_id, asked, video)
+    visit.page = await visit.context.new_page()
+    await visit.page.goto(site.address)
+    await expect(visit.page.locator(".card")).to_have_count(1)
+    await plays(visit.card.locator("video"))
+
+
+@pytest.mark.parametrize("how", ["broken off", "proxy"])
+async def test_an_answer_that_was_lost_is_asked_for_again_and_makes_no_second_task(
+    site: Site, visit: Visit, how: str
+) -> None:
+    visit.expected += ["ERR_FAILED", "status of 502"]
+    lost = 0
+
+    async def lose_the_first(route: Route) -> None:
+        nonlocal lost
+        if lost:
+            await route.continue_()
+            return
+        lost += 1
+        await route.fetch()  # the server has it, and its answer goes nowhere
+        if how == "proxy":
+            await route.fulfill(status=502, body="<h1>Bad Gateway</h1>")
+        else:
+            await route.abort()
+
+    await visit.page.route("**/generate", lose_the_first)
+    await visit.make()
+    await expect(visit.card).to_contain_text("In the queue, next to start")
+    assert lost == 1
+    assert await site.backlog() == (1, 0)
+
+
+async def test_a_server_that_went_away_is_waited_for(site: Site, browser: Browser, video: bytes) -> None:
+    async with visiting(browser, "about:blank") as visit:
+        visit.expected += ["ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE"]
+        async with serving(create_app(site.bench.queue, site.bucket)) as address:
+            await visit.page.goto(address)
+            await visit.make()
+            await expect(visit.card).to_be_visible()
+        task_id, asked = await site.take()
+        await expect(visit.card).to_contain_text("The server can’t be reached. Trying again …")
+        await visit.make("A second one, while nobody listens")
+        await expect(visit.card).to_contain_text("Sending")
+        await site.finish(task_id, asked, video)
+        async with serving(create_app(site.bench.queue, site.bucket), port=int(address.rpartition(":")[2])):
+            await expect(visit.page.locator(".card").last.locator("video")).to_be_visible()
+            await expect(visit.card).to_contain_text("In the queue, next to start")
+            assert await site.backlog() == (1, 0)
+            await expect(visit.page.locator("#health")).to_have_text("Healthy")
+
+
+# Keys
+
+
+@pytest.mark.parametrize("remember", [False, True])
+async def test_a_key_is_asked_for_and_kept_and_opens_the_video_too(
+    tmp_path: Path, bucket: Bucket, browser: Browser, video: bytes, remember: bool
+) -> None:
+    async with (
+        running(tmp_path, bucket, Access(parse_api_keys(KEY))) as site,
+        visiting(browser, site.address) as visit,
+    ):
+        visit.expected.append("status of 401")
+        dialog = visit.page.get_by_role("dialog", name="This server needs an API key")
+        await visit.make()
+        await dialog.get_by_label("API key").fill("not-the-key-0123456789")
+        await visit.click("Go on")
+        await expect(dialog).to_contain_text("The server does not take this key")
+        await dialog.get_by_label("API key").fill(KEY)
+        await dialog.get_by_label("Remember").set_checked(remember)
+        await visit.click("Go on")
+        await expect(visit.card).to_be_visible()
+        task_id, asked = await site.take()
+        await site.finish(task_id, asked, video)
+        player = visit.card.locator("video")
+        await plays(player)
+        assert str(await player.evaluate("video => video.currentSrc")).startswith("blob:")
+        assert await downloaded(visit) == video
+
+        await visit.page.reload()
+        await plays(player)
+        kept = await visit.page.evaluate("[sessionStorage, localStorage].map(store => store['hunyuan.key'] ?? null)")
+        assert kept == ([None, KEY] if remember else [KEY, None])
+
+
+async def test_who_gives_no_key_is_asked_once_and_told_why_nothing_happens(
+    tmp_path: Path, bucket: Bucket, browser: Browser
+) -> None:
+    async with (
+        running(tmp_path, bucket, Access(parse_api_keys(KEY))) as site,
+        visiting(browser, site.address) as visit,
+    ):
+        visit.expected.append("status of 401")
+        await expect(visit.page.locator("#health")).to_have_text("Healthy")
+        await visit.make()
+        await visit.click("Not now")
+        await expect(visit.page.get_by_role("alert").first).to_contain_text("an API key is needed")
+        await visit.click("API key")
+        await visit.page.get_by_role("dialog").get_by_label("API key").fill(KEY)
+        await visit.page.keyboard.press("Enter")
+        await visit.click("Make video")
+        await expect(visit.card).to_be_visible()
+
+
+# The header
+
+
+async def test_a_model_that_is_not_there_is_told_of(site: Site, visit: Visit) -> None:
+    visit.expected.append("status of 503")
+    for state, words in (
+        (WorkerState.LOADING, "Loading the model"),
+        (WorkerState.FAILED, "The model failed to load"),
+        (WorkerState.STOPPED, "No worker"),
+    ):
+        await site.bench.worker(state=state)
+        await visit.page.reload()
+        await expect(visit.page.locator("#health")).to_have_text(words)
+    await visit.make()
+    await expect(visit.page.get_by_role("alert")).to_contain_text("Model not loaded")
+    await expect(visit.page.get_by_role("alert")).to_contain_text("It can be sent again in 10 s.")
+
+
+async def test_the_demo_model_is_no_real_one(site: Site, browser: Browser) -> None:
+    await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
+    async with visiting(browser, site.address) as visit:
+        await expect(visit.page.get_by_text("Demo model: moving colour, no real video.")).to_be_visible()
+        await expect(visit.page.get_by_role("list", name="The server")).to_contain_text("Model: demo")
+        await visit.make()
+        await site.take()
+        await visit.page.reload()
+        await expect(visit.page.locator("#queue")).to_have_text("0 waiting, 1 running")
+
+
+async def test_a_choice_of_models_is_offered_where_there_is_one(
+    tmp_path: Path, bucket: Bucket, browser: Browser
+) -> None:
+    models = ("HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-quality")
+    async with running(tmp_path, bucket, models=models) as site, visiting(browser, site.address) as visit:
+        await visit.page.get_by_label("Model").select_option("Quality")
+        await visit.make()
+        await expect(visit.card).to_contain_text("HunyuanVideo-1.5-quality")
+        _, asked = await site.take()
+        assert asked.model == "HunyuanVideo-1.5-quality"
+        await site.bench.worker(models=models[:1])
+        await visit.page.reload()
+        await expect(visit.page.locator("#health")).to_have_text("Healthy")
+        await expect(visit.page.get_by_label("Model")).to_be_hidden()
+
+
+# For everybody, everywhere
+
+
+async def test_all_of_it_works_by_keyboard(site: Site, visit: Visit) -> None:
+    await visit.prompt.focus()
+    await visit.page.keyboard.type(PROMPT)
+    await visit.page.keyboard.press("Tab")
+    await visit.page.keyboard.press("ArrowRight")  # 6 seconds
+    await visit.page.keyboard.press("Tab")
+    await visit.page.keyboard.press("ArrowRight")  # 1080p
+    await visit.prompt.press("Control+Enter")
+    await expect(visit.card).to_be_visible()
+    _, asked = await site.take()
+    assert (asked.prompt, asked.duration, asked.resolution) == (PROMPT, 6, "1080p")
+
+
+async def test_every_control_has_a_name_for_screen_readers(site: Site, visit: Visit, video: bytes) -> None:
+    await visit.page.get_by_text("More").click()
+    await visit.make()
+    await expect(visit.card).to_be_visible()
+    task_id, asked = await site.take()
+    await site.finish(task_id, asked, video)
+    await expect(visit.card.locator("video")).to_be_visible()
+    await visit.make("Another one, which still waits")
+    await expect(visit.page.locator(".card")).to_have_count(2)
+    session = await visit.context.new_cdp_session(visit.page)
+    tree = (await session.send("Accessibility.getFullAXTree"))["nodes"]
+    roles = {"textbox", "slider", "radio", "combobox", "button", "link", "progressbar", "dialog", "Video", "group"}
+    controls = [
+        (node["role"]["value"], node["name"]["value"])
+        for node in tree
+        if not node["ignored"] and node["role"]["value"] in roles and "name" in node
+    ]
+    named = {role for role, _ in controls}
+    assert {"textbox", "slider", "radio", "button", "link", "progressbar"} <= named
+    assert [role for role, name in controls if not name and role not in ("group",)] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_nothing_scrolls_sideways_on_a_phone(site: Site, browser: Browser, scheme: Any) -> None:
+    phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme, "has_touch": True}
+    async with visiting(browser, site.address, **phone) as visit:
+        await visit.page.get_by_text("More").click()
+        await visit.make("x" * 300)
+        await expect(visit.card).to_be_in_viewport()
+        assert await visit.page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+async def test_it_works_over_plain_http_from_another_machine(site: Site, browser: Browser, video: bytes) -> None:
+    async with visiting(browser, site.address.replace("127.0.0.1", PLAIN_HOST)) as visit:
+        assert await visit.page.evaluate("[window.isSecureContext, typeof crypto.randomUUID]") == [False, "undefined"]
+        await visit.make()
+        await expect(visit.card).to_be_visible()
+        task_id, asked = await site.take()
+        await site.finish(task_id, asked, video)
+        await visit.click("Copy link")
+        await expect(visit.card.get_by_role("button", name="Copied")).to_be_visible()
+        await visit.prompt.fill("")
+        await visit.prompt.press("Control+V")
+        await expect(visit.prompt).to_have_value(f"http://{PLAIN_HOST}{site.address[16:]}/videos/{task_id}.mp4")
+
+
+# The files
+
+
+async def test_the_page_comes_without_a_key_and_may_load_nothing_from_elsewhere(tmp_path: Path, bucket: Bucket) -> None:
+    async with (
+        running(tmp_path, bucket, Access(parse_api_keys(KEY))) as site,
+        httpx.AsyncClient(base_url=site.address) as http,
+    ):
+        for path, kind in FILES.items():
+            response = await http.get(path)
+            assert response.status_code == 200
+            assert response.headers["content-type"] == kind
+            assert response.headers["content-security-policy"].startswith("default-src 'self'; media-src 'self' blob:;")
+            assert "unsafe" not in response.headers["content-security-policy"]
+            assert response.headers["cache-control"] == "no-cache"
+            head = await http.head(path)
+            assert (head.status_code, head.content) == (200, b"")
+            again = await http.get(path, headers={"If-None-Match": response.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert again.headers["content-security-policy"] == response.headers["content-security-policy"]
+        assert (await http.get("/static/other.js")).status_code == 401
+
+
+async def test_what_is_no_file_of_the_page_is_not_found(site: Site) -> None:
+    async with httpx.AsyncClient(base_url=site.address) as http:
+        for path in ("/static/", "/static/index.html", "/static/../settings.py", "/static/%2e%2e/settings.py"):
+            response = await http.get(path)
+            assert (response.status_code, response.json()["error_code"]) == (404, ErrorCode.NOT_FOUND)
+        assert (await http.post("/")).status_code == 405
+        document = (await http.get("/openapi.json")).json()
+        assert FILES.keys() & document["paths"].keys() == set()
+
+
+async def test_what_stands_in_the_page_itself_neither_runs_nor_styles(visit: Visit) -> None:
+    visit.expected += ["TrustedScript", "Content Security Policy"]
+    with pytest.raises(Error, match="TrustedScript"):
+        await visit.page.evaluate("document.createElement('script').textContent = 'ran = 1'")
+    async with visit.page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        await visit.page.evaluate("document.body.setAttribute('style', 'margin: 99px')")
+    assert await visit.page.evaluate("getComputedStyle(document.body).marginTop") == "0px"
