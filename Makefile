@@ -45,6 +45,10 @@ bench-gpu: $(VENV)/.local ## Measure the model's real dimensions on this GPU (BE
 bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with a million jobs that have ended (BENCH="--history 1000000")
 	$(BIN)/python -m benchmarks.queue $(BENCH)
 
+.PHONY: picture
+picture: $(VENV)/.dev ## Make docs/page.png anew: the page of a server with the demo model; needs chromium
+	$(BIN)/python -m tests.page_picture docs/page.png
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
 	$(BIN)/ruff format --check .
