@@ -19,7 +19,6 @@ _CARRIED: Final = (
     "handler/video_model/catalog.py",
     "shim/__main__.py",
     "shim/queue/migrations/env.py",
-    "shim/web/index.html",
     "shim/web/app.js",
     "shim/web/index.html",
     "storage/bucket.py",

@@ -6,11 +6,14 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from playwright.async_api import Browser, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
 
 CHROMIUM = shutil.which("chromium")
 HOW_TO_GET_IT = "needs a browser: apt-get install --no-install-recommends chromium"
+PROMPT = "A paper boat on a rainy street at night"
 #: A name of this machine that is no `localhost` to the browser: over http its origin is not a secure context.
 PLAIN_HOST = "films.test"
 #: ms that a page gets to show what it must.
@@ -31,3 +34,51 @@ async def chromium() -> AsyncIterator[Browser]:
             yield browser
         finally:
             await browser.close()
+
+
+@dataclass
+class Visit:
+    """A browser with one page open, which may say nothing on its console but what the test expects."""
+
+    context: BrowserContext
+    page: Page
+    #: What the browser itself says of answers that are errors.
+    expected: list[str] = field(default_factory=list)
+    console: list[str] = field(default_factory=list)
+
+    def hear(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.console.append(message.text)
+
+    def unexpected(self) -> list[str]:
+        return [text for text in self.console if not any(known in text for known in self.expected)]
+
+    @property
+    def prompt(self) -> Locator:
+        return self.page.get_by_label("Prompt", exact=True)
+
+    @property
+    def card(self) -> Locator:
+        """The newest."""
+        return self.page.locator(".card").first
+
+    async def click(self, name: str) -> None:
+        await self.page.get_by_role("button", name=name, exact=True).first.click()
+
+    async def make(self, prompt: str = PROMPT) -> None:
+        await self.prompt.fill(prompt)
+        await self.click("Make video")
+
+
+@asynccontextmanager
+async def visiting(browser: Browser, address: str, **options: Any) -> AsyncIterator[Visit]:
+    """Fails at the end for errors and warnings on the console; breaches of the content policy are among them."""
+    context = await browser.new_context(**options)
+    context.set_default_timeout(PATIENCE)
+    visit = Visit(context, await context.new_page())
+    context.on("console", visit.hear)
+    context.on("weberror", lambda error: visit.console.append(str(error.error)))
+    await visit.page.goto(address)
+    yield visit
+    await context.close()
+    assert visit.unexpected() == []

@@ -206,9 +206,11 @@ class FaultProxy:
     async def _close(self) -> None:
         self._server.close()
         self._socket.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # asyncio's own, which accept, among them
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports that were aborted close their sockets in the loop's next round
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = self._loop.create_task(self._serve(reader, writer))
@@ -223,7 +225,7 @@ class FaultProxy:
             return
         try:
             from_server, to_server = await asyncio.open_connection(*self._upstream)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             _end(to_client, reset=True)
             return
         connection = _Connection(from_client, to_client, from_server, to_server, drawn)

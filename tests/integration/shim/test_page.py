@@ -7,25 +7,14 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
 import numpy as np
 import pytest
-from playwright.async_api import (
-    Browser,
-    BrowserContext,
-    ConsoleMessage,
-    Error,
-    FilePayload,
-    Locator,
-    Page,
-    Route,
-    expect,
-)
+from playwright.async_api import Browser, Error, FilePayload, Locator, Route, expect
 
 from handler.contract import DEMO_MODEL, ErrorCode, JobFailure, JobInput, Progress, Stage, WorkerReport, WorkerState
 from handler.encode import Target, encode
@@ -33,7 +22,7 @@ from shim.access import OPEN_TO_ALL, Access, parse_api_keys
 from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
-from tests.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, chromium
+from tests.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, PROMPT, Visit, chromium, visiting
 from tests.http_server import serving
 from tests.queues import Bench, result, sql_bench
 from tests.s3_servers import juicefs
@@ -41,15 +30,7 @@ from tests.s3_servers import juicefs
 pytestmark = pytest.mark.xdist_group("page")  # one browser for all
 
 KEY = "alices-key-0123456789"
-PROMPT = "A paper boat on a rainy street at night"
 FRAMES = 121
-_SCRIPT = "text/javascript; charset=utf-8"
-FILES = {
-    "/": "text/html; charset=utf-8",
-    **dict.fromkeys(("/static/app.js", "/static/api.js", "/static/card.js", "/static/tasks.js"), _SCRIPT),
-    "/static/style.css": "text/css; charset=utf-8",
-    "/static/icon.svg": "image/svg+xml",
-}
 
 
 @pytest.fixture(scope="module")
@@ -131,54 +112,6 @@ async def running(directory: Path, bucket: Bucket, access: Access = OPEN_TO_ALL,
 async def site(tmp_path: Path, bucket: Bucket) -> AsyncIterator[Site]:
     async with running(tmp_path, bucket) as made:
         yield made
-
-
-@dataclass
-class Visit:
-    """A browser with one page open, which may say nothing on its console but what the test expects."""
-
-    context: BrowserContext
-    page: Page
-    #: What the browser itself says of answers that are errors.
-    expected: list[str] = field(default_factory=list)
-    console: list[str] = field(default_factory=list)
-
-    def hear(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.console.append(message.text)
-
-    def unexpected(self) -> list[str]:
-        return [text for text in self.console if not any(known in text for known in self.expected)]
-
-    @property
-    def prompt(self) -> Locator:
-        return self.page.get_by_label("Prompt", exact=True)
-
-    @property
-    def card(self) -> Locator:
-        """The newest."""
-        return self.page.locator(".card").first
-
-    async def click(self, name: str) -> None:
-        await self.page.get_by_role("button", name=name, exact=True).first.click()
-
-    async def make(self, prompt: str = PROMPT) -> None:
-        await self.prompt.fill(prompt)
-        await self.click("Make video")
-
-
-@asynccontextmanager
-async def visiting(browser: Browser, address: str, **options: Any) -> AsyncIterator[Visit]:
-    """Fails at the end for errors and warnings on the console; breaches of the content policy are among them."""
-    context = await browser.new_context(**options)
-    context.set_default_timeout(PATIENCE)
-    visit = Visit(context, await context.new_page())
-    context.on("console", visit.hear)
-    context.on("weberror", lambda error: visit.console.append(str(error.error)))
-    await visit.page.goto(address)
-    yield visit
-    await context.close()
-    assert visit.unexpected() == []
 
 
 @pytest.fixture
@@ -401,6 +334,22 @@ async def test_a_server_that_went_away_is_waited_for(site: Site, browser: Browse
             await expect(visit.page.locator("#health")).to_have_text("Healthy")
 
 
+async def test_a_page_that_nobody_looks_at_asks_seldom_until_it_is_seen_again(site: Site, visit: Visit) -> None:
+    await visit.make()
+    await expect(visit.card).to_be_visible()
+    await visit.page.evaluate(
+        "Object.defineProperty(document, 'hidden', { get: () => window.away, configurable: true })"
+    )
+    await visit.page.evaluate("window.away = true")
+    async with visit.page.expect_response("**/status/*"):
+        pass
+    with pytest.raises(Error, match="Timeout"):
+        async with visit.page.expect_request("**/status/*", timeout=2_500):
+            pass
+    async with visit.page.expect_request("**/status/*", timeout=2_500):
+        await visit.page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+
+
 # Keys
 
 
@@ -526,15 +475,17 @@ async def test_every_control_has_a_name_for_screen_readers(site: Site, visit: Vi
     await expect(visit.page.locator(".card")).to_have_count(2)
     session = await visit.context.new_cdp_session(visit.page)
     tree = (await session.send("Accessibility.getFullAXTree"))["nodes"]
-    roles = {"textbox", "slider", "radio", "combobox", "button", "link", "progressbar", "dialog", "Video", "group"}
+    roles = {"textbox", "slider", "radio", "combobox", "button", "link", "progressbar", "dialog", "Video"}
     controls = [
         (node["role"]["value"], node["name"]["value"])
         for node in tree
         if not node["ignored"] and node["role"]["value"] in roles and "name" in node
     ]
-    named = {role for role, _ in controls}
-    assert {"textbox", "slider", "radio", "button", "link", "progressbar"} <= named
-    assert [role for role, name in controls if not name and role not in ("group",)] == []
+    assert {name for role, name in controls if role == "textbox"} == {
+        *("Prompt", "Negative prompt", "Seed", "Steps", "Guidance", "First frame")
+    }
+    assert {"slider", "radio", "button", "link", "progressbar", "Video"} <= {role for role, _ in controls}
+    assert [role for role, name in controls if not name] == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -559,39 +510,6 @@ async def test_it_works_over_plain_http_from_another_machine(site: Site, browser
         await visit.prompt.fill("")
         await visit.prompt.press("Control+V")
         await expect(visit.prompt).to_have_value(f"http://{PLAIN_HOST}{site.address[16:]}/videos/{task_id}.mp4")
-
-
-# The files
-
-
-async def test_the_page_comes_without_a_key_and_may_load_nothing_from_elsewhere(tmp_path: Path, bucket: Bucket) -> None:
-    async with (
-        running(tmp_path, bucket, Access(parse_api_keys(KEY))) as site,
-        httpx.AsyncClient(base_url=site.address) as http,
-    ):
-        for path, kind in FILES.items():
-            response = await http.get(path)
-            assert response.status_code == 200
-            assert response.headers["content-type"] == kind
-            assert response.headers["content-security-policy"].startswith("default-src 'self'; media-src 'self' blob:;")
-            assert "unsafe" not in response.headers["content-security-policy"]
-            assert response.headers["cache-control"] == "no-cache"
-            head = await http.head(path)
-            assert (head.status_code, head.content) == (200, b"")
-            again = await http.get(path, headers={"If-None-Match": response.headers["etag"]})
-            assert (again.status_code, again.content) == (304, b"")
-            assert again.headers["content-security-policy"] == response.headers["content-security-policy"]
-        assert (await http.get("/static/other.js")).status_code == 401
-
-
-async def test_what_is_no_file_of_the_page_is_not_found(site: Site) -> None:
-    async with httpx.AsyncClient(base_url=site.address) as http:
-        for path in ("/static/", "/static/index.html", "/static/../settings.py", "/static/%2e%2e/settings.py"):
-            response = await http.get(path)
-            assert (response.status_code, response.json()["error_code"]) == (404, ErrorCode.NOT_FOUND)
-        assert (await http.post("/")).status_code == 405
-        document = (await http.get("/openapi.json")).json()
-        assert FILES.keys() & document["paths"].keys() == set()
 
 
 async def test_what_stands_in_the_page_itself_neither_runs_nor_styles(visit: Visit) -> None:

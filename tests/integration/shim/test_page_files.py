@@ -1,0 +1,64 @@
+"""The files of the web page: who gets them, and what a browser is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from handler.contract import ErrorCode
+from shim.access import OPEN_TO_ALL, Access, parse_api_keys
+from shim.app import create_app
+from storage.bucket import Bucket
+from tests.http_server import serving
+from tests.queues import NOWHERE, sql_bench
+
+_SCRIPT = "text/javascript; charset=utf-8"
+FILES = {
+    "/": "text/html; charset=utf-8",
+    **dict.fromkeys(("/static/app.js", "/static/api.js", "/static/card.js", "/static/tasks.js"), _SCRIPT),
+    "/static/style.css": "text/css; charset=utf-8",
+    "/static/icon.svg": "image/svg+xml",
+}
+
+
+@asynccontextmanager
+async def client(directory: Path, access: Access = OPEN_TO_ALL) -> AsyncIterator[httpx.AsyncClient]:
+    async with sql_bench(f"sqlite:///{directory}/queue.sqlite3") as bench:
+        app = create_app(bench.queue, Bucket(NOWHERE), access=access)
+        async with serving(app) as address, httpx.AsyncClient(base_url=address) as http:
+            yield http
+
+
+async def test_the_page_comes_without_a_key_and_may_load_nothing_from_elsewhere(tmp_path: Path) -> None:
+    async with client(tmp_path, Access(parse_api_keys("alices-key-0123456789"))) as http:
+        for path, kind in FILES.items():
+            response = await http.get(path)
+            assert response.status_code == 200
+            assert response.headers["content-type"] == kind
+            policy = response.headers["content-security-policy"]
+            assert policy.startswith("default-src 'self'; media-src 'self' blob:; object-src 'none'; ")
+            assert "unsafe" not in policy
+            assert response.headers["cache-control"] == "no-cache"
+            head = await http.head(path)
+            assert (head.status_code, head.content) == (200, b"")
+            again = await http.get(path, headers={"If-None-Match": response.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert again.headers["content-security-policy"] == policy, "a browser takes a 304's headers over"
+        assert (await http.get("/static/other.js")).status_code == 401
+
+
+async def test_what_is_no_file_of_the_page_is_not_found(tmp_path: Path) -> None:
+    async with client(tmp_path) as http:
+        for path in ("/static/", "/static/index.html", "/static/../settings.py", "/static/%2e%2e/settings.py"):
+            response = await http.get(path)
+            assert (response.status_code, response.json()["error_code"]) == (404, ErrorCode.NOT_FOUND)
+        assert (await http.post("/")).status_code == 405
+
+
+async def test_the_page_is_no_part_of_the_api_that_is_documented(tmp_path: Path) -> None:
+    async with client(tmp_path) as http:
+        document = (await http.get("/openapi.json")).json()
+        assert FILES.keys() & document["paths"].keys() == set()
