@@ -39,8 +39,9 @@ def _programs() -> Path:
 class Postgres:
     """One server in `directory`. It can be killed and started again: what was committed is there."""
 
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
+    def __init__(self, directory: Path, host: str = "127.0.0.1", port: int | None = None) -> None:
+        self.host = host
+        self.port = port or free_port()
         self._directory = directory
         self.log = directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,7 +52,7 @@ class Postgres:
         subprocess.run([self._programs / "initdb", *options], check=True, capture_output=True, user=_USER, cwd="/")
 
     def start(self) -> None:
-        settings = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "max_connections=200")
+        settings = (f"listen_addresses={self.host}", "unix_socket_directories=", "fsync=off", "max_connections=200")
         options = [part for setting in settings for part in ("-c", setting)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -104,7 +105,7 @@ class Postgres:
         self._process = None
 
     def url(self, database: str) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://postgres@{self.host}:{self.port}/{database}"
 
     def create_database(self) -> str:
         """The URL of a new, empty database."""
@@ -121,10 +122,10 @@ class Postgres:
 
 
 @contextmanager
-def running_postgres() -> Iterator[Postgres]:
+def running_postgres(host: str = "127.0.0.1", port: int | None = None) -> Iterator[Postgres]:
     """In a directory of its own: pytest's are closed to the user that PostgreSQL runs as."""
     with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as directory:
-        server = Postgres(Path(directory))
+        server = Postgres(Path(directory), host, port)
         server.start()
         try:
             yield server

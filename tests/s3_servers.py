@@ -23,7 +23,7 @@ START_SECONDS = 30.0
 
 
 @contextmanager
-def juicefs(directory: Path) -> Iterator[BucketSettings]:
+def juicefs(directory: Path, settings: BucketSettings | None = None) -> Iterator[BucketSettings]:
     """The gateway that `hunyuan serve` embeds: MinIO's S3 front on a folder. Checks signatures and expiry."""
     metadata = f"sqlite3://{directory}/meta.db"
     objects = f"{directory}/objects/"
@@ -33,7 +33,7 @@ def juicefs(directory: Path) -> Iterator[BucketSettings]:
         check=True,
         capture_output=True,
     )
-    settings = _settings()
+    settings = settings or _settings()
     keys = {
         "MINIO_ROOT_USER": settings.access_key_id,
         "MINIO_ROOT_PASSWORD": settings.secret_access_key.get_secret_value(),

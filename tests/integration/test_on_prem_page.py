@@ -1,0 +1,129 @@
+"""docs/deploy-on-prem.md, followed word for word: three hosts are three loopback addresses, with the page's own ports.
+
+Not as it stands there: no container runs, so the store's two servers are the tests' own under the same addresses and
+keys; and nothing is installed again, which tests/infra does with the same commands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from pydantic import HttpUrl, SecretStr
+
+from storage.settings import BucketSettings
+from tests.mp4 import probe
+from tests.postgres import running_postgres
+from tests.s3_servers import juicefs
+from tests.service import eventually
+
+PAGE = Path(__file__).parents[2] / "docs" / "deploy-on-prem.md"
+STORE, SHIM = "127.0.0.21", "127.0.0.22"
+
+pytestmark = [pytest.mark.xdist_group("on-prem"), pytest.mark.timeout(600)]
+
+
+def block(heading: str, number: int = 0) -> str:
+    """A block of the page's commands."""
+    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
+    assert section is not None
+    commands: list[str] = re.findall(r"^```bash\n(.*?)^```", section[1], re.M | re.S)
+    return commands[number]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A directory that is each host's checkout, its `venv` the one that the tests run in."""
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, script in (
+        ("hunyuan", f'exec {sys.executable} -m shim "$@"'),
+        ("pip", "exit 0"),
+        ("python3", f'[ "$1 $2" = "-m venv" ] && exit 0; exec {sys.executable} "$@"'),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    return tmp_path
+
+
+def environment(host: Path) -> Mapping[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "HUNYUAN_"))}
+    here = f"{PAGE.parents[1]}{os.pathsep}{clean.get('PYTHONPATH', '')}"
+    path = f"{host / 'venv' / 'bin'}{os.pathsep}{clean['PATH']}"
+    return {**clean, "PATH": path, "PYTHONPATH": here, "HUNYUAN_DATA_DIR": str(host / "data")}
+
+
+def follow(host: Path, *blocks: str) -> str:
+    command = ["bash", "-eu", "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=host, env=environment(host), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def running(host: Path, name: str, *blocks: str) -> Iterator[None]:
+    """A terminal on that host, in which the blocks are typed."""
+    with (host / f"{name}.log").open("wb") as log:
+        command = ["bash", "-eu", "-c", "\n".join(blocks)]
+        process = subprocess.Popen(
+            command, cwd=host, env=environment(host), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(60)
+
+
+def settings(host: Path) -> dict[str, str]:
+    lines = (host / "hunyuan.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+@contextmanager
+def store(host: Path) -> Iterator[None]:
+    """What the page's containers are."""
+    given = settings(host)
+    bucket = BucketSettings(
+        endpoint_url=HttpUrl(f"http://{given['STORE']}:9000"),
+        access_key_id=given["BUCKET_ACCESS_KEY_ID"],
+        secret_access_key=SecretStr(given["BUCKET_SECRET_ACCESS_KEY"]),
+        name=given["BUCKET_NAME"],
+    )
+    (host / "videos").mkdir()
+    with juicefs(host / "videos", bucket), running_postgres(given["STORE"], 5432) as server:
+        with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+            connection.execute("CREATE ROLE hunyuan LOGIN")
+            connection.execute("CREATE DATABASE hunyuan OWNER hunyuan")
+        yield
+
+
+def test_the_page_leads_to_a_video(host: Path) -> None:
+    typed = block("Settings, the same on each host")
+    follow(host, typed.replace("STORE=10.0.0.1", f"STORE={STORE}").replace("SHIM=10.0.0.2", f"SHIM={SHIM}"))
+    assert (host / "hunyuan.env").stat().st_mode & 0o777 == 0o600
+    with ExitStack() as hosts:
+        hosts.enter_context(store(host))
+        hosts.enter_context(running(host, "server", block("A server")))
+        for number in (1, 2):
+            hosts.enter_context(running(host, f"worker{number}", block("A worker"), block("A worker", 1)))
+
+        def workers() -> bool:
+            try:
+                answer = httpx.get(f"http://{SHIM}:8000/health", timeout=10).json()
+            except httpx.TransportError:
+                return False
+            return bool(answer["workers"]["ready"] == 2)
+
+        eventually("two ready workers", workers, 180)
+        follow(host, block("A video"))
+    video = probe(host / "boat.mp4")
+    assert (video.width, video.height, video.num_frames) == (1280, 720, 121)
