@@ -73,6 +73,10 @@ constraints: ## Renew constraints.txt from the newest releases that pyproject.to
 	$(VENV)/renew/bin/pip freeze --all | grep -vE '^(pip|setuptools|hunyuan-video-service)\b' | sed -E 's/\+[a-z0-9]+$$//' > constraints.txt
 	rm -rf $(VENV)/renew
 
+.PHONY: api-page
+api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
+	$(BIN)/python -m infra.api_page
+
 .PHONY: release
 release: $(VENV)/.dev ## Build wheel and source archive into dist/ and check them (RELEASE=--draft before the changelog has the day)
 	$(BIN)/python -m infra.release $(RELEASE)

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings
 
 from handler.contract import ErrorCode
 from handler.settings import WorkerSettings
+from infra import api_page
 from shim.errors import STATUS
 from shim.settings import ClientSettings, DeploySettings, RemoteWorkerSettings, ShimSettings
 from storage.settings import BucketSettings
@@ -95,3 +96,7 @@ def test_the_files_that_architecture_names_exist_and_no_other() -> None:
         if path.stem != "__init__" and "migrations" not in path.parts
     }
     assert named == modules
+
+
+def test_the_page_of_the_api_is_what_the_server_says_of_itself() -> None:
+    assert api_page.PAGE.read_text() == api_page.page(api_page.openapi()), "make api-page writes it anew"
