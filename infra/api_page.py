@@ -18,9 +18,9 @@ _MANY: Final = 10
 PAGE: Final = Path(__file__).parents[1] / "docs" / "api.md"
 _INTRODUCTION: Final = """# API
 
-Made from the server's own OpenAPI document (`/openapi.json`; `/docs` tries it out) by `make api-page`. The promises are in
-[the API reference](api-reference.md), the errors in [errors.md](errors.md). Where the server has keys, every path but
-/health and /ready needs one: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+Made from the server's own OpenAPI document (`/openapi.json`; `/docs` tries it out) by `make api-page`. The promises are
+in [the API reference](api-reference.md), the errors in [errors.md](errors.md). Where the server has keys, every path
+but /health and /ready needs one: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 """
 
 Document = Mapping[str, Any]
