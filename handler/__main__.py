@@ -7,6 +7,7 @@ refuses: those two may be mended while the platform starts this worker again and
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -37,8 +38,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Run the worker."""
-    # Until the SDK takes over, a stop is at once: there is no job to lose.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    stop_at_once_on_sigterm()
     settings, bucket = _settings()
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
     key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
@@ -62,6 +62,14 @@ def main() -> None:
         if has_platform and settings.log_format is LogFormat.JSON:
             serverless.log_as_ours()
         serverless.serve(worker, tells_progress=has_platform, on_stop=reporter.stopping)
+
+
+def stop_at_once_on_sigterm() -> None:
+    """Until the SDK takes over there is no job to lose.
+
+    With no exception: raised while the SDK forks, Python would pass it over and leave the lock of `logging` taken.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _settings() -> tuple[WorkerSettings, BucketSettings | None]:

@@ -10,11 +10,11 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path, PurePosixPath
 
+from handler.__main__ import stop_at_once_on_sigterm
 from handler.report import Reporter
 from handler.serverless import serve
 from handler.settings import WorkerSettings
@@ -66,7 +66,7 @@ def main() -> None:
     sys.argv[1:] = []  # the SDK reads them, too
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    stop_at_once_on_sigterm()
     settings, named = WorkerSettings(), bucket_settings()
     assert named is not None
     assert settings.platform_key is not None

@@ -163,7 +163,11 @@ class WorkerPart:
 
     def terminate(self) -> int:
         self.worker.terminate()
-        return self.worker.wait(150)
+        try:
+            return self.worker.wait(150)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -signal.SIGKILL
 
 
 class StorePart:

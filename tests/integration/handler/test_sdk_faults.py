@@ -25,7 +25,7 @@ from tests.fault_proxy import FaultProxy, Faults
 from tests.s3_servers import juicefs
 from tests.service import Service, eventually, free_port
 from tests.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
-from tests.worker_process import WorkerProcess
+from tests.worker_process import WorkerProcess, bucket_environment
 
 TOKEN = "a-token-of-the-tests"
 #: Seconds that a worker may take to start and to do a thing, on a busy machine.
@@ -177,6 +177,27 @@ def test_a_worker_that_is_asked_to_stop_finishes_its_job_and_takes_no_other(
     assert platform.results[0][1]["output"]["status"] == "completed"
     assert list(platform.jobs) == [following]
     assert platform.reports[-1] == WorkerState.STOPPED
+
+
+def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
+    platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
+) -> None:
+    """What a signal's handler raises there is lost, and locks stay taken."""
+    script = (
+        "import os, signal; "
+        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM)); "
+        "from tests.scripted_worker import main; main()"
+    )
+    environment = {
+        **os.environ,
+        **bucket_environment(bucket),
+        **worker_environment(f"http://127.0.0.1:{platform.server_port}/v2", "local", "w1", TOKEN),
+    }
+    command = [sys.executable, "-c", script, "--notes", str(tmp_path / "notes")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "Exception ignored" not in run.stderr
+    assert platform.held == 0, "it was gone before it asked for a job"
 
 
 def test_a_killed_worker_leaves_nothing_behind_that_says_it_lives(
