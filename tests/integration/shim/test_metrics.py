@@ -304,8 +304,8 @@ async def test_restarts_of_our_processes_are_counted(bench: Bench, http: httpx.A
         assert code == 1
 
     process = Supervised("worker 0", launch, bench.metrics.supervise("worker 0"))
-    keeper = asyncio.create_task(process.run())
     assert (await scrape(http)).value("hunyuan_process_restarts_total", process="worker 0") == 0
+    keeper = asyncio.create_task(process.run())
     deadline = time.monotonic() + 20
     while (await scrape(http)).value("hunyuan_process_restarts_total", process="worker 0") < 2:
         assert time.monotonic() < deadline
