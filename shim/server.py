@@ -10,10 +10,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio.to_thread
 import uvloop
@@ -52,6 +52,7 @@ _STORE_TIMEOUT: Final = 10.0
 #: Seconds that open downloads get when the server stops.
 _CONNECTION_GRACE: Final = 10
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -140,7 +141,8 @@ async def _serve_local(
             history=settings.history_ttl,
             observer=metrics,
         )
-        await dispatcher.forget_workers(f"{instance}-")  # an earlier life's: they ended with it
+        # An earlier life's: they ended with it.
+        await _answered(lambda: dispatcher.forget_workers(f"{instance}-"))
         platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
         app = create_app(
             queue,
@@ -176,15 +178,18 @@ async def _serve_local(
 
 
 async def _database(settings: ShimSettings) -> Database:
-    """The queue's database; one that does not answer yet is waited for."""
-    if settings.database_url is None:
-        url = f"sqlite:///{settings.directory}/queue.sqlite3"
-        return await Database.open(url, worker_timeout=settings.worker_timeout)
+    """The queue's database."""
+    named = settings.database_url
+    url = named.get_secret_value() if named is not None else f"sqlite:///{settings.directory}/queue.sqlite3"
+    return await _answered(lambda: Database.open(url, worker_timeout=settings.worker_timeout))
+
+
+async def _answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """What the database says; one that does not answer yet is waited for."""
     deadline = time.monotonic() + _DATABASE_PATIENCE
     while True:
         try:
-            url = settings.database_url.get_secret_value()
-            return await Database.open(url, worker_timeout=settings.worker_timeout)
+            return await ask()
         except (ValueError, QueueError) as exc:
             if not isinstance(exc, QueueUnavailableError) or time.monotonic() > deadline:
                 raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc

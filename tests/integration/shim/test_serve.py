@@ -16,10 +16,12 @@ from typing import Any
 
 import httpx
 import psutil
+import psycopg
 import pytest
 
 from storage import layout
 from storage.bucket import Bucket
+from tests.postgres import Postgres
 from tests.queues import result
 from tests.service import Service, eventually, free_port
 
@@ -232,6 +234,23 @@ def test_a_bucket_that_is_away_stops_no_start_and_is_named(tmp_path: Path) -> No
     finally:
         service.http.close()
         assert service.stop() == 0
+
+
+def test_a_database_that_stops_answering_during_the_start_is_waited_for(postgres: Postgres, tmp_path: Path) -> None:
+    url = postgres.create_database()
+    hurried = f"{url}?options=-c%20lock_timeout%3D500ms"
+    service = Service(tmp_path, HUNYUAN_WORKERS="0", HUNYUAN_DATABASE_URL=hurried)
+    try:
+        service.start(until_ready=False)  # the tables are made
+        service.stop()
+        with psycopg.connect(url) as connection:
+            connection.execute("LOCK TABLE jobs")
+            service.launch()
+            eventually("patience", lambda: service.log.read_text().count("waiting for the queue's database") > 1, 60)
+        eventually("the start", lambda: service.http.get("/health").status_code == 200, 60)
+    finally:
+        service.http.close()
+        assert service.stop() == 0, service.log.read_text()
 
 
 def test_a_model_that_can_not_be_loaded_stays_to_be_seen(tmp_path: Path) -> None:
