@@ -114,7 +114,8 @@ class Builder:
             return self._built[name]
         host = {variable: value for variable, value in os.environ.items() if _FROM_HOST.fullmatch(variable)}
         path = f"{self._directory}/base/bin:/usr/bin:/bin"
-        image = Image(self._directory / name, {**host, "PATH": path})
+        # Bytecode for all of it takes half a minute; what is imported is compiled then. (For pip, 0 means: do not.)
+        image = Image(self._directory / name, {**host, "PATH": path, "PIP_NO_COMPILE": "0"})
         image.root.mkdir()
         for instruction in self._stages[name].instructions:
             self._follow(image, instruction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,14 @@ def shim(
         yield f"http://127.0.0.1:{port}", container
     finally:
         assert container.stop() == 0, container.log.read_text()
+
+
+def test_every_path_that_is_probed_or_scraped_is_served(shim: tuple[str, Container]) -> None:
+    manifests = "\n".join(path.read_text() for path in (ROOT / "infra" / "kubernetes").rglob("*.yaml"))
+    paths = set(re.findall(r"path: (/[a-z]+)(?=[,}\s])", manifests))
+    assert paths >= {"/health", "/ready", "/metrics"}
+    for path in paths:
+        assert httpx.get(f"{shim[0]}{path}").status_code in (200, 503), path
 
 
 def test_only_packages_and_users_of_the_distribution_are_left_out(shim_image: Image, worker_image: Image) -> None:

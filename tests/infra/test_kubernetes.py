@@ -194,6 +194,9 @@ def test_every_secret_and_its_keys_stand_in_the_example() -> None:
     named = set().union(*(referenced(container, "secret") for container in containers().values()))
     (authentication,) = of_kind("TriggerAuthentication").values()
     named |= {(ref["name"], ref["key"]) for ref in authentication["spec"]["secretTargetRef"]}
+    (monitor,) = of_kind("ServiceMonitor").values()
+    credentials = [endpoint["authorization"]["credentials"] for endpoint in monitor["spec"]["endpoints"]]
+    named |= {(reference["name"], reference["key"]) for reference in credentials}
     assert {name for name, _ in named} == set(known)
     assert all(key is None or key in known[name] for name, key in named)
 
