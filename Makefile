@@ -47,7 +47,7 @@ bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with 
 
 .PHONY: picture
 picture: $(VENV)/.dev ## Make docs/page.png anew: the page of a server with the demo model; needs chromium
-	$(BIN)/python -m tests.page_picture docs/page.png
+	$(BIN)/python -m tests.support.page_picture docs/page.png
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
@@ -55,7 +55,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive handler shim storage $(wildcard infra)
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive contract handler hunyuan shim storage tools
 
 .PHONY: audit
 audit: $(VENV)/.dev ## Look every pinned package up in the advisory database; fails where one can't be looked up
@@ -75,11 +75,11 @@ constraints: ## Renew constraints.txt from the newest releases that pyproject.to
 
 .PHONY: api-page
 api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
-	$(BIN)/python -m infra.api_page
+	$(BIN)/python -m tools.api_page
 
 .PHONY: release
 release: $(VENV)/.dev ## Build wheel and source archive into dist/ and check them (RELEASE=--draft before the changelog has the day)
-	$(BIN)/python -m infra.release $(RELEASE)
+	$(BIN)/python -m tools.release $(RELEASE)
 
 .PHONY: clean
 clean: ## Remove what the other targets made

@@ -36,7 +36,8 @@ from diffusers import (
 from torch import nn
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
 
-from handler.contract import DEFAULT_MODEL, JobInput, Profile, Resolution, Stage, num_frames
+from contract.job import DEFAULT_MODEL, JobInput, Profile, Resolution, num_frames
+from contract.result import Stage
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import choose_backend, use_mask_free_attention

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
-from tests.postgres import running_postgres
-from tests.queues import JOB, Bench, add_history, result, sql_bench
+from tests.support.postgres import running_postgres
+from tests.support.queues import JOB, Bench, add_history, result, sql_bench
 
 RESULTS: Final = Path(__file__).parent / "results"
 CALLS: Final = ("submit", "status", "take", "complete")

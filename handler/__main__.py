@@ -16,8 +16,9 @@ from typing import Final, NoReturn
 
 from pydantic import ValidationError
 
-from handler import logs
-from handler.logs import LogFormat
+from contract import log_fields as logs
+from contract.log_fields import LogFormat
+from contract.settings import explain
 from handler.report import Reporter
 from handler.settings import WorkerSettings
 from handler.store import Patience
@@ -25,7 +26,7 @@ from handler.video_model.base import ModelLoadError, VideoModel
 from handler.work_dir import remove_leftovers
 from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError
-from storage.settings import BucketSettings, bucket_settings, explain
+from storage.settings import BucketSettings, bucket_settings
 
 _DISTRIBUTION: Final = "hunyuan-video-service"
 _BAD_SETTINGS: Final = 2

@@ -15,7 +15,7 @@ from typing import IO, Final
 
 import imageio_ffmpeg
 
-from handler.contract import FPS
+from contract.job import FPS
 from handler.video_model.base import Frames
 
 #: CRF 18 is visually lossless (https://trac.ffmpeg.org/wiki/Encode/H.264#crf); "veryfast" keeps up with the decoder on

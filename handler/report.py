@@ -13,7 +13,7 @@ from typing import Final, Self
 
 import httpx
 
-from handler.contract import Gpu, WorkerReport, WorkerState
+from contract.worker import Gpu, WorkerReport, WorkerState
 from handler.video_model.base import VideoModel
 
 _INTERVAL: Final = 5.0

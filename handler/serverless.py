@@ -31,8 +31,8 @@ import runpod
 from runpod.serverless.modules import rp_http, rp_scale
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
-from handler.contract import Progress
-from handler.logs import begin
+from contract.log_fields import begin
+from contract.result import Progress
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
 

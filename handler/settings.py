@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 
-from handler.contract import Profile
-from handler.logs import LogOptions
+from contract.job import Profile
+from contract.log_fields import LogOptions
 
 
 class Approximation(StrEnum):
@@ -32,14 +32,12 @@ def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ..
     return value
 
 
-class WorkerSettings(LogOptions, BaseSettings):
+class WorkerSettings(LogOptions):
     """What `python -m handler` needs to know, beside its bucket.
 
     Raises:
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
     """
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
     model_path: str = Field(
         default="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",

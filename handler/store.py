@@ -13,13 +13,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final, TypeVar
 
-from pydantic import ValidationError
-
-from handler.contract import Manifest
+from contract.result import Manifest
 from handler.video_model.base import RenderCancelledError
-from storage import layout
-from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError, StorageError, StorageUnavailableError
+from storage.errors import StorageError, StorageUnavailableError
+from storage.videos import Videos
 
 #: Seconds between two looks at whether the job was cancelled.
 _TICK: Final = 0.1
@@ -59,7 +56,7 @@ class JobStore:
 
     def __init__(
         self,
-        bucket: Bucket,
+        videos: Videos,
         task_id: str,
         *,
         is_ours: bool,
@@ -67,7 +64,7 @@ class JobStore:
         cancelled: Event,
         waiting: Callable[[], None],
     ) -> None:
-        self._bucket = bucket
+        self._videos = videos
         self._task_id = task_id
         # Our own bucket's keys may be mended while a finished video waits; a job's s3Config stays as it came.
         self._kept_through = StorageError if is_ours else StorageUnavailableError
@@ -97,36 +94,24 @@ class JobStore:
         if finished is not None:
             return finished
         try:
-            for path, key, content_type in (
-                (video, layout.video_key(self._task_id), "video/mp4"),
-                (poster, layout.poster_key(self._task_id), "image/jpeg"),
-            ):
-                self._insistently(partial(self._bucket.put_file, path, key, content_type=content_type))
+            self._insistently(partial(self._videos.put_video, self._task_id, video))
+            self._insistently(partial(self._videos.put_poster, self._task_id, poster))
             manifest = make_manifest()
-            body, key = manifest.model_dump_json().encode(), layout.manifest_key(self._task_id)
-            self._insistently(partial(self._bucket.put_bytes, body, key, content_type="application/json"))
+            self._insistently(partial(self._videos.put_manifest, manifest))
         except (StorageError, RenderCancelledError):
             Thread(target=self._remove, name="remove", daemon=True).start()
             raise
         return manifest
 
     def _look(self) -> Manifest | None:
-        try:
-            return Manifest.model_validate_json(self._bucket.get_bytes(layout.manifest_key(self._task_id)))
-        except ObjectNotFoundError:
-            return None
-        except ValidationError:
-            log.warning("%s: what stands for its manifest is none", self._task_id)
-            return None
+        return self._videos.find(self._task_id)
 
     def _remove(self) -> None:
         """Remove what has no manifest, once; a bucket that is away keeps it. A manifest means that all is well."""
         if self._asked is not None:
             wait([self._asked])
         try:
-            if self._look() is None:
-                self._bucket.delete(layout.video_key(self._task_id))
-                self._bucket.delete(layout.poster_key(self._task_id))
+            self._videos.discard_unfinished(self._task_id)
         except StorageError as exc:
             log.warning("%s: parts of it may stay in the bucket: %s", self._task_id, exc)
 

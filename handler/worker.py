@@ -15,28 +15,19 @@ from typing import Any, Final
 from PIL import Image
 from pydantic import ValidationError
 
-from handler.contract import (
-    ErrorCode,
-    InvalidInputError,
-    JobFailure,
-    JobInput,
-    JobResult,
-    Manifest,
-    Progress,
-    Stage,
-    check_offered,
-    num_frames,
-    parse_input,
-)
+from contract.errors import ErrorCode, JobFailure
+from contract.job import InvalidInputError, JobInput, check_offered, num_frames, parse_input
+from contract.result import JobResult, Manifest, Progress, Stage
+from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
 from handler.store import JobStore, Patience
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.work_dir import WorkDirError, job_directory
-from storage import layout
 from storage.bucket import Bucket
 from storage.errors import StorageError
-from storage.settings import JobBucketSettings, explain
+from storage.settings import JobBucketSettings
+from storage.videos import Videos
 
 #: Percent at which each stage begins and ends. DENOISING and UPSCALING count as one piece of work; the model decodes
 #: before frames flow, and both are DECODING.
@@ -141,9 +132,9 @@ class Worker:
         check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
         kind = job_input.model, job_input.resolution, job_input.duration
         log.info("%s: begins: %s, %s, %d s", job.task_id, *kind, extra={"prompt": job_input.prompt})
-        bucket = self._bucket_for(job)
+        videos = Videos(self._bucket_for(job))
         store = JobStore(
-            bucket,
+            videos,
             job.task_id,
             is_ours=job.s3_config is None,
             patience=self._patience,
@@ -153,7 +144,7 @@ class Worker:
         finished = store.find()
         if finished is not None:
             log.info("%s: done before, its manifest is in the bucket", job.task_id)
-            return _result(finished, bucket)
+            return videos.result(finished)
         image = self._image(job_input)
         with job_directory(self._work_dir) as directory:
             width, height = job_input.size
@@ -166,7 +157,7 @@ class Worker:
                 target.video, target.poster, lambda: self._manifest(job.task_id, job_input, seed, target, meter)
             )
         log.info("%s: done in %.1f s, %d bytes", job.task_id, manifest.timings["total"], manifest.file_size)
-        return _result(manifest, bucket)
+        return videos.result(manifest)
 
     def _render(
         self,
@@ -270,14 +261,6 @@ class _Meter:
                 return
         self._told = (now, stage, self._percent)
         self._tell(Progress(progress=self._percent, stage=stage, elapsed_time=round(now - self._started, 3)))
-
-
-def _result(manifest: Manifest, bucket: Bucket) -> JobResult:
-    return JobResult(
-        **dict(manifest),
-        video_url=bucket.presign(layout.video_key(manifest.task_id)),
-        poster_url=bucket.presign(layout.poster_key(manifest.task_id)),
-    )
 
 
 def _seed(task_id: str) -> int:

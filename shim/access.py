@@ -14,10 +14,9 @@ from typing import Final
 
 from pydantic import SecretStr
 
+from contract.settings import HEADER_KEY_RULE, is_header_token
+
 MIN_KEY_LENGTH: Final = 16
-#: What a key may consist of: RFC 6750's token, so that it fits a header as it is and no colon or comma is in it.
-_SECRET: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
-_CONSISTS: Final = "must consist of A-Z a-z 0-9 . _ ~ + / - with = at its end only"
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
 #: How many clients' buckets are kept.
 _REMEMBERED: Final = 10_000
@@ -45,23 +44,12 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
             raise ValueError(f"the name of key {place} must be 1-32 of A-Z a-z 0-9 _ -")
         if len(secret) < MIN_KEY_LENGTH:
             raise ValueError(f"key {place} must have at least {MIN_KEY_LENGTH} characters")
-        if not _SECRET.fullmatch(secret):
-            raise ValueError(f"key {place} {_CONSISTS}")
+        if not is_header_token(secret):
+            raise ValueError(f"key {place} {HEADER_KEY_RULE}")
         if any(key.name == name or key.secret.get_secret_value() == secret for key in keys):
             raise ValueError(f"key {place} has the name or the value of one before it")
         keys.append(ApiKey(name, SecretStr(secret)))
     return tuple(keys)
-
-
-def sendable(key: SecretStr) -> SecretStr:
-    """The key, if it can stand in a header.
-
-    Raises:
-        ValueError: it can't. The message does not show it.
-    """
-    if not _SECRET.fullmatch(key.get_secret_value()):
-        raise ValueError(_CONSISTS)
-    return key
 
 
 class ApiKeys:

@@ -13,18 +13,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from handler.contract import ErrorCode, InvalidInputError
+from contract.errors import ErrorCode
+from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
 from shim.api import documented, page, videos
-from shim.api.access_log import AccessLog
 from shim.api.dependencies import Services
-from shim.api.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
 from shim.api.metrics import router as metrics_router
-from shim.errors import ApiError, api_error
-from shim.http_client import HttpClient
+from shim.errors import ApiError, ServerErrorCode, api_error
+from shim.http.access_log import AccessLog
+from shim.http.client import HttpClient
+from shim.http.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import Manifests, TaskNotFoundError, Tasks
+from shim.tasks import StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
@@ -59,7 +60,7 @@ def create_app(
         metrics, access, title="HunyuanVideo API", version=version(DISTRIBUTION), lifespan=lifespan, redoc_url=None
     )
     app.state.services = Services(
-        tasks=Tasks(queue, Manifests(bucket)),
+        tasks=Tasks(queue, StoredVideos(bucket)),
         queue=queue,
         bucket=bucket,
         store=store,
@@ -115,7 +116,7 @@ class _Observed(FastAPI):
 async def _on_error(request: Request, exc: Exception) -> Response:
     """Every error in the documented shape, the framework's own 404 and 405 too."""
     if isinstance(exc, HTTPException):
-        code = ErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ErrorCode.NOT_FOUND
+        code = ServerErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ServerErrorCode.NOT_FOUND
         exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", exc.headers)
     if isinstance(exc, ClientDisconnect):
         exc = ApiError(ErrorCode.INVALID_REQUEST, "the request broke off")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from handler.contract import MAX_DURATION, MIN_DURATION, JobInput, Profile, Resolution
+from contract.job import MAX_DURATION, MIN_DURATION, JobInput, Profile, Resolution
 from shim.queue.base import Backlog, RenderTimes, kind_of
 
 #: Midpoints of the API reference's table, for 5 and 10 seconds of video.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pynvml
 
-from handler.contract import Gpu
+from contract.worker import Gpu
 
 
 def local_gpus() -> list[Gpu]:

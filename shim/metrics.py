@@ -26,7 +26,9 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
-from handler.contract import ErrorCode, JobFailure, Manifest, Stage, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.result import Manifest, Stage
+from contract.worker import WorkerState
 from shim.errors import ApiError
 from shim.queue.base import Backlog, JobObserver, JobState, Workers
 from storage.errors import ObjectNotFoundError, StorageDeniedError

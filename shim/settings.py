@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 
-from handler.contract import Profile
-from handler.logs import LogOptions
-from shim.access import Access, ApiKey, parse_api_keys, sendable
+from contract.log_fields import LogOptions
+from contract.settings import Settings
+from shim.access import Access, ApiKey, parse_api_keys
 
 
 def _parsed_keys(value: object) -> object:
@@ -29,16 +29,12 @@ def _origin(text: str) -> str:
     return text
 
 
-class ShimSettings(LogOptions, BaseSettings):
+class ShimSettings(LogOptions):
     """What `hunyuan serve` needs to know.
 
     Raises:
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
     """
-
-    model_config = SettingsConfigDict(
-        frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True, hide_input_in_errors=True
-    )
 
     host: str = Field(default="0.0.0.0", validation_alias="HUNYUAN_HOST", description="Address to listen on.")  # noqa: S104 - documented
     port: int = Field(
@@ -169,10 +165,8 @@ class ShimSettings(LogOptions, BaseSettings):
         return self.data_dir.expanduser().resolve()
 
 
-class RemoteWorkerSettings(BaseSettings):
+class RemoteWorkerSettings(Settings):
     """What `hunyuan worker` needs to know, beside its bucket and what the handler reads for itself."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
     platform_url: HttpUrl = Field(
         validation_alias="HUNYUAN_PLATFORM_URL", description="Address of a server, or of what balances between several."
@@ -180,65 +174,6 @@ class RemoteWorkerSettings(BaseSettings):
     platform_token: SecretStr = Field(
         min_length=16, validation_alias="HUNYUAN_PLATFORM_TOKEN", description="The servers' key. Never logged."
     )
-
-
-class ClientSettings(BaseSettings):
-    """What the `hunyuan` commands that talk to a server need to know."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
-
-    server: HttpUrl = Field(
-        default=HttpUrl("http://localhost:8000"),
-        validation_alias="HUNYUAN_SERVER",
-        description="Server that `hunyuan generate`, `status`, `download` and `health` talk to.",
-    )
-    api_key: Annotated[SecretStr, AfterValidator(sendable)] | None = Field(
-        default=None,
-        validation_alias="HUNYUAN_API_KEY",
-        description="Key for a server that has HUNYUAN_API_KEYS. Never logged.",
-    )
-
-
-class DeploySettings(BaseSettings):
-    """What `hunyuan deploy` needs to know, beside its options.
-
-    Raises:
-        pydantic.ValidationError: naming each environment variable that is missing or wrong.
-    """
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
-
-    api_key: SecretStr = Field(validation_alias="RUNPOD_API_KEY", description="RunPod API key. Never logged.")
-    api_url: HttpUrl = Field(
-        default=HttpUrl("https://api.runpod.io/v2"),
-        validation_alias="RUNPOD_API_URL",
-        description="Base of RunPod's management API.",
-    )
-    endpoint_base_url: HttpUrl = Field(
-        default=HttpUrl("https://api.runpod.ai/v2"),
-        validation_alias="RUNPOD_ENDPOINT_BASE_URL",
-        description="Base of RunPod's endpoint API.",
-    )
-    profile: Profile = Field(
-        default=Profile.FAST,
-        validation_alias="HUNYUAN_PROFILE",
-        description="What to choose GPUs and the execution timeout for, and what workers serve first.",
-    )
-
-
-def deployed_environment() -> dict[str, str]:
-    """What of this process's environment a worker elsewhere needs: `BUCKET_*`, and `HUNYUAN_*` that is a worker's."""
-    shared = {"HUNYUAN_MODEL_PATH"} | {field.validation_alias for field in LogOptions.model_fields.values()}
-    own = {
-        field.validation_alias
-        for settings in (ShimSettings, RemoteWorkerSettings, ClientSettings)
-        for field in settings.model_fields.values()
-    } - shared
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if value and name.startswith(("BUCKET_", "HUNYUAN_")) and name not in own
-    }
 
 
 def child_environment(**overrides: str) -> dict[str, str]:

@@ -6,15 +6,16 @@ import logging
 from dataclasses import dataclass
 
 import anyio.to_thread
-from pydantic import ValidationError
 
-from handler.contract import KNOWN_MODELS, JobInput, JobResult, Manifest, Stage, check_offered
-from handler.logs import bind
+from contract.job import KNOWN_MODELS, JobInput, check_offered
+from contract.log_fields import bind
+from contract.result import JobResult, Manifest, Stage
 from shim.estimates import estimated_time
 from shim.queue.base import Idempotency, Job, JobQueue, JobState, QueueUnavailableError
 from storage import layout
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError, StorageError
+from storage.errors import StorageError
+from storage.videos import Videos
 
 log = logging.getLogger(__name__)
 
@@ -31,55 +32,32 @@ class Accepted:
     estimated_time: int
 
 
-class Manifests:
-    """Finished videos, by what stands beside them in the bucket."""
+class StoredVideos:
+    """`storage.videos` for coroutines: each call runs in a thread."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        self._videos = Videos(bucket)
 
     async def find(self, task_id: str) -> Manifest | None:
-        """The manifest of a finished task, None if there is none.
-
-        Raises:
-            StorageError: the bucket can't be asked.
-        """
-        try:
-            body = await anyio.to_thread.run_sync(self._bucket.get_bytes, layout.manifest_key(task_id))
-            return Manifest.model_validate_json(body)
-        except ObjectNotFoundError:
-            return None
-        except ValidationError:
-            log.error("%s: what stands for its manifest is none", task_id, extra={"task_id": task_id})
-            return None
+        return await anyio.to_thread.run_sync(self._videos.find, task_id)
 
     async def find_result(self, task_id: str) -> JobResult | None:
-        """What the job would have returned, had its result not been lost on the way (a `FindResult`)."""
-        manifest = await self.find(task_id)
-        if manifest is None:
-            return None
-        return JobResult(
-            **dict(manifest),
-            video_url=self._bucket.presign(layout.video_key(task_id)),
-            poster_url=self._bucket.presign(layout.poster_key(task_id)),
-        )
+        return await anyio.to_thread.run_sync(self._videos.find_result, task_id)
 
     async def discard(self, task_id: str) -> None:
-        """Remove what a cancelled task left, the manifest first: a video is whole or it is not there (a `Discard`)."""
-        keys = (layout.manifest_key(task_id), layout.video_key(task_id), layout.poster_key(task_id))
+        """Deletes what a cancelled task left. A bucket that does not answer keeps it: a warning says so."""
         try:
-            for key in keys:
-                await anyio.to_thread.run_sync(self._bucket.delete, key)
+            await anyio.to_thread.run_sync(self._videos.discard, task_id)
         except StorageError as exc:
-            text = "%s: what it left in the bucket stays there: %s"
-            log.warning(text, task_id, exc, extra={"task_id": task_id})
+            log.warning("the objects of the cancelled task stay in the bucket: %s", exc, extra={"task_id": task_id})
 
 
 class Tasks:
     """Submit, look up and cancel look up tasks over a queue and a bucket; the truth stays with those two."""
 
-    def __init__(self, queue: JobQueue, manifests: Manifests) -> None:
+    def __init__(self, queue: JobQueue, videos: StoredVideos) -> None:
         self._queue = queue
-        self._manifests = manifests
+        self._videos = videos
 
     async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
         """Queue a job, unless it was queued under the same key before, and say when it will be done.
@@ -114,7 +92,7 @@ class Tasks:
         if job is None:
             return await self.find(task_id)
         if job.state is JobState.CANCELLED:
-            await self._manifests.discard(task_id)
+            await self._videos.discard(task_id)
         return job
 
     async def find(self, task_id: str) -> Job:
@@ -146,7 +124,7 @@ class Tasks:
             return job
 
     async def _stored(self, task_id: str) -> Job | None:
-        manifest = await self._manifests.find(task_id)
+        manifest = await self._videos.find(task_id)
         if manifest is None:
             return None
         return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 
-from pydantic import Field, HttpUrl, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, HttpUrl, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+from contract.settings import Settings
 
 
-class BucketSettings(BaseSettings):
+class BucketSettings(Settings):
     """Where the bucket is and how to sign for it.
 
     Raises:
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
     """
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True)
 
     endpoint_url: HttpUrl = Field(
         validation_alias="BUCKET_ENDPOINT_URL", description="Address of the S3 server, without the bucket."
@@ -84,11 +84,3 @@ def bucket_settings() -> BucketSettings | None:
     """
     names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
     return BucketSettings() if any(os.environ.get(name) for name in names) else None
-
-
-def explain(exc: ValidationError) -> str:
-    """A line for each setting that is missing or wrong: its variable and what it takes, never its value."""
-    return "\n".join(
-        f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
-        for error in exc.errors(include_url=False, include_input=False)
-    )

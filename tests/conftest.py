@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.postgres import Postgres, running_postgres
+from tests.support.postgres import Postgres, running_postgres
 
 # A few examples on each run of everything; many with --hypothesis-profile=full.
 hypothesis.settings.register_profile("short", max_examples=40, print_blob=True)

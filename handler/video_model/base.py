@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from handler.contract import Gpu, JobInput, Stage
+from contract.job import JobInput
+from contract.result import Stage
+from contract.worker import Gpu
 
 #: RGB frames, uint8 of shape (frames, height, width, 3).
 Frames: TypeAlias = npt.NDArray[np.uint8]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from handler.contract import Profile, Resolution
+from contract.job import Profile, Resolution
 
 
 @dataclass(frozen=True)

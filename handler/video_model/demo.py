@@ -27,7 +27,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from handler.contract import MAX_PROMPT_LENGTH
+from contract.job import MAX_PROMPT_LENGTH
 from handler.video_model.catalog import Checkpoint, Sampling
 
 #: It renders 128x72 for 16:9, which is a square of 96 pixels in area.

@@ -19,7 +19,9 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from PIL import Image, ImageOps
 
-from handler.contract import Gpu, JobInput, Resolution, Stage, num_frames
+from contract.job import JobInput, Resolution, num_frames
+from contract.result import Stage
+from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, Route, bucket_size
 from handler.video_model.decode import decode

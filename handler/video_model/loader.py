@@ -22,12 +22,7 @@ from diffusers import (
 from safetensors import SafetensorError
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
-from handler.contract import (
-    DEFAULT_MODEL,
-    DEMO_MODEL,
-    Profile,
-    Resolution,
-)
+from contract.job import DEFAULT_MODEL, DEMO_MODEL, Profile, Resolution
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate

@@ -12,7 +12,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.hooks import apply_group_offloading
 
-from handler.contract import MAX_DURATION, MIN_DURATION, Resolution, num_frames
+from contract.job import MAX_DURATION, MIN_DURATION, Resolution, num_frames
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError
 from handler.video_model.catalog import Route, bucket_size

@@ -11,9 +11,8 @@ import anyio.to_thread
 import httpx
 from fastapi import Request
 
-from handler.contract import ErrorCode
 from shim.access import RateLimit, client_of_address
-from shim.errors import ApiError
+from shim.errors import ApiError, ServerErrorCode
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
@@ -80,4 +79,4 @@ async def within_rate_limit(request: Request) -> None:
     wait = limit.take(client(request)) if limit is not None else 0.0
     if wait > 0:
         headers = {"Retry-After": str(math.ceil(wait))}
-        raise ApiError(ErrorCode.RATE_LIMITED, "too many videos were asked for in the last minute", headers)
+        raise ApiError(ServerErrorCode.RATE_LIMITED, "too many videos were asked for in the last minute", headers)

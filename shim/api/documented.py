@@ -8,9 +8,12 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
-from handler.contract import ErrorCode, Gpu, JobFailure, JobInput, Resolution, Stage, WorkerState, parse_input
+from contract.errors import ErrorCode
+from contract.job import JobInput, Resolution, parse_input
+from contract.result import Stage
+from contract.worker import Gpu, WorkerState
 from shim.api.dependencies import Services, client, is_anonymous, public_url, services, within_rate_limit
-from shim.errors import ApiError
+from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.gpu import local_gpus
 from shim.queue.base import Job, ModelNotLoadedError, QueueUnavailableError, Workers
 
@@ -109,7 +112,7 @@ class Ready(BaseModel):
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for the error statuses of a route."""
-    return {status: {"model": JobFailure} for status in statuses}
+    return {status: {"model": ErrorBody} for status in statuses}
 
 
 async def limited_body(request: Request) -> bytes:
@@ -131,7 +134,7 @@ async def limited_body(request: Request) -> bytes:
         if size <= MAX_BODY:
             body += chunk
     if size > MAX_BODY:
-        raise ApiError(ErrorCode.REQUEST_TOO_LARGE, f"the body is larger than {MAX_BODY // 1024} KiB")
+        raise ApiError(ServerErrorCode.REQUEST_TOO_LARGE, f"the body is larger than {MAX_BODY // 1024} KiB")
     return bytes(body)
 
 
@@ -269,7 +272,7 @@ async def ready(request: Request, use: Annotated[Services, Depends(services)]) -
         await use.queue.check_ready()
     except ModelNotLoadedError as exc:
         if is_anonymous(request):  # the reason may name files
-            raise ApiError(ErrorCode.MODEL_NOT_LOADED, "No worker has the model loaded") from exc
+            raise ApiError(ServerErrorCode.MODEL_NOT_LOADED, "No worker has the model loaded") from exc
         raise
     await use.check_bucket()
     return Ready()

@@ -20,10 +20,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from handler.contract import ErrorCode, Manifest
+from contract.errors import ErrorCode
+from contract.result import Manifest
 from shim.api.dependencies import Services, services
 from shim.api.documented import error_responses
-from shim.errors import ApiError
+from shim.errors import ApiError, ServerErrorCode
 from storage import layout
 
 #: Life of a presigned URL that never leaves this process: long enough for clocks that are minutes apart, no longer. A
@@ -98,7 +99,7 @@ async def video(file_name: str, request: Request, use: Annotated[Services, Depen
     """Download the generated video file."""
     task_id, dot, extension = file_name.rpartition(".")
     if not dot or extension != "mp4":
-        raise ApiError(ErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
+        raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
     manifest = await _finished(task_id, use)
     etag = etag_of(manifest)
     headers = {
@@ -128,8 +129,8 @@ async def _finished(task_id: str, use: Services) -> Manifest:
     if job.result is not None:
         return job.result
     if job.failure is not None:
-        raise ApiError(ErrorCode.VIDEO_NOT_READY, f"The task failed, there is no video: {job.failure.error}")
-    raise ApiError(ErrorCode.VIDEO_NOT_READY, f"The video is not ready: {job.progress} % done")
+        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, f"The task failed, there is no video: {job.failure.error}")
+    raise ApiError(ServerErrorCode.VIDEO_NOT_READY, f"The video is not ready: {job.progress} % done")
 
 
 def names_etag(header: str | None, etag: str) -> bool:
@@ -150,7 +151,7 @@ def _range(request: Request, etag: str, size: int) -> ByteRange | None:
         return parse_range(header, size)
     except UnsatisfiableRangeError as exc:
         raise ApiError(
-            ErrorCode.RANGE_NOT_SATISFIABLE, f"the video has {size} bytes", {"Content-Range": f"bytes */{size}"}
+            ServerErrorCode.RANGE_NOT_SATISFIABLE, f"the video has {size} bytes", {"Content-Range": f"bytes */{size}"}
         ) from exc
 
 
@@ -263,7 +264,7 @@ class StoredVideo:
 
     def _raise_for_status(self, response: httpx.Response) -> None:
         if response.status_code == 404:
-            raise ApiError(ErrorCode.VIDEO_NOT_READY, "The video is no longer in the bucket")
+            raise ApiError(ServerErrorCode.VIDEO_NOT_READY, "The video is no longer in the bucket")
         if response.status_code not in (200, 206):
             raise self._unavailable(f"the store answered {response.status_code}")
 

@@ -9,17 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol, Self
 
-from handler.contract import (
-    ErrorCode,
-    JobFailure,
-    JobInput,
-    JobResult,
-    Manifest,
-    Resolution,
-    Stage,
-    WorkerReport,
-    WorkerState,
-)
+from contract.errors import ErrorCode, JobFailure
+from contract.job import JobInput, Resolution
+from contract.result import JobResult, Manifest, Stage
+from contract.worker import WorkerReport, WorkerState
 
 #: Of a job that completed with something else than our handler's result.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)

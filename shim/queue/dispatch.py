@@ -14,7 +14,9 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from handler.contract import ErrorCode, JobFailure, Manifest, Progress, WorkerReport, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.result import Manifest, Progress
+from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import NO_VIDEO, Discard, FindResult, JobObserver, JobState, QueueError
 from shim.queue.database import Database, end, fetch_all, fetch_one, upsert
 from shim.queue.schema import jobs, render_times, valid_manifest, workers

@@ -18,8 +18,10 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from handler.contract import ErrorCode, JobFailure, JobInput, Manifest, Progress, Stage
-from shim.http_client import HttpClient
+from contract.errors import ErrorCode, JobFailure
+from contract.job import JobInput
+from contract.result import Manifest, Progress, Stage
+from shim.http.client import HttpClient
 from shim.queue.base import (
     NO_VIDEO,
     Backlog,

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
 
-from handler.contract import Manifest
+from contract.result import Manifest
 
 metadata = MetaData()
 

@@ -10,17 +10,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from handler.contract import (
-    ErrorCode,
-    InvalidInputError,
-    JobFailure,
-    JobInput,
-    Resolution,
-    Stage,
-    WorkerReport,
-    WorkerState,
-    parse_input,
-)
+from contract.errors import ErrorCode, JobFailure
+from contract.job import InvalidInputError, JobInput, Resolution, parse_input
+from contract.result import Stage
+from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
     NO_VIDEO,
     Backlog,

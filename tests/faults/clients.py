@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from handler.contract import ErrorCode
+from contract.errors import ErrorCode
 
 #: A failed task may say these.
 TRUE_REASONS = {ErrorCode.GENERATION_FAILED, ErrorCode.STORAGE_UNAVAILABLE}

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tests.fault_proxy import FaultProxy, Faults
 from tests.faults.system import WORKER_TIMEOUT, Part, System
-from tests.service import eventually
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.service import eventually
 
 #: Seconds that a worker is given to store a video while its result is held back.
 _STORED = 10.0

@@ -18,13 +18,13 @@ import httpx
 import psutil
 from pydantic import HttpUrl
 
-from shim.local import EmbeddedBucket
+from shim.host.gateway import EmbeddedBucket
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.fault_proxy import FaultProxy
-from tests.postgres import Postgres, running_postgres
-from tests.service import Service, eventually
-from tests.worker_process import Note, WorkerProcess, bucket_environment, read_notes
+from tests.support.fault_proxy import FaultProxy
+from tests.support.postgres import Postgres, running_postgres
+from tests.support.service import Service, eventually
+from tests.support.worker_process import Note, WorkerProcess, bucket_environment, read_notes
 
 TOKEN = secrets.token_hex(16)
 SHIMS = 2

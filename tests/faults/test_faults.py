@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
-from handler.contract import Manifest
+from contract.result import Manifest
 from storage import layout
 from storage.errors import ObjectNotFoundError
 from tests.faults.clients import Book, Clients
 from tests.faults.drivers import FULL, SHORT, Driver, Form, Network, Signals
 from tests.faults.system import System, running_system
-from tests.service import eventually
+from tests.support.service import eventually
 
 #: Seconds within which all is settled once nothing is broken any more.
 SETTLED = 180.0

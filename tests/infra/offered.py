@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings
 import handler.settings
 import shim.settings
 import storage.settings
-from shim.__main__ import app
+from hunyuan.cli.main import app
 from tests.infra.dockerfile import parse
 
 ROOT = Path(__file__).parents[2]

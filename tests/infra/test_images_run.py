@@ -15,9 +15,9 @@ import yaml
 
 from storage.settings import BucketSettings
 from tests.infra.dockerfile import Builder, Image, parse
-from tests.mp4 import probe
-from tests.s3_servers import juicefs
-from tests.service import RENDER_SECONDS, START_SECONDS, eventually, free_port
+from tests.support.mp4 import probe
+from tests.support.s3_servers import juicefs
+from tests.support.service import RENDER_SECONDS, START_SECONDS, eventually, free_port
 
 pytestmark = [pytest.mark.xdist_group("images"), pytest.mark.timeout(900)]
 

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.mp4 import probe
-from tests.service import RENDER_SECONDS, Service, eventually, running_service
+from tests.support.mp4 import probe
+from tests.support.service import RENDER_SECONDS, Service, eventually, running_service
 
 pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
 
@@ -149,7 +149,15 @@ def test_a_server_in_front_of_a_runpod_endpoint_has_no_queue_and_no_worker_of_it
 def test_the_command_line_client_makes_a_file(service: Service, tmp_path: Path) -> None:
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "shim", "generate", "A paper boat on a rainy street", "--server", service.address),
+            *(
+                sys.executable,
+                "-m",
+                "hunyuan",
+                "generate",
+                "A paper boat on a rainy street",
+                "--server",
+                service.address,
+            ),
             *("--duration", "5", "--resolution", "720p", "--output", str(tmp_path / "boat.mp4"), "--json"),
         ],
         capture_output=True,

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from tests.fault_proxy import FaultProxy, Faults
-from tests.service import eventually
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.service import eventually
 
 BODY = bytes(range(256)) * 1024
 

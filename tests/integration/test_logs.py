@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service import Service, eventually, running_service
+from tests.support.service import Service, eventually, running_service
 
 pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
 

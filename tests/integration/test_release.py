@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.release import ROOT, ReleaseError, check_changelog, release
-from tests.mp4 import probe
+from tests.support.mp4 import probe
+from tools.release import ROOT, ReleaseError, check_changelog, release
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import requests
 
-from tests.service import Service, eventually, running_service
+from tests.support.service import Service, eventually, running_service
 
 pytestmark = [pytest.mark.xdist_group("secrets"), pytest.mark.timeout(600)]
 

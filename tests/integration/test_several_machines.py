@@ -15,10 +15,10 @@ import httpx
 import pytest
 
 from storage.settings import BucketSettings
-from tests.mp4 import probe
-from tests.postgres import Postgres
-from tests.s3_servers import juicefs
-from tests.service import Service, eventually
+from tests.support.mp4 import probe
+from tests.support.postgres import Postgres
+from tests.support.s3_servers import juicefs
+from tests.support.service import Service, eventually
 
 TOKEN = "a-token-of-the-tests"
 
@@ -36,7 +36,7 @@ def bucket_environment(bucket: BucketSettings) -> Mapping[str, str]:
 def worker(platform: str, bucket: BucketSettings, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`hunyuan worker` with the demo model."""
     environment = {**os.environ, **bucket_environment(bucket), "HUNYUAN_MODEL_PATH": "demo"}
-    command = [sys.executable, "-m", "shim", "worker", "--platform", platform, "--token", TOKEN]
+    command = [sys.executable, "-m", "hunyuan", "worker", "--platform", platform, "--token", TOKEN]
     with (directory / "worker.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -111,7 +111,7 @@ def test_a_worker_needs_a_bucket_and_a_platform(tmp_path: Path) -> None:
         (["--platform", "http://127.0.0.1:9", "--token", "short"], "HUNYUAN_PLATFORM_TOKEN"),
         (["--platform", "http://127.0.0.1:9", "--token", TOKEN], "BUCKET_ENDPOINT_URL"),
     ):
-        command = [sys.executable, "-m", "shim", "worker", *arguments]
+        command = [sys.executable, "-m", "hunyuan", "worker", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
         assert word in done.stderr

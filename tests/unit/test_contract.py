@@ -5,19 +5,10 @@ import math
 
 import pytest
 
-from handler.contract import (
-    DEFAULT_MODEL,
-    ErrorCode,
-    InvalidInputError,
-    JobFailure,
-    JobInput,
-    Progress,
-    Resolution,
-    Stage,
-    num_frames,
-    parse_input,
-)
-from tests.queues import result
+from contract.errors import ErrorCode, JobFailure
+from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, Resolution, num_frames, parse_input
+from contract.result import Progress, Stage
+from tests.support.queues import result
 
 PROMPT = "A paper boat on a rainy street"
 

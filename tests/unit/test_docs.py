@@ -9,12 +9,13 @@ import pytest
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
-from handler.contract import ErrorCode
+from contract.errors import ErrorCode
 from handler.settings import WorkerSettings
-from infra import api_page
+from hunyuan.settings import ClientSettings, DeploySettings
 from shim.errors import STATUS
-from shim.settings import ClientSettings, DeploySettings, RemoteWorkerSettings, ShimSettings
+from shim.settings import RemoteWorkerSettings, ShimSettings
 from storage.settings import BucketSettings
+from tools import api_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -18,10 +18,11 @@ import yaml
 from typer.core import TyperGroup
 
 from handler.settings import WorkerSettings
-from shim.__main__ import app
-from shim.settings import ClientSettings, DeploySettings, RemoteWorkerSettings, ShimSettings
+from hunyuan.cli.main import app
+from hunyuan.settings import ClientSettings, DeploySettings
+from shim.settings import RemoteWorkerSettings, ShimSettings
 from storage.settings import BucketSettings
-from tests.s3_servers import SCRIPTS
+from tests.support.s3_servers import SCRIPTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

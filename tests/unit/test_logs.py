@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from handler.logs import LogFormat, LogOptions, bind, configure
+from contract.log_fields import LogFormat, LogOptions, bind, configure
 from handler.settings import WorkerSettings
 from shim.queue.sql import SqlQueue
 from shim.settings import ShimSettings
-from tests.queues import sql_bench
+from tests.support.queues import sql_bench
 
 PROMPT = "A paper boat\non a rainy street"
 LOGGERS = ("", "handler", "httpx", "shim", "storage")

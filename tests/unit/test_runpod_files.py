@@ -11,11 +11,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 
-from handler.contract import MAX_DURATION, JobInput, Profile, Resolution, parse_input
+from contract.job import MAX_DURATION, JobInput, Profile, Resolution, parse_input
 from handler.settings import WorkerSettings
+from hunyuan.deploy.deployment import SIZES, IncompleteError, worker_variables
+from hunyuan.settings import deployed_environment
 from shim.estimates import render_seconds
-from shim.runpod_deploy import SIZES, IncompleteError, worker_variables
-from shim.settings import deployed_environment
 from storage.settings import BucketSettings
 
 ROOT = Path(__file__).parents[2]

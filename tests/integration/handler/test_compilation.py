@@ -14,7 +14,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from torch._dynamo.utils import counters
 
-from handler.contract import JobInput
+from contract.job import JobInput
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate
@@ -23,7 +23,7 @@ from handler.video_model.compilation import compile_blocks
 from handler.video_model.loader import load_model
 from handler.video_model.memory import Placement
 from handler.video_model.placement import place
-from tests.small_models import sr_transformer
+from tests.support.small_models import sr_transformer
 
 #: Frames, height and width of latents: fewer tokens than a chunk, several chunks, and as many as a whole number.
 SIZES = [(4, 5, 6), (7, 9, 16), (31, 9, 16), (5, 10, 10)]

@@ -23,16 +23,16 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from safetensors.torch import load_file, save_file
 
-from handler import weights
-from handler.contract import Profile
+from contract.job import Profile
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.catalog import needed
-from handler.video_model.convert import ConvertError, convert_checkpoint, convert_transformer, transformer_config
 from handler.video_model.loader import load_model
 from handler.video_model.super_resolution import load_upsampler
-from handler.weights import Files, WeightsError, download
-from tests.small_models import image_pipeline, sr_transformer, upsampler_720p, upsampler_1080p
+from handler.weights import download as weights
+from handler.weights.convert import ConvertError, convert_checkpoint, convert_transformer, transformer_config
+from handler.weights.download import Files, WeightsError, download
+from tests.support.small_models import image_pipeline, sr_transformer, upsampler_720p, upsampler_1080p
 
 State = dict[str, torch.Tensor]
 TRANSFORMER = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -310,7 +310,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
 
 def command(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "handler.weights", *map(str, arguments)],
+        [sys.executable, "-m", "handler.weights.download", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -338,7 +338,14 @@ def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_clea
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     save_file(original(small().state_dict()), tmp_path / "one.safetensors")
     with subprocess.Popen(
-        [sys.executable, "-m", "handler.weights", "convert", tmp_path / "one.safetensors", tmp_path / "480p_t2v"],
+        [
+            sys.executable,
+            "-m",
+            "handler.weights.download",
+            "convert",
+            tmp_path / "one.safetensors",
+            tmp_path / "480p_t2v",
+        ],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),

@@ -15,7 +15,8 @@ from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from handler.contract import JobInput, Resolution, Stage
+from contract.job import JobInput, Resolution
+from contract.result import Stage
 from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import NATIVE, causal_mask, use_fast_causal_mask, use_mask_free_attention
@@ -24,7 +25,7 @@ from handler.video_model.blocks import CHUNK, ChunkedBlock
 from handler.video_model.catalog import Route
 from handler.video_model.generate import Base, PipelineModel
 from handler.video_model.loader import load_model
-from tests.small_models import single
+from tests.support.small_models import single
 
 PROMPT = "A paper boat on a rainy street"
 

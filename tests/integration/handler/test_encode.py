@@ -14,7 +14,7 @@ import pytest
 
 from handler.encode import DiskFullError, EncodeError, Target, codec, encode
 from handler.video_model.base import Frames
-from tests.mp4 import probe
+from tests.support.mp4 import probe
 
 
 def target(directory: Path, *, width: int = 1280, height: int = 720, num_frames: int = 25) -> Target:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from handler.contract import ErrorCode, JobInput, Resolution, Stage
+from contract.errors import ErrorCode
+from contract.job import JobInput, Resolution
+from contract.result import Stage
 from handler.images import ImageError
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames
@@ -20,9 +22,9 @@ from handler.video_model.catalog import Checkpoint, Route, Sampling
 from handler.video_model.generate import Base, PipelineModel
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
-from tests.queues import NOWHERE
-from tests.scripted_model import ScriptedModel
-from tests.small_models import image_family, image_pipeline
+from tests.support.queues import NOWHERE
+from tests.support.scripted_model import ScriptedModel
+from tests.support.small_models import image_family, image_pipeline
 
 PROMPT = "A paper boat on a rainy street"
 

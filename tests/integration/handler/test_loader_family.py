@@ -14,7 +14,8 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 from pydantic import ValidationError
 
-from handler.contract import JobInput, Profile, Resolution, Stage
+from contract.job import JobInput, Profile, Resolution
+from contract.result import Stage
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import Fp8Linear, approximate
@@ -24,7 +25,7 @@ from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
 from handler.video_model.placement import bytes_of, place, place_all
-from tests.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
+from tests.support.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3_servers import juicefs
+from tests.support.s3_servers import juicefs
 
 #: Run in a process of its own: peak RSS can't be reset. VmHWM of the worker and all that it starts, sampled.
 SCRIPT = """

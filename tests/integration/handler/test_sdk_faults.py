@@ -18,14 +18,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from handler.contract import WorkerState
-from shim.platform import worker_environment
+from contract.worker import WorkerState
+from shim.host.worker_environment import worker_environment
 from storage.settings import BucketSettings
-from tests.fault_proxy import FaultProxy, Faults
-from tests.s3_servers import juicefs
-from tests.service import Service, eventually, free_port
-from tests.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
-from tests.worker_process import WorkerProcess, bucket_environment
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.s3_servers import juicefs
+from tests.support.service import Service, eventually, free_port
+from tests.support.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
+from tests.support.worker_process import WorkerProcess, bucket_environment
 
 TOKEN = "a-token-of-the-tests"
 #: Seconds that a worker may take to start and to do a thing, on a busy machine.
@@ -186,7 +186,7 @@ def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
     script = (
         "import os, signal; "
         "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM)); "
-        "from tests.scripted_worker import main; main()"
+        "from tests.support.scripted_worker import main; main()"
     )
     environment = {
         **os.environ,
@@ -232,7 +232,7 @@ def test_the_worker_command_becomes_the_worker(tmp_path: Path) -> None:
         "BUCKET_SECRET_ACCESS_KEY": "secret",
         "HUNYUAN_MODEL_PATH": "demo",
     }
-    command = [sys.executable, "-m", "shim", "worker", "--platform", f"http://127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "hunyuan", "worker", "--platform", f"http://127.0.0.1:{free_port()}"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--token", TOKEN], env=environment, stdout=log, stderr=log)
     try:

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from handler.contract import Gpu, WorkerState
+from contract.worker import Gpu, WorkerState
 from handler.report import Reporter
 from handler.serverless import make_handler
 from handler.video_model.base import ModelOutOfMemoryError
@@ -30,9 +30,9 @@ from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
-from tests.s3_servers import juicefs
-from tests.scripted_model import ScriptedModel
-from tests.service import eventually
+from tests.support.s3_servers import juicefs
+from tests.support.scripted_model import ScriptedModel
+from tests.support.service import eventually
 
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from pydantic import HttpUrl, SecretStr
 
-from handler.contract import ErrorCode, JobResult, Manifest, Progress, Stage
+from contract.errors import ErrorCode
+from contract.result import JobResult, Manifest, Progress, Stage
 from handler.store import Patience
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
@@ -22,11 +23,11 @@ from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
-from tests.disks import disk, fill
-from tests.fault_proxy import FaultProxy, Faults
-from tests.s3_servers import behind, juicefs
-from tests.scripted_model import STEPS, ScriptedModel
-from tests.service import eventually
+from tests.support.disks import disk, fill
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.s3_servers import behind, juicefs
+from tests.support.scripted_model import STEPS, ScriptedModel
+from tests.support.service import eventually
 
 TASK = "task-1"
 KEYS = (layout.video_key(TASK), layout.poster_key(TASK), layout.manifest_key(TASK))

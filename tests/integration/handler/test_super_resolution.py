@@ -13,7 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import save_file
 from torch import nn
 
-from handler.contract import AspectRatio, JobInput, Progress, Resolution, Stage, num_frames
+from contract.job import AspectRatio, JobInput, Resolution, num_frames
+from contract.result import Progress, Stage
 from handler.video_model import demo
 from handler.video_model.attention import (
     NATIVE,
@@ -29,9 +30,9 @@ from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUps
 from handler.worker import Job, Worker
 from storage import layout
 from storage.bucket import Bucket
-from tests.mp4 import probe
-from tests.s3_servers import juicefs
-from tests.small_models import LATENTS, family, sr_transformer, stage, upsampler_720p, upsampler_1080p
+from tests.support.mp4 import probe
+from tests.support.s3_servers import juicefs
+from tests.support.small_models import LATENTS, family, sr_transformer, stage, upsampler_720p, upsampler_1080p
 
 State = dict[str, torch.Tensor]
 PROMPT = "A paper boat on a rainy street"

@@ -11,14 +11,15 @@ from threading import Event
 
 import pytest
 
-from handler.contract import ErrorCode, JobFailure, JobResult
+from contract.errors import ErrorCode, JobFailure
+from contract.result import JobResult
 from handler.work_dir import WorkDirError, job_directory, remove_leftovers
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.disks import disk, fill
-from tests.s3_servers import juicefs
-from tests.scripted_model import STEPS, ScriptedModel
+from tests.support.disks import disk, fill
+from tests.support.s3_servers import juicefs
+from tests.support.scripted_model import STEPS, ScriptedModel
 
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 

@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from handler.contract import DEFAULT_MODEL, ErrorCode, JobResult, Manifest, Progress, Resolution, Stage
+from contract.errors import ErrorCode
+from contract.job import DEFAULT_MODEL, Resolution
+from contract.result import JobResult, Manifest, Progress, Stage
 from handler.store import Patience
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
@@ -21,9 +23,9 @@ from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError, StorageUnavailableError
 from storage.settings import BucketSettings
-from tests.mp4 import probe
-from tests.s3_servers import juicefs
-from tests.scripted_model import ScriptedModel
+from tests.support.mp4 import probe
+from tests.support.s3_servers import juicefs
+from tests.support.scripted_model import ScriptedModel
 
 PROMPT = "A paper boat on a rainy street"
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from handler.contract import ErrorCode, JobFailure, Progress, Stage
+from contract.errors import ErrorCode, JobFailure
+from contract.result import Progress, Stage
 from shim.queue.base import Idempotency, IdempotencyConflictError, JobState, QueueFullError, kind_of
-from tests.queues import JOB, Bench, result, runpod_bench, sql_bench
+from tests.support.queues import JOB, Bench, result, runpod_bench, sql_bench
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "runpod"])

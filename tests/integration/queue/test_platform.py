@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from handler.contract import Stage, WorkerReport, WorkerState
-from tests.queues import JOB, TOKEN, Bench, platform_bench, result
+from contract.result import Stage
+from contract.worker import WorkerReport, WorkerState
+from tests.support.queues import JOB, TOKEN, Bench, platform_bench, result
 
 INPUT = JOB.wire()
 

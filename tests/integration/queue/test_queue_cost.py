@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.queue import Cost, measure
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

@@ -20,7 +20,9 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import text
 
-from handler.contract import ErrorCode, JobFailure, JobResult, Progress, Stage, WorkerReport, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.result import JobResult, Progress, Stage
+from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
     Idempotency,
     IdempotencyConflictError,
@@ -32,7 +34,7 @@ from shim.queue.base import (
 from shim.queue.database import Database
 from shim.queue.dispatch import Delivery, Dispatcher
 from shim.queue.sql import SqlQueue
-from tests.queues import JOB, Clock, result
+from tests.support.queues import JOB, Clock, result
 
 T = TypeVar("T")
 MAX_WAITING = 4

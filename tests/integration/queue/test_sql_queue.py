@@ -15,7 +15,9 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from handler.contract import ErrorCode, JobFailure, JobResult, Progress, Stage, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.result import JobResult, Progress, Stage
+from contract.worker import WorkerState
 from shim.queue.base import (
     Idempotency,
     JobState,
@@ -31,8 +33,8 @@ from shim.queue.engine import migrate
 from shim.queue.schema import metadata
 from shim.queue.sql import SqlQueue
 from storage.errors import StorageUnavailableError
-from tests.postgres import Postgres, running_postgres
-from tests.queues import JOB, Bench, add_history, result, sql_bench
+from tests.support.postgres import Postgres, running_postgres
+from tests.support.queues import JOB, Bench, add_history, result, sql_bench
 
 
 @pytest.fixture

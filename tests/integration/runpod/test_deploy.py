@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.http_server import serving
-from tests.runpod_account import KEY, Account, Fault
+from tests.support.http_server import serving
+from tests.support.runpod_account import KEY, Account, Fault
 
 SECRET = "a-secret-nobody-may-read"
 BUCKET = {
@@ -42,7 +42,7 @@ class Bench:
             name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
         }
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "shim", "deploy", *arguments),
+            *(sys.executable, "-m", "hunyuan", "deploy", *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -23,9 +23,9 @@ from fastapi.responses import JSONResponse
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.http_server import serving
-from tests.mp4 import probe
-from tests.s3_servers import juicefs
+from tests.support.http_server import serving
+from tests.support.mp4 import probe
+from tests.support.s3_servers import juicefs
 
 ROOT = Path(__file__).parents[3]
 HUB_TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())

@@ -13,16 +13,17 @@ import anyio
 import httpx
 import pytest
 
-from handler.contract import ErrorCode, WorkerState
+from contract.worker import WorkerState
 from shim.access import Access, parse_api_keys
+from shim.api.runpod_worker import Platform
 from shim.app import create_app
-from shim.platform import Platform
+from shim.errors import ServerErrorCode
 from shim.queue.sql import SqlQueue
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.http_server import serving
-from tests.queues import JOB, NOWHERE, TOKEN, sql_bench
-from tests.s3_servers import juicefs
+from tests.support.http_server import serving
+from tests.support.queues import JOB, NOWHERE, TOKEN, sql_bench
+from tests.support.s3_servers import juicefs
 
 ALICE = "alices-key-0123456789"
 BOB = "bobs-key-0123456789ab"
@@ -68,7 +69,7 @@ async def unlocked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 def assert_refused(response: httpx.Response) -> None:
     assert response.status_code == 401, response.text
-    assert response.json()["error_code"] == ErrorCode.UNAUTHORIZED
+    assert response.json()["error_code"] == ServerErrorCode.UNAUTHORIZED
     assert response.headers["www-authenticate"] == "Bearer"
 
 
@@ -163,7 +164,7 @@ async def test_health_readiness_and_documentation_need_no_key(locked: httpx.Asyn
 async def test_why_the_model_is_not_loaded_is_told_to_those_with_a_key(tmp_path: Path) -> None:
     async with running(tmp_path, Access(KEYS), state=WorkerState.FAILED, error="no /srv/weights") as http:
         answers = [await http.get("/ready", headers=headers) for headers in ({}, {"X-API-Key": "wrong"}, BEARER)]
-        assert [answer.json()["error_code"] for answer in answers] == [ErrorCode.MODEL_NOT_LOADED] * 3
+        assert [answer.json()["error_code"] for answer in answers] == [ServerErrorCode.MODEL_NOT_LOADED] * 3
         assert ["/srv/weights" in answer.text for answer in answers] == [False, False, True]
         assert "/srv" not in (await http.get("/health")).text
 
@@ -173,7 +174,7 @@ async def test_the_platforms_routes_ask_for_their_own_token(locked: httpx.AsyncC
         for headers in ({}, BEARER, {"X-API-Key": ALICE}, {"Authorization": ""}):
             response = await locked.get(path, headers=headers)
             assert response.status_code == 401
-            assert response.json()["error_code"] == ErrorCode.UNAUTHORIZED
+            assert response.json()["error_code"] == ServerErrorCode.UNAUTHORIZED
     assert (await locked.get("/v2/local/health", headers={"Authorization": TOKEN})).status_code == 200
     assert (await locked.get("/v2/other/health", headers={"Authorization": TOKEN})).status_code == 404
 
@@ -200,7 +201,7 @@ def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket
 async def test_the_hunyuan_command_sends_its_key(tmp_path: Path, bucket_settings: BucketSettings) -> None:
     async with running(tmp_path, Access(KEYS), Bucket(bucket_settings)) as http:
         task_id = (await http.post("/generate", json=JOB.wire(), headers=BEARER)).json()["task_id"]
-        command = [sys.executable, "-m", "shim", "status", task_id, "--json"]
+        command = [sys.executable, "-m", "hunyuan", "status", task_id, "--json"]
         for key, code, words in ((ALICE, 0, "processing"), ("", 2, "HUNYUAN_API_KEY"), (BOB + "x", 2, "UNAUTHORIZED")):
             environment = {"HUNYUAN_SERVER": str(http.base_url), "HUNYUAN_API_KEY": key, "PYTHONPATH": sys.path[0]}
             done = await anyio.run_process(command, env=environment, check=False)
@@ -220,7 +221,7 @@ async def test_more_videos_than_the_limit_are_429_and_each_key_has_its_own(tmp_p
             accepted = await http.post("/generate", json=JOB.wire(), headers=BEARER)
             assert accepted.status_code == 202
         response = await http.post("/generate", json=JOB.wire(), headers=BEARER)
-        assert (response.status_code, response.json()["error_code"]) == (429, ErrorCode.RATE_LIMITED)
+        assert (response.status_code, response.json()["error_code"]) == (429, ServerErrorCode.RATE_LIMITED)
         assert 0 < int(response.headers["retry-after"]) <= 30
         assert (await http.post("/generate", json=JOB.wire(), headers={"X-API-Key": BOB})).status_code == 202
         status = await http.get(f"/status/{accepted.json()['task_id']}", headers=BEARER)

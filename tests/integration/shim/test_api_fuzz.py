@@ -13,15 +13,15 @@ from pathlib import Path
 import anyio
 import pytest
 
-from handler.contract import ErrorCode, JobFailure
+from contract.errors import ErrorCode, JobFailure
 from shim.access import Access, parse_api_keys
 from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.http_server import serving
-from tests.queues import Bench, result, sql_bench
-from tests.s3_servers import juicefs
+from tests.support.http_server import serving
+from tests.support.queues import Bench, result, sql_bench
+from tests.support.s3_servers import juicefs
 
 SECONDS = 12
 KEY = "key-of-the-fuzzer-0123456789"

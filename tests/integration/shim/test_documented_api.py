@@ -15,15 +15,18 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from handler.contract import ErrorCode, Gpu, JobFailure, Progress, Stage, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.result import Progress, Stage
+from contract.worker import Gpu, WorkerState
 from shim.app import create_app
+from shim.errors import AnyErrorCode, ServerErrorCode
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
-from tests.http_server import serving
-from tests.queues import JOB, NOWHERE, Bench, result, sql_bench
-from tests.s3_servers import juicefs
+from tests.support.http_server import serving
+from tests.support.queues import JOB, NOWHERE, Bench, result, sql_bench
+from tests.support.s3_servers import juicefs
 
 REQUEST = JOB.wire()
 VIDEO = bytes(range(256)) * 40
@@ -90,7 +93,7 @@ async def running(directory: Path, bucket: Bucket, **options: Any) -> AsyncItera
             yield Server(bench, bucket, http, app)
 
 
-def assert_error(response: httpx.Response, status: int, code: ErrorCode, *words: str) -> None:
+def assert_error(response: httpx.Response, status: int, code: AnyErrorCode, *words: str) -> None:
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error", "error_code"}
     assert response.json()["error_code"] == code
@@ -146,7 +149,7 @@ async def test_a_request_that_is_sent_again_with_its_key_makes_one_task(server: 
 async def test_a_key_is_good_for_one_request(server: Server) -> None:
     await server.generate(headers={"Idempotency-Key": "order 1"})
     response = await server.generate(duration=6, headers={"Idempotency-Key": "order 1"})
-    assert_error(response, 409, ErrorCode.IDEMPOTENCY_KEY_REUSED)
+    assert_error(response, 409, ServerErrorCode.IDEMPOTENCY_KEY_REUSED)
     for key in ("", "x" * 256):
         response = await server.generate(headers={"Idempotency-Key": key})
         assert_error(response, 400, ErrorCode.INVALID_REQUEST, "Idempotency-Key")
@@ -162,7 +165,7 @@ async def test_a_waiting_task_is_cancelled_and_never_starts(server: Server) -> N
     assert response.json() == (await server.http.get(f"/status/{task_id}")).json()
     assert (response.json()["status"], response.json()["error_code"]) == ("failed", "CANCELLED")
     assert await server.bench.dispatcher.take("w1") is None
-    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY)
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY)
 
 
 async def test_what_a_running_task_had_stored_is_removed_when_it_is_cancelled(server: Server) -> None:
@@ -183,7 +186,7 @@ async def test_a_finished_task_is_not_cancelled(server: Server) -> None:
 
 @pytest.mark.parametrize("task_id", ["no-such-task", "..%2f..%2fetc%2fpasswd", "%00", "x" * 300])
 async def test_a_task_that_is_not_known_can_not_be_cancelled(server: Server, task_id: str) -> None:
-    assert_error(await server.http.delete(f"/tasks/{task_id}"), 404, ErrorCode.TASK_NOT_FOUND)
+    assert_error(await server.http.delete(f"/tasks/{task_id}"), 404, ServerErrorCode.TASK_NOT_FOUND)
 
 
 # 400, one code for each field
@@ -270,7 +273,7 @@ async def test_a_body_over_64_kib_is_413(server: Server, size: int) -> None:
     except httpx.WriteError:
         assert size > 1_000_000, "a client that sends far too much may be cut off"
     else:
-        assert_error(response, 413, ErrorCode.REQUEST_TOO_LARGE)
+        assert_error(response, 413, ServerErrorCode.REQUEST_TOO_LARGE)
 
 
 async def test_64_kib_exactly_is_read(server: Server) -> None:
@@ -286,7 +289,7 @@ async def test_the_eleventh_waiting_task_is_refused(server: Server) -> None:
     for _ in range(10):
         assert (await server.generate()).status_code == 202
     response = await server.generate()
-    assert_error(response, 503, ErrorCode.QUEUE_FULL, "10")
+    assert_error(response, 503, ServerErrorCode.QUEUE_FULL, "10")
     assert int(response.headers["retry-after"]) > 0
     await server.bench.take()
     assert (await server.generate()).status_code == 202, "one runs, ten wait"
@@ -295,13 +298,13 @@ async def test_the_eleventh_waiting_task_is_refused(server: Server) -> None:
 async def test_before_the_model_is_loaded_tasks_are_refused(tmp_path: Path, bucket_settings: BucketSettings) -> None:
     async with running(tmp_path, Bucket(bucket_settings)) as server:
         response = await server.generate()
-        assert_error(response, 503, ErrorCode.MODEL_NOT_LOADED)
+        assert_error(response, 503, ServerErrorCode.MODEL_NOT_LOADED)
         assert int(response.headers["retry-after"]) > 0
         await server.bench.worker(state=WorkerState.LOADING)
-        assert_error(await server.generate(), 503, ErrorCode.MODEL_NOT_LOADED, "loading")
+        assert_error(await server.generate(), 503, ServerErrorCode.MODEL_NOT_LOADED, "loading")
         assert (await server.http.get("/ready")).status_code == 503
         await server.bench.worker(state=WorkerState.FAILED, error="no such checkpoint")
-        assert_error(await server.generate(), 503, ErrorCode.MODEL_NOT_LOADED, "no such checkpoint")
+        assert_error(await server.generate(), 503, ServerErrorCode.MODEL_NOT_LOADED, "no such checkpoint")
         assert (await server.http.get("/health")).json()["model_loaded"] is False
         await server.bench.worker(state=WorkerState.READY)
         assert (await server.generate()).status_code == 202
@@ -364,7 +367,7 @@ async def test_a_failed_task_is_200_with_its_error(server: Server, failure: JobF
         "error": failure.error,
         "error_code": failure.error_code,
     }
-    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY, failure.error)
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY, failure.error)
 
 
 async def test_a_cancelled_task_has_failed(server: Server) -> None:
@@ -378,8 +381,8 @@ async def test_a_cancelled_task_has_failed(server: Server) -> None:
     ["uuid-1234-5678", "00000000-0000-0000-0000-000000000000", "..%2f..%2fetc", "a" * 300, "%00", "a.b", "é", "%ff"],
 )
 async def test_an_unknown_or_malformed_id_is_404(server: Server, task_id: str) -> None:
-    assert_error(await server.http.get(f"/status/{task_id}"), 404, ErrorCode.TASK_NOT_FOUND)
-    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.TASK_NOT_FOUND)
+    assert_error(await server.http.get(f"/status/{task_id}"), 404, ServerErrorCode.TASK_NOT_FOUND)
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.TASK_NOT_FOUND)
 
 
 async def test_no_status_is_told_while_the_queue_is_away_and_videos_go_on(server: Server) -> None:
@@ -387,9 +390,9 @@ async def test_no_status_is_told_while_the_queue_is_away_and_videos_go_on(server
     task_id = await server.finished()
     async with server.bench.database.write() as connection:
         await connection.execute(text("DROP TABLE jobs"))
-    assert_error(await server.http.get(f"/status/{task_id}"), 503, ErrorCode.QUEUE_UNAVAILABLE)
+    assert_error(await server.http.get(f"/status/{task_id}"), 503, ServerErrorCode.QUEUE_UNAVAILABLE)
     assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
-    assert_error(await server.http.get("/videos/no-such-task.mp4"), 503, ErrorCode.QUEUE_UNAVAILABLE)
+    assert_error(await server.http.get("/videos/no-such-task.mp4"), 503, ServerErrorCode.QUEUE_UNAVAILABLE)
 
 
 async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
@@ -407,7 +410,7 @@ async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
 async def test_a_manifest_that_is_none_is_no_task(server: Server) -> None:
     key = layout.manifest_key("odd")
     await asyncio.to_thread(server.bucket.put_bytes, b"{}", key, content_type="application/json")
-    assert_error(await server.http.get("/status/odd"), 404, ErrorCode.TASK_NOT_FOUND)
+    assert_error(await server.http.get("/status/odd"), 404, ServerErrorCode.TASK_NOT_FOUND)
 
 
 async def test_video_url_follows_the_request_or_the_setting(
@@ -470,7 +473,7 @@ async def test_a_part_can_be_asked_for(server: Server, asked: str, start: int, e
 async def test_a_part_behind_the_end_is_416_with_the_size(server: Server, asked: str) -> None:
     task_id = await server.finished()
     response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
-    assert_error(response, 416, ErrorCode.RANGE_NOT_SATISFIABLE)
+    assert_error(response, 416, ServerErrorCode.RANGE_NOT_SATISFIABLE)
     assert response.headers["content-range"] == f"bytes */{SIZE}"
 
 
@@ -509,20 +512,20 @@ async def test_a_part_of_another_file_is_not_continued(server: Server) -> None:
 
 async def test_a_video_that_is_not_finished_is_404_and_says_so(server: Server) -> None:
     task_id = await server.task()
-    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY)
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY)
     assert (await server.http.head(f"/videos/{task_id}.mp4")).status_code == 404
 
 
 async def test_a_video_that_was_removed_from_the_bucket_is_404(server: Server) -> None:
     task_id = await server.finished()
     await asyncio.to_thread(server.bucket.delete, layout.video_key(task_id))
-    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ErrorCode.VIDEO_NOT_READY)
+    assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY)
     assert (await server.http.head(f"/videos/{task_id}.mp4")).status_code == 404
 
 
 @pytest.mark.parametrize("name", ["x", "x.mov", "x.mp4.exe", ".mp4x"])
 async def test_only_mp4s_are_there(server: Server, name: str) -> None:
-    assert_error(await server.http.get(f"/videos/{name}"), 404, ErrorCode.NOT_FOUND)
+    assert_error(await server.http.get(f"/videos/{name}"), 404, ServerErrorCode.NOT_FOUND)
 
 
 async def test_a_bucket_that_is_away_is_503_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -573,14 +576,14 @@ async def test_a_fault_of_the_server_is_500_with_no_traceback(server: Server) ->
 
     server.app.add_api_route("/broken", broken)
     response = await server.http.get("/broken")
-    assert_error(response, 500, ErrorCode.INTERNAL_ERROR)
+    assert_error(response, 500, ServerErrorCode.INTERNAL_ERROR)
     assert "secret detail" not in response.text
 
 
 async def test_other_paths_and_methods_answer_in_the_same_shape(server: Server) -> None:
-    assert_error(await server.http.get("/nothing"), 404, ErrorCode.NOT_FOUND)
+    assert_error(await server.http.get("/nothing"), 404, ServerErrorCode.NOT_FOUND)
     response = await server.http.get("/generate")
-    assert_error(response, 405, ErrorCode.METHOD_NOT_ALLOWED)
+    assert_error(response, 405, ServerErrorCode.METHOD_NOT_ALLOWED)
     assert response.headers["allow"] == "POST"
 
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from handler.contract import ErrorCode
+from contract.errors import ErrorCode
 from shim.app import create_app
 from shim.errors import STATUS
-from shim.http_server import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, Connection
+from shim.http.server import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, Connection
 from shim.queue.sql import SqlQueue
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.http_server import serving
-from tests.queues import JOB, Bench, result, sql_bench
-from tests.s3_servers import juicefs
+from tests.support.http_server import serving
+from tests.support.queues import JOB, Bench, result, sql_bench
+from tests.support.s3_servers import juicefs
 
 #: Seconds in which every case is over: nothing hangs.
 DEADLINE = 10.0

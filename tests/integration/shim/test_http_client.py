@@ -9,8 +9,8 @@ import httpx
 import pytest
 import uvloop
 
-from shim.http_client import HttpClient
-from tests.fault_proxy import FaultProxy, Faults
+from shim.http.client import HttpClient
+from tests.support.fault_proxy import FaultProxy, Faults
 
 
 def test_a_connection_that_is_reset_at_once_is_one_of_httpx_errors_on_a_busy_loop() -> None:

@@ -15,19 +15,21 @@ import pytest
 from fastapi import APIRouter
 from pydantic import SecretStr
 
-from handler.contract import ErrorCode, Gpu, JobFailure, JobResult, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.result import JobResult
+from contract.worker import Gpu, WorkerState
 from shim.app import create_app
-from shim.local import Launch, Supervised
+from shim.host.supervisor import Launch, Supervised
 from shim.metrics import Metrics
 from shim.queue.runpod import RunPodQueue
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.http_server import serving
-from tests.postgres import Postgres, running_postgres
-from tests.prometheus import scrape
-from tests.queues import JOB, NOWHERE, TOKEN, Bench, platform_bench, result, sql_bench
-from tests.s3_servers import juicefs
+from tests.support.http_server import serving
+from tests.support.postgres import Postgres, running_postgres
+from tests.support.prometheus import scrape
+from tests.support.queues import JOB, NOWHERE, TOKEN, Bench, platform_bench, result, sql_bench
+from tests.support.s3_servers import juicefs
 
 GIB = 1024**3
 OOM = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)

@@ -16,16 +16,19 @@ import numpy as np
 import pytest
 from playwright.async_api import Browser, Error, FilePayload, Locator, Route, expect
 
-from handler.contract import DEMO_MODEL, ErrorCode, JobFailure, JobInput, Progress, Stage, WorkerReport, WorkerState
+from contract.errors import ErrorCode, JobFailure
+from contract.job import DEMO_MODEL, JobInput
+from contract.result import Progress, Stage
+from contract.worker import WorkerReport, WorkerState
 from handler.encode import Target, encode
 from shim.access import OPEN_TO_ALL, Access, parse_api_keys
 from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
-from tests.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, PROMPT, Visit, chromium, visiting
-from tests.http_server import serving
-from tests.queues import Bench, result, sql_bench
-from tests.s3_servers import juicefs
+from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, PROMPT, Visit, chromium, visiting
+from tests.support.http_server import serving
+from tests.support.queues import Bench, result, sql_bench
+from tests.support.s3_servers import juicefs
 
 pytestmark = pytest.mark.xdist_group("page")  # one browser for all
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import httpx
 
-from handler.contract import ErrorCode
 from shim.access import OPEN_TO_ALL, Access, parse_api_keys
 from shim.app import create_app
+from shim.errors import ServerErrorCode
 from storage.bucket import Bucket
-from tests.http_server import serving
-from tests.queues import NOWHERE, sql_bench
+from tests.support.http_server import serving
+from tests.support.queues import NOWHERE, sql_bench
 
 _SCRIPT = "text/javascript; charset=utf-8"
 FILES = {
@@ -54,7 +54,7 @@ async def test_what_is_no_file_of_the_page_is_not_found(tmp_path: Path) -> None:
     async with client(tmp_path) as http:
         for path in ("/static/", "/static/index.html", "/static/../settings.py", "/static/%2e%2e/settings.py"):
             response = await http.get(path)
-            assert (response.status_code, response.json()["error_code"]) == (404, ErrorCode.NOT_FOUND)
+            assert (response.status_code, response.json()["error_code"]) == (404, ServerErrorCode.NOT_FOUND)
         assert (await http.post("/")).status_code == 405
 
 

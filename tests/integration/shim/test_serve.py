@@ -21,9 +21,9 @@ import pytest
 
 from storage import layout
 from storage.bucket import Bucket
-from tests.postgres import Postgres
-from tests.queues import result
-from tests.service import Service, eventually, free_port
+from tests.support.postgres import Postgres
+from tests.support.queues import result
+from tests.support.service import Service, eventually, free_port
 
 MEGABYTE = 1_000_000
 
@@ -33,7 +33,7 @@ def hunyuan(*arguments: str, directory: Path | None = None, **environment: Any) 
         name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
     }
     return subprocess.run(
-        [sys.executable, "-m", "shim", *arguments],
+        [sys.executable, "-m", "hunyuan", *arguments],
         env={**clean, **environment},
         cwd=directory,
         capture_output=True,

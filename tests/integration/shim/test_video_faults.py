@@ -25,11 +25,11 @@ from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.fault_proxy import FaultProxy, Faults
-from tests.http_server import serving
-from tests.queues import JOB, Bench, result, sql_bench
-from tests.s3_servers import behind, juicefs
-from tests.service import eventually
+from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.http_server import serving
+from tests.support.queues import JOB, Bench, result, sql_bench
+from tests.support.s3_servers import behind, juicefs
+from tests.support.service import eventually
 
 MEGABYTE = 1_000_000
 SIZE = 8 * MEGABYTE

@@ -19,7 +19,7 @@ from pydantic import HttpUrl, SecretStr
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError, StorageDeniedError, StorageUnavailableError
 from storage.settings import BucketSettings, JobBucketSettings
-from tests.s3_servers import S3_SERVERS
+from tests.support.s3_servers import S3_SERVERS
 
 BODY = bytes(range(256)) * 4096
 

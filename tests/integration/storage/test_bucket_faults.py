@@ -14,8 +14,8 @@ from pydantic import HttpUrl, SecretStr
 from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from storage.settings import BucketSettings, JobBucketSettings
-from tests.fault_proxy import FaultProxy
-from tests.s3_servers import behind, juicefs
+from tests.support.fault_proxy import FaultProxy
+from tests.support.s3_servers import behind, juicefs
 
 KEY = "videos/task-1.mp4"
 BODY = bytes(range(256)) * 1024

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from contract.settings import explain
+from hunyuan.settings import ClientSettings
 from shim.access import ApiKeys, RateLimit, client_of_address, parse_api_keys
-from shim.settings import ClientSettings, ShimSettings
-from storage.settings import explain
+from shim.settings import ShimSettings
 
 ALICE = "alices-key-0123456789"
 BOB = "bobs-key-abcdefghijkl=="

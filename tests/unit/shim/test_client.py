@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from shim.client import Client, UnreachableError
+from hunyuan.client import Client, UnreachableError
 
 
 class ForgetfulServer(BaseHTTPRequestHandler):

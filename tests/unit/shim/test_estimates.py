@@ -2,7 +2,7 @@
 
 import pytest
 
-from handler.contract import JobInput, Resolution
+from contract.job import JobInput, Resolution
 from shim.estimates import estimated_time, render_seconds
 from shim.queue.base import Backlog, kind_of
 

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from handler.contract import ErrorCode, JobFailure, Manifest
+from contract.errors import ErrorCode, JobFailure
+from contract.result import Manifest
 from shim.queue.base import JobObserver, JobState, QueueFullError, QueueUnavailableError
 from shim.queue.runpod import RunPodQueue
-from tests.queues import JOB, Clock, result
+from tests.support.queues import JOB, Clock, result
 
 KEY = "rpa_a-secret-key"
 HEALTH = {"jobs": {"inQueue": 0, "inProgress": 0}, "workers": {"idle": 1, "running": 0}}

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from storage.settings import BucketSettings, JobBucketSettings, explain
+from contract.settings import explain
+from storage.settings import BucketSettings, JobBucketSettings
 
 SECRET = "hush-hush-secret"
 

@@ -1,0 +1,46 @@
+"""Why a request or a job failed, in the shape clients read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ErrorCode(StrEnum):
+    """Why a job can fail: the codes that a worker may send. `shim.errors` adds the server's own."""
+
+    INVALID_PROMPT = "INVALID_PROMPT"
+    INVALID_DURATION = "INVALID_DURATION"
+    INVALID_RESOLUTION = "INVALID_RESOLUTION"
+    INVALID_MODEL = "INVALID_MODEL"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
+    OOM_ERROR = "OOM_ERROR"
+    GENERATION_FAILED = "GENERATION_FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class JobFailure(BaseModel):
+    """Why a request or a job failed, in the shape clients read: `{"error": text, "error_code": CODE}`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    error: str
+    error_code: ErrorCode
+
+    @classmethod
+    def from_wire(cls, text: str | None) -> Self:
+        """Read the failure back from RunPod's `error` string.
+
+        Our handler sends its failures as JSON. Anything else (an SDK traceback, a platform's own words) is a
+        GENERATION_FAILED whose details stay in the logs: a client gets no traceback.
+        """
+        try:
+            return cls.model_validate_json(text or "")
+        except ValidationError:
+            return cls(
+                error="Video generation failed; the worker's log has the details",
+                error_code=ErrorCode.GENERATION_FAILED,
+            )

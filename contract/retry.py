@@ -1,0 +1,81 @@
+"""One retry policy for every retry of ours, on tenacity.
+
+It belongs to the contract because the deadlines of the two sides must fit each other: a worker offers its result for
+longer than a server waits for its database.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_before_delay
+from tenacity.stop import stop_any
+
+log = logging.getLogger(__name__)
+
+#: Which errors are retried: a class, several, or a function that says so.
+Retryable = type[Exception] | tuple[type[Exception], ...] | Callable[[BaseException], bool]
+
+
+def _nothing(_: BaseException) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When to try again and when to give up. Times in seconds.
+
+    The wait after the n-th failure is `first * 2**(n-1)`, at most `longest`, shortened at random by up to a half: many
+    clients of a server that comes back must not return at the same moment. The last error is raised where the next try
+    would begin later than `total` after the first, or after `attempts` tries.
+
+        for attempt in RetryPolicy(total=60).retrying(OSError, what="upload"):
+            with attempt:
+                upload()
+    """
+
+    first: float = 1.0
+    longest: float = 30.0
+    total: float = float("inf")
+    attempts: int = 1_000_000
+
+    def wait_after(self, failures: int) -> float:
+        """The wait after that many failures in a row."""
+        exponential = self.first * 2.0 ** min(failures - 1, 64)
+        return min(exponential, self.longest) * random.uniform(0.5, 1.0)  # nosec B311 # jitter
+
+    def retrying(self, on: Retryable, *, what: str, sleep: Callable[[float], None] = time.sleep) -> Retrying:
+        """tenacity's `Retrying`; a warning that begins with `what` tells of each retry."""
+        return Retrying(sleep=sleep, **self._options(on, what, _nothing))
+
+    def async_retrying(
+        self, on: Retryable, *, what: str, at_least: Callable[[BaseException], float] = _nothing
+    ) -> AsyncRetrying:
+        """The same for coroutines. `at_least` gives the shortest wait after an error, as a Retry-After header does."""
+        return AsyncRetrying(**self._options(on, what, at_least))
+
+    def _options(self, on: Retryable, what: str, at_least: Callable[[BaseException], float]) -> dict[str, Any]:
+        def wait(state: RetryCallState) -> float:
+            return max(self.wait_after(state.attempt_number), min(at_least(_error(state)), self.longest))
+
+        def warn(state: RetryCallState) -> None:
+            log.warning("%s failed, retrying in %.1f s: %s", what, state.upcoming_sleep, _error(state))
+
+        return {
+            "retry": retry_if_exception((lambda exc: isinstance(exc, on)) if isinstance(on, type | tuple) else on),
+            "wait": wait,
+            "stop": stop_any(stop_before_delay(self.total), stop_after_attempt(self.attempts)),
+            "before_sleep": warn,
+            "reraise": True,
+        }
+
+
+def _error(state: RetryCallState) -> BaseException:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert error is not None  # noqa: S101 - only failures are retried
+    return error

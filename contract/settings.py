@@ -1,0 +1,48 @@
+"""What every settings class of ours shares. The environment is read in `settings` modules alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: RFC 6750's token: it fits a header as it is, and holds no colon and no comma.
+_HEADER_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
+HEADER_KEY_RULE: Final = "must consist of A-Z a-z 0-9 . _ ~ + / - with = at its end only"
+
+
+class Settings(BaseSettings):
+    """Settings from environment variables, one per field, named by its `validation_alias`.
+
+    Raises:
+        pydantic.ValidationError: names each variable that is missing or wrong; `explain` puts it in words.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+
+def explain(exc: ValidationError) -> str:
+    """A line for each setting that is missing or wrong: its variable and what it takes, never its value."""
+    return "\n".join(
+        f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
+        for error in exc.errors(include_url=False, include_input=False)
+    )
+
+
+def is_header_token(text: str) -> bool:
+    """Whether `text` can stand in an Authorization header as it is (RFC 6750, section 2.1)."""
+    return _HEADER_TOKEN.fullmatch(text) is not None
+
+
+def _check_header_token(key: SecretStr) -> SecretStr:
+    if not is_header_token(key.get_secret_value()):
+        raise ValueError(HEADER_KEY_RULE)  # the value itself must not be shown
+    return key
+
+
+#: A key that a client sends in a header.
+HeaderToken = Annotated[SecretStr, AfterValidator(_check_header_token)]

@@ -1,0 +1,1 @@
+"""Offline: get and convert checkpoints."""

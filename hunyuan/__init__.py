@@ -1,0 +1,1 @@
+"""Use a HunyuanVideo service: a client, and the `hunyuan` command."""

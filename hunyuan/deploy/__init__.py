@@ -1,0 +1,1 @@
+"""Workers on RunPod: `hunyuan deploy`."""

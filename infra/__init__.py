@@ -1,1 +1,0 @@
-"""What it takes to ship the service: see docs/."""

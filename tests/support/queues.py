@@ -1,0 +1,169 @@
+"""The job queues with the worker's side at hand, and the time in the test's hands."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import HttpUrl, SecretStr
+from sqlalchemy import text
+
+from contract.job import JobInput, Resolution, num_frames
+from contract.result import JobResult
+from contract.worker import WorkerReport, WorkerState
+from shim.api.runpod_worker import Platform
+from shim.app import create_app
+from shim.metrics import Metrics
+from shim.queue.base import Discard, FindResult, JobQueue
+from shim.queue.database import Database
+from shim.queue.dispatch import Dispatcher
+from shim.queue.runpod import RunPodQueue
+from shim.queue.sql import SqlQueue
+from storage.bucket import Bucket
+from storage.settings import BucketSettings
+from tests.support.http_server import serving
+
+TOKEN = "a-token-of-the-tests"
+JOB = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+
+#: Nobody listens there: for apps whose bucket is not asked.
+NOWHERE = BucketSettings(
+    endpoint_url=HttpUrl("http://127.0.0.1:9"), access_key_id="id", secret_access_key=SecretStr("secret")
+)
+
+
+def result(task_id: str, seconds: float = 30.0) -> JobResult:
+    width, height = JOB.size
+    return JobResult(
+        task_id=task_id,
+        input=JOB,
+        model="scripted",
+        seed=1,
+        width=width,
+        height=height,
+        num_frames=num_frames(JOB.duration),
+        file_size=1000,
+        sha256="0" * 64,
+        created_at=datetime.now(UTC),
+        timings={"total": seconds},
+        version="1",
+        video_url="http://127.0.0.1:9/video.mp4",
+        poster_url="http://127.0.0.1:9/poster.jpg",
+    )
+
+
+@dataclass
+class Clock:
+    """Seconds since some epoch, as far as the test has let them pass."""
+
+    now: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def find_nothing(_: str) -> JobResult | None:
+    return None
+
+
+@dataclass
+class Bench:
+    """A queue under test over a database, and the dispatcher that a worker would talk to."""
+
+    queue: JobQueue
+    database: Database
+    dispatcher: Dispatcher
+    clock: Clock
+    metrics: Metrics
+    address: str = ""
+
+    def later(self, seconds: float = 2.0) -> None:
+        self.clock.now += seconds
+
+    async def worker(self, worker_id: str = "w1", state: WorkerState = WorkerState.READY, **fields: Any) -> None:
+        await self.dispatcher.report(worker_id, WorkerReport(state=state, model="scripted", **fields))
+        self.later()
+
+    async def take(self, worker_id: str = "w1") -> str:
+        delivery = await self.dispatcher.take(worker_id)
+        assert delivery is not None
+        self.later()
+        return delivery.task_id
+
+
+async def discard_nothing(_: str) -> None:
+    return None
+
+
+@asynccontextmanager
+async def sql_bench(
+    url: str, *, find_result: FindResult = find_nothing, discard: Discard = discard_nothing, **limits: Any
+) -> AsyncIterator[Bench]:
+    """The SQL queue in the database at `url`."""
+    clock = Clock()
+    database = await Database.open(url, clock=clock)
+    try:
+        metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
+        queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics)
+        dispatcher = Dispatcher(database, find_result=find_result, discard=discard, observer=metrics, **limits)
+        yield Bench(queue, database, dispatcher, clock, metrics)
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]:
+    """The SQL queue behind our platform, on a real port."""
+    async with sql_bench(url) as bench:
+        assert isinstance(bench.queue, SqlQueue)
+        platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=hold)
+        app = create_app(bench.queue, Bucket(NOWHERE), metrics=bench.metrics, routers=[platform.router])
+        async with serving(app) as bench.address:
+            yield bench
+            platform.stop()
+
+
+@asynccontextmanager
+async def runpod_bench(url: str) -> AsyncIterator[Bench]:
+    """`RunPodQueue` over HTTP to our platform."""
+    async with platform_bench(url) as bench:
+        queue = RunPodQueue(
+            endpoint_id="local",
+            api_key=TOKEN,
+            base_url=f"{bench.address}/v2",
+            max_queue_size=3,
+            clock=bench.clock,
+        )
+        bench.queue = queue
+        try:
+            yield bench
+        finally:
+            await queue.close()
+
+
+async def add_history(database: Database, count: int) -> None:
+    """So many jobs that ended a minute ago, as the queue would have left them."""
+    output = json.dumps(result("00000000-0000-4000-8000-000000000000").model_dump(mode="json"))
+    numbers = {
+        "sqlite": "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :count) ",
+        "postgresql": "WITH numbers AS (SELECT n FROM generate_series(1, :count) AS n) ",
+    }
+    async with database.write() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO jobs (task_id, state, input, worker_id, attempts, progress, stage, created_at, "
+                "started_at, finished_at, output, stop_requested) "
+                + numbers[connection.dialect.name]
+                + "SELECT 'old-' || n, 'completed', CAST(:input AS JSON), 'old-' || (n % 8), 1, 100, 'storing', "
+                ":now - 90, :now - 80, :now - 60, CAST(:output AS JSON), false FROM numbers"
+            ),
+            {"count": count, "now": database.clock(), "input": JOB.model_dump_json(), "output": output},
+        )
+        if connection.dialect.name == "postgresql":  # as autovacuum would; SQLite analyses nothing unasked
+            await connection.execute(text("ANALYZE jobs"))

@@ -1,0 +1,63 @@
+"""A `VideoModel` whose renders do what a test says. The real one: tests/integration/handler/test_demo_model.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Event
+
+import numpy as np
+from PIL import Image
+
+from contract.job import DEFAULT_MODEL, JobInput, num_frames
+from contract.result import Stage
+from contract.worker import Gpu
+from handler.video_model.base import Frames, OnProgress, RenderCancelledError
+
+STEPS = 4
+
+
+class ScriptedModel:
+    """Renders flat frames of 64x36; `before_step` is called before each denoising step and may raise."""
+
+    name = "scripted"
+    models = (DEFAULT_MODEL,)
+    attention = "none"
+    takes_images = True
+    approximations: Sequence[str] = ()
+    load_seconds: Mapping[str, float] = {}
+
+    def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:
+        self.before_step = before_step
+        self.missing_frames = missing_frames
+        self.rendered: list[tuple[JobInput, int]] = []
+        self.images: list[Image.Image | None] = []
+        self.released = 0
+
+    def render(
+        self,
+        job_input: JobInput,
+        *,
+        seed: int,
+        on_progress: OnProgress,
+        cancelled: Event,
+        image: Image.Image | None = None,
+    ) -> Iterator[Frames]:
+        self.images.append(image)
+        self.rendered.append((job_input, seed))
+        on_progress(Stage.ENCODING_PROMPT, 0.0)
+        for step in range(STEPS):
+            self.before_step(step)
+            if cancelled.is_set():
+                raise RenderCancelledError("cancelled")
+            on_progress(Stage.DENOISING, (step + 1) / STEPS)
+        on_progress(Stage.DECODING, 1.0)
+        left = num_frames(job_input.duration) - self.missing_frames
+        while left > 0:
+            yield np.full((min(left, 8), 36, 64, 3), seed % 256, dtype=np.uint8)
+            left -= 8
+
+    def gpu(self) -> Gpu | None:
+        return None
+
+    def release_memory(self) -> None:
+        self.released += 1

@@ -1,0 +1,93 @@
+"""`python -m tests.support.scripted_worker`: the worker with its loop, bucket and ffmpeg, on the scripted model.
+
+It notes what it did, a line of JSON each: `rendering` as of when it last saw that there is no manifest, and `stored`
+once the manifest is in the bucket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path, PurePosixPath
+
+from handler.__main__ import stop_at_once_on_sigterm
+from handler.report import Reporter
+from handler.serverless import serve
+from handler.settings import WorkerSettings
+from handler.worker import Worker
+from storage.bucket import Bucket
+from storage.settings import BucketSettings, bucket_settings
+from tests.support.scripted_model import ScriptedModel
+
+
+class Notes:
+    """A file that several workers write to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, event: str, task_id: str, at: float) -> None:
+        line = json.dumps({"event": event, "task_id": task_id, "at": at, "pid": os.getpid()})
+        with self._path.open("a") as file:
+            file.write(line + "\n")  # one write, appended: lines of several processes do not mix
+
+
+class NotedBucket(Bucket):
+    """Knows which task's manifest was asked for last, and when."""
+
+    def __init__(self, settings: BucketSettings, notes: Notes) -> None:
+        super().__init__(settings)
+        self._notes = notes
+        self._looked = ("", 0.0)
+
+    def get_bytes(self, key: str) -> bytes:
+        self._looked = (PurePosixPath(key).stem, time.time())
+        return super().get_bytes(key)
+
+    def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
+        super().put_bytes(body, key, content_type=content_type)
+        self._notes.add("stored", PurePosixPath(key).stem, time.time())
+
+    def note_rendering(self) -> None:
+        self._notes.add("rendering", *self._looked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--notes", type=Path, required=True)
+    parser.add_argument("--step-seconds", type=float, default=0.1)
+    parser.add_argument("--answer-patience", type=float, default=150.0)
+    parser.add_argument("--silent", action="store_true", help="tell no progress")
+    arguments = parser.parse_args()
+    sys.argv[1:] = []  # the SDK reads them, too
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop_at_once_on_sigterm()
+    settings, named = WorkerSettings(), bucket_settings()
+    assert named is not None
+    assert settings.platform_key is not None
+    bucket = NotedBucket(named, Notes(arguments.notes))
+
+    def before_step(step: int) -> None:
+        if step == 0:
+            bucket.note_rendering()
+        time.sleep(arguments.step_seconds)
+
+    model = ScriptedModel(before_step)
+    url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "")
+    with Reporter(url or None, key=settings.platform_key.get_secret_value(), model=model.name) as reporter:
+        reporter.ready(model, {})
+        serve(
+            Worker(model, bucket, version="0", work_dir=settings.work_dir),
+            tells_progress=not arguments.silent,
+            on_stop=reporter.stopping,
+            answer_patience=arguments.answer_patience,
+        )
+
+
+if __name__ == "__main__":
+    main()

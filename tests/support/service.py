@@ -1,0 +1,167 @@
+"""A whole server as its users start it, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+from pydantic import HttpUrl, SecretStr
+
+from storage.settings import BucketSettings
+
+START_SECONDS = 120.0
+RENDER_SECONDS = 180.0
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(what: str, look: Callable[[], T | None], seconds: float = 30.0) -> T:
+    """The first true thing `look` returns; fails naming `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        seen = look()
+        if seen:
+            return seen
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {seconds:.0f} s; last seen: {seen!r}")
+        time.sleep(0.05)
+
+
+class Service:
+    """`hunyuan serve` on loopback with its own data directory."""
+
+    def __init__(self, directory: Path, **environment: str) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.address = f"http://{environment.get('HUNYUAN_HOST', '127.0.0.1')}:{self.port}"
+        self.log = directory / "serve.log"
+        self._environment: Mapping[str, str] = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_"))},
+            "HUNYUAN_HOST": "127.0.0.1",
+            "HUNYUAN_PORT": str(self.port),
+            "HUNYUAN_DATA_DIR": str(directory / "data"),
+            "HUNYUAN_MODEL_PATH": "demo",
+            "HUNYUAN_SHUTDOWN_GRACE": "5",
+            **environment,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+        self.http = httpx.Client(base_url=self.address, timeout=60)
+
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "hunyuan", "serve"], env=self._environment, stdout=log, stderr=log
+            )
+
+    def start(self, *, until_ready: bool = True) -> None:
+        self.launch()
+        eventually(
+            "the server's first answer" if not until_ready else "readiness",
+            lambda: self._up(until_ready),
+            START_SECONDS,
+        )
+
+    def _up(self, until_ready: bool) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+        try:
+            return self.http.get("/ready" if until_ready else "/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        code = self.process.wait(60)
+        self.process = None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL to the server alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+        self.process = None
+
+    def descendants(self) -> list[psutil.Process]:
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def worker(self) -> psutil.Process:
+        """The worker process that runs now."""
+
+        def look() -> psutil.Process | None:
+            for process in self.descendants():
+                try:
+                    if process.cmdline()[1:3] == ["-m", "handler"] and process.ppid() == self.process_id:
+                        return process
+                except psutil.Error:
+                    continue
+            return None
+
+        return eventually("a worker process", look)
+
+    @property
+    def process_id(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def embedded_bucket(self) -> BucketSettings:
+        """The bucket that it made for itself."""
+        kept = self.directory / "data" / "bucket"
+        return BucketSettings(
+            endpoint_url=HttpUrl(f"http://127.0.0.1:{(kept / 'port').read_text()}"),
+            access_key_id=(kept / "access-key").read_text(),
+            secret_access_key=SecretStr((kept / "secret-key").read_text()),
+        )
+
+    def generate(self, **fields: Any) -> str:
+        request = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p", **fields}
+        response = self.http.post("/generate", json=request)
+        assert response.status_code == 202, response.text
+        task_id: str = response.json()["task_id"]
+        return task_id
+
+    def status(self, task_id: str) -> dict[str, Any]:
+        response = self.http.get(f"/status/{task_id}")
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def finished(self, task_id: str, seconds: float = RENDER_SECONDS) -> dict[str, Any]:
+        """The status once the task is completed or failed."""
+
+        def look() -> dict[str, Any] | None:
+            answer = self.status(task_id)
+            return None if answer["status"] == "processing" else answer
+
+        return eventually(f"the end of task {task_id}", look, seconds)
+
+
+@contextmanager
+def running_service(directory: Path, **environment: str) -> Iterator[Service]:
+    service = Service(directory, **environment)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.http.close()
+        if service.process is not None:
+            service.stop()

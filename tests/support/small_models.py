@@ -1,0 +1,130 @@
+"""Small models of the real classes: single ones, and a family with super-resolution stages."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
+from torch import nn
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+
+from contract.job import DEFAULT_MODEL, Resolution
+from handler.video_model import demo
+from handler.video_model.attention import NATIVE, use_mask_free_attention
+from handler.video_model.catalog import Checkpoint, Route, Sampling
+from handler.video_model.generate import Base, PipelineModel, Upscaler
+from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
+
+LATENTS = 8
+
+
+def single(pipeline: HunyuanVideo15Pipeline | None = None, *, steps: int = 2) -> PipelineModel:
+    """A model of one checkpoint that renders 64x32."""
+    checkpoint = Checkpoint("demo", 48, Sampling(steps))
+    base = Base(checkpoint, pipeline or demo.build_pipeline())
+    routes = {(DEFAULT_MODEL, resolution): Route("demo") for resolution in Resolution}
+    return PipelineModel(name="demo", bases={"demo": base}, routes=routes)
+
+
+def sr_transformer(seed: int = 0) -> HunyuanVideo15Transformer3DModel:
+    """As the published ones: latents, condition and its mask, low resolution and its mask; meanflow."""
+    torch.manual_seed(seed)
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=3 * LATENTS + 2,
+        out_channels=LATENTS,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        rope_axes_dim=(4, 6, 6),
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=32,
+        text_embed_2_dim=16,
+        image_embed_dim=16,
+        task_type="t2v",
+        use_meanflow=True,
+    )
+    return model.eval()
+
+
+def upsampler_720p(seed: int = 0) -> SRTo720pUpsampler:
+    torch.manual_seed(seed)
+    upsampler: SRTo720pUpsampler = SRTo720pUpsampler(
+        LATENTS, LATENTS, hidden_channels=8, num_blocks=2, global_residual=True
+    )
+    upsampler.eval()
+    return upsampler
+
+
+def upsampler_1080p(seed: int = 0) -> SRTo1080pUpsampler:
+    torch.manual_seed(seed)
+    upsampler: SRTo1080pUpsampler = SRTo1080pUpsampler(LATENTS, LATENTS, block_out_channels=(16, 8), num_res_blocks=1)
+    upsampler.eval()
+    return upsampler
+
+
+def stage(upsampler: nn.Module, steps: int, seed: int = 0) -> SuperResolution:
+    return SuperResolution(
+        transformer=sr_transformer(seed),
+        upsampler=upsampler,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        sampling=Sampling(steps, shift=2.0, guidance_scale=1.0),
+    )
+
+
+def image_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
+    """The demo model's parts with a vision tower of 729 tokens, as the published one has."""
+    built = demo.build_pipeline()
+    torch.manual_seed(seed)
+    tower = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=54, patch_size=2
+    )
+    pipeline = HunyuanVideo15ImageToVideoPipeline(
+        **built.components,
+        image_encoder=SiglipVisionModel(tower).eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 54, "width": 54}),
+    )
+    for name in ("system_message", "prompt_template_encode_start_idx", "tokenizer_max_length"):
+        setattr(pipeline, name, getattr(built, name))
+    return pipeline
+
+
+def image_family() -> PipelineModel:
+    """From an image, at 64x32, and through one stage to 88x56."""
+    pipeline = image_pipeline()
+    use_mask_free_attention(pipeline.transformer, NATIVE)
+    first = stage(upsampler_720p(), 2)
+    use_mask_free_attention(first.transformer, NATIVE)
+    routes = {(DEFAULT_MODEL, resolution): Route("base", ("first",)) for resolution in Resolution}
+    return PipelineModel(
+        name="image family",
+        bases={"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
+        routes=routes,
+        image_routes=routes,
+        upscalers={"first": Upscaler(Checkpoint("first", 72, first.sampling), first)},
+    )
+
+
+def family() -> PipelineModel:
+    """480p, 720p and 1080p in small: 64x32, then 88x56, then 136x80; 720p takes one stage, 1080p two."""
+    pipeline = demo.build_pipeline()
+    use_mask_free_attention(pipeline.transformer, NATIVE)
+    first, second = stage(upsampler_720p(), 2), stage(upsampler_1080p(), 2, seed=1)
+    for each in (first, second):
+        use_mask_free_attention(each.transformer, NATIVE)
+    return PipelineModel(
+        name="family",
+        bases={"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
+        routes={
+            (DEFAULT_MODEL, Resolution.P720): Route("base", ("first",)),
+            (DEFAULT_MODEL, Resolution.P1080): Route("base", ("first", "second")),
+        },
+        upscalers={
+            "first": Upscaler(Checkpoint("first", 72, first.sampling), first),
+            "second": Upscaler(Checkpoint("second", 108, second.sampling), second),
+        },
+    )

@@ -1,0 +1,1 @@
+"""What maintainers run: see the Makefile."""
