@@ -1,1 +1,1 @@
-"""What both sides of the queue agree on. Imports pydantic and the standard library only."""
+"""What both sides of the queue agree on. Imports pydantic, tenacity and structlog, and no package of ours."""

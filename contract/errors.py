@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ErrorCode(StrEnum):
-    """Why a job can fail: the codes that a worker may send. `shim.errors` adds the server's own."""
+    """Error codes that a worker may return. `shim.errors` adds the codes that only the server returns."""
 
     INVALID_PROMPT = "INVALID_PROMPT"
     INVALID_DURATION = "INVALID_DURATION"
@@ -23,7 +23,7 @@ class ErrorCode(StrEnum):
 
 
 class JobFailure(BaseModel):
-    """Why a request or a job failed, in the shape clients read: `{"error": text, "error_code": CODE}`."""
+    """What a client reads when its request or job failed: `{"error": text, "error_code": CODE}`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,8 +34,8 @@ class JobFailure(BaseModel):
     def from_wire(cls, text: str | None) -> Self:
         """Read the failure back from RunPod's `error` string.
 
-        Our handler sends its failures as JSON. Anything else (an SDK traceback, a platform's own words) is a
-        GENERATION_FAILED whose details stay in the logs: a client gets no traceback.
+        Our worker sends its failures as JSON. Any other text (a traceback of the SDK, a message of the platform)
+        becomes GENERATION_FAILED and stays in the logs, because a client must not see a traceback.
         """
         try:
             return cls.model_validate_json(text or "")

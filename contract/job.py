@@ -1,15 +1,19 @@
-"""A job's input: fields, sizes and the API reference's limits.
+"""A job's input: its fields, their limits, and the sizes of videos.
 
-The server validates a request with `parse_input` before it queues it. The worker validates the same way, so a job sent
-straight to RunPod gets the same limits and the same error codes.
+The server validates a request with `parse_input` before it queues the job. The worker validates the job again, so a job
+that was sent straight to RunPod gets the same limits and the same error codes.
+
+To add a resolution, add one line to `Resolution` here and its routes to `handler.video_model.catalog`. To add an
+optional field, add it to `JobInput`: the command line and the page read `JobInput.model_json_schema()`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
@@ -23,15 +27,15 @@ MIN_DURATION: Final = 5
 MAX_DURATION: Final = 10
 
 MAX_SEED: Final = 2**32 - 1
-#: Characters of an image's URL. A data URL of 5 MB; over REST the body's own limit is lower.
+#: Characters of an image's URL, enough for a data URL of 5 MB. Over REST the limit of the request body is lower.
 MAX_IMAGE_LENGTH: Final = 7_000_000
 
-#: The name every client may ask for: whatever profile this server prefers.
+#: The model that every client may ask for. The worker renders it with its preferred profile.
 DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
 
 
 class Profile(StrEnum):
-    """How much time a video may take. Which of them a server offers depends on the weights it has."""
+    """A trade-off between render time and quality. A worker offers the profiles whose weights it has."""
 
     FAST = "fast"
     BALANCED = "balanced"
@@ -39,20 +43,13 @@ class Profile(StrEnum):
 
     @property
     def model(self) -> str:
-        """The `model` that asks for it by name."""
+        """The `model` value that requests this profile."""
         return f"{DEFAULT_MODEL}-{self.value}"
 
 
 KNOWN_MODELS: Final = (DEFAULT_MODEL, *(profile.model for profile in Profile))
-#: The HUNYUAN_MODEL_PATH of the small model that needs no weights and no GPU, and its name in manifests.
+#: HUNYUAN_MODEL_PATH of the demo model, which needs no weights and no GPU. Manifests name it the same.
 DEMO_MODEL: Final = "demo"
-
-
-class Resolution(StrEnum):
-    """An output size a client may ask for."""
-
-    P720 = "720p"
-    P1080 = "1080p"
 
 
 class AspectRatio(StrEnum):
@@ -65,31 +62,46 @@ class AspectRatio(StrEnum):
     PORTRAIT = "3:4"
 
 
-_SIZES: Final[Mapping[tuple[Resolution, AspectRatio], tuple[int, int]]] = {
-    (Resolution.P720, AspectRatio.WIDE): (1280, 720),
-    (Resolution.P720, AspectRatio.TALL): (720, 1280),
-    (Resolution.P720, AspectRatio.SQUARE): (960, 960),
-    (Resolution.P720, AspectRatio.CLASSIC): (1104, 828),
-    (Resolution.P720, AspectRatio.PORTRAIT): (828, 1104),
-    (Resolution.P1080, AspectRatio.WIDE): (1920, 1080),
-    (Resolution.P1080, AspectRatio.TALL): (1080, 1920),
-    (Resolution.P1080, AspectRatio.SQUARE): (1440, 1440),
-    (Resolution.P1080, AspectRatio.CLASSIC): (1664, 1248),
-    (Resolution.P1080, AspectRatio.PORTRAIT): (1248, 1664),
-}
+class Resolution(StrEnum):
+    """An output size a client may ask for."""
+
+    sizes: Mapping[AspectRatio, tuple[int, int]]
+
+    def __new__(cls, value: str, *sizes: tuple[int, int]) -> Self:
+        """`sizes` are (width, height) in pixels, one for each AspectRatio, in its order."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.sizes = dict(zip(AspectRatio, sizes, strict=True))
+        return member
+
+    # name, then 16:9, 9:16, 1:1, 4:3, 3:4
+    P720 = ("720p", (1280, 720), (720, 1280), (960, 960), (1104, 828), (828, 1104))
+    P1080 = ("1080p", (1920, 1080), (1080, 1920), (1440, 1440), (1664, 1248), (1248, 1664))
 
 
 def num_frames(duration: int) -> int:
-    """Frames in a video of `duration` seconds: 24 a second and the first one, as 4k+1 latents decode to."""
+    """Frames in a video of `duration` seconds: 24 per second plus one, because k+1 latents decode to 4k+1 frames."""
     return FPS * duration + 1
 
 
 class InvalidInputError(ValueError):
-    """The job's input is outside the documented bounds."""
+    """The job's input is invalid; `failure` tells the client why."""
 
     def __init__(self, failure: JobFailure) -> None:
         super().__init__(failure.error)
         self.failure = failure
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Marks a field of `JobInput` with what it takes, in words that follow "must be" in an error."""
+
+    text: str
+
+    @classmethod
+    def one_of(cls, values: Iterable[str]) -> Self:
+        """The field takes one of these strings."""
+        return cls("one of " + ", ".join(f'"{value}"' for value in values))
 
 
 def _known_model(name: str) -> str:
@@ -113,37 +125,46 @@ class JobInput(BaseModel):
         str,
         StringConstraints(strip_whitespace=True, min_length=MIN_PROMPT_LENGTH, max_length=MAX_PROMPT_LENGTH),
         AfterValidator(_storable_text),
+        Takes(f"text of {MIN_PROMPT_LENGTH}-{MAX_PROMPT_LENGTH} characters after trimming"),
     ] = Field(description="Text description of the desired video, 10-500 characters after trimming.")
-    duration: int = Field(
+    duration: Annotated[int, Takes(f"an integer from {MIN_DURATION} to {MAX_DURATION} (seconds)")] = Field(
         default=10, strict=True, ge=MIN_DURATION, le=MAX_DURATION, description="Video length in seconds."
     )
-    resolution: Resolution = Field(default=Resolution.P1080, description="Output resolution.")
-    model: Annotated[str, AfterValidator(_known_model)] = Field(
-        default=DEFAULT_MODEL,
-        description="Model version to use.",
-        json_schema_extra={"enum": list(KNOWN_MODELS)},
+    resolution: Annotated[Resolution, Takes.one_of(Resolution)] = Field(
+        default=Resolution.P1080, description="Output resolution."
     )
-    aspect_ratio: AspectRatio = Field(default=AspectRatio.WIDE, description="Width to height.")
-    seed: int | None = Field(
+    model: Annotated[str, AfterValidator(_known_model), Takes.one_of(KNOWN_MODELS)] = Field(
+        default=DEFAULT_MODEL, description="Model version to use.", json_schema_extra={"enum": list(KNOWN_MODELS)}
+    )
+    aspect_ratio: Annotated[AspectRatio, Takes.one_of(AspectRatio)] = Field(
+        default=AspectRatio.WIDE, description="Width to height."
+    )
+    seed: Annotated[int | None, Takes(f"an integer from 0 to {MAX_SEED}")] = Field(
         default=None, strict=True, ge=0, le=MAX_SEED, description="The same seed gives the same video again."
     )
-    negative_prompt: Annotated[str, AfterValidator(_storable_text)] | None = Field(
+    negative_prompt: Annotated[
+        Annotated[str, AfterValidator(_storable_text)] | None, Takes(f"text of at most {MAX_PROMPT_LENGTH} characters")
+    ] = Field(
         default=None,
         max_length=MAX_PROMPT_LENGTH,
-        description="What the video should not show; without effect on models that use no guidance.",
+        description="What the video must not show. Models without guidance ignore it.",
     )
-    num_inference_steps: int | None = Field(
-        default=None, strict=True, ge=1, le=100, description="Denoising steps of the base model, in place of its own."
+    num_inference_steps: Annotated[int | None, Takes("an integer from 1 to 100")] = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        le=100,
+        description="Denoising steps; the default depends on the profile.",
     )
-    guidance_scale: float | None = Field(
+    guidance_scale: Annotated[float | None, Takes("a number from 1 to 20")] = Field(
         default=None,
         strict=True,
         ge=1,
         le=20,
         allow_inf_nan=False,
-        description="How closely to follow the prompt, in place of the model's own; 1 is none.",
+        description="How closely to follow the prompt; 1 turns guidance off, the default depends on the profile.",
     )
-    image: str | None = Field(
+    image: Annotated[str | None, Takes("an http(s) URL or a data:image/...;base64 URL")] = Field(
         default=None,
         max_length=MAX_IMAGE_LENGTH,
         pattern=r"^(https?://|data:image/[a-z+.-]+;base64,)",
@@ -153,14 +174,14 @@ class JobInput(BaseModel):
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the delivered video in pixels."""
-        return _SIZES[self.resolution, self.aspect_ratio]
+        return self.resolution.sizes[self.aspect_ratio]
 
     def without_data(self) -> JobInput:
-        """The same, with an image that came with the request left out: it may be megabytes."""
+        """The same input without an image that came as a data URL, which may be megabytes."""
         return self.model_copy(update={"image": None}) if (self.image or "").startswith("data:") else self
 
     def wire(self) -> dict[str, Any]:
-        """The input as it is queued: JSON, with what was not asked for left out."""
+        """The input as it is queued: a JSON object without the fields that the client did not set."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
@@ -168,7 +189,7 @@ def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
     """Validate a request body (JSON bytes) or RunPod's decoded `input`.
 
     Raises:
-        InvalidInputError: with the documented code of the first field that is wrong, and what it takes.
+        InvalidInputError: with the documented code of the first wrong field, and what that field takes.
     """
     try:
         if isinstance(raw, bytes):
@@ -178,76 +199,51 @@ def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
         raise InvalidInputError(_failure(exc.errors(include_url=False, include_context=False)[0])) from exc
 
 
-def _one_of(field: str, values: Iterable[str]) -> str:
-    return f"{field} must be one of " + ", ".join(f'"{value}"' for value in values)
-
-
-_FIELD_RULES: Final[Mapping[str, tuple[ErrorCode, str]]] = {
-    "prompt": (
-        ErrorCode.INVALID_PROMPT,
-        f"prompt must be text of {MIN_PROMPT_LENGTH}-{MAX_PROMPT_LENGTH} characters after trimming",
-    ),
-    "duration": (
-        ErrorCode.INVALID_DURATION,
-        f"duration must be an integer from {MIN_DURATION} to {MAX_DURATION} (seconds)",
-    ),
-    "resolution": (ErrorCode.INVALID_RESOLUTION, _one_of("resolution", Resolution)),
-    "model": (ErrorCode.INVALID_MODEL, _one_of("model", KNOWN_MODELS)),
-    "aspect_ratio": (ErrorCode.INVALID_REQUEST, _one_of("aspect_ratio", AspectRatio)),
-    "seed": (ErrorCode.INVALID_REQUEST, f"seed must be an integer from 0 to {MAX_SEED}"),
-    "negative_prompt": (
-        ErrorCode.INVALID_REQUEST,
-        f"negative_prompt must be text of at most {MAX_PROMPT_LENGTH} characters",
-    ),
-    "num_inference_steps": (ErrorCode.INVALID_REQUEST, "num_inference_steps must be an integer from 1 to 100"),
-    "image": (ErrorCode.INVALID_REQUEST, "image must be an http(s) URL or a data:image/...;base64 URL"),
-    "guidance_scale": (ErrorCode.INVALID_REQUEST, "guidance_scale must be a number from 1 to 20"),
-}
-
-
 def _failure(error: ErrorDetails) -> JobFailure:
     field = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         known = ", ".join(JobInput.model_fields)
         return JobFailure(
-            error=f"unknown field {_shown(field)}; known fields are {known}",
+            error=f"unknown field {_as_json(field)}; known fields are {known}",
             error_code=ErrorCode.INVALID_REQUEST,
         )
-    if field in _FIELD_RULES:
-        code, rule = _FIELD_RULES[field]
-        return JobFailure(error=f"{rule}; {_what_came(error)}", error_code=code)
+    if field in JobInput.model_fields:
+        takes = next(item for item in JobInput.model_fields[field].metadata if isinstance(item, Takes))
+        # Four fields have a code of their own, named after the field.
+        code = ErrorCode.__members__.get(f"INVALID_{field.upper()}", ErrorCode.INVALID_REQUEST)
+        return JobFailure(error=f"{field} must be {takes.text}; {_received(error)}", error_code=code)
     if error["type"] == "json_invalid":
         return JobFailure(error="the body is not valid JSON", error_code=ErrorCode.INVALID_REQUEST)
     return JobFailure(error="the body must be a JSON object", error_code=ErrorCode.INVALID_REQUEST)
 
 
-def _what_came(error: ErrorDetails) -> str:
+def _received(error: ErrorDetails) -> str:
     match error["type"], error["input"]:
         case "missing", _:
             return "it is missing"
         case "string_too_short" | "string_too_long", str() as text:
             return f"got {len(text.strip())}"
         case _, value:
-            return f"got {_shown(value)}"
+            return f"got {_as_json(value)}"
 
 
-def _shown(value: object) -> str:
-    """`value` as JSON, cut to a length that fits an error message."""
+def _as_json(value: object) -> str:
+    """`value` as JSON, shortened to fit an error message."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_offered(job_input: JobInput, models: Collection[str], *, takes_images: bool) -> None:
-    """Whether there are weights for the job: the shim asks before it queues, the handler before it renders.
+    """Check that a worker has weights for the job. The server checks before it queues, the worker before it renders.
 
-    `models` are those that can be rendered.
+    `models` are the `model` values that can be rendered.
 
     Raises:
-        InvalidInputError: INVALID_MODEL naming them, or INVALID_REQUEST where it starts from an image and none can.
+        InvalidInputError: INVALID_MODEL naming `models`, or INVALID_REQUEST for an image that no weights support.
     """
     if job_input.model not in models:
         known = ", ".join(f'"{name}"' for name in models)
-        text = f"model: this server has the weights for {known} only"
+        text = f"model: this server has weights for {known} only"
         raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_MODEL))
     if job_input.image is not None and not takes_images:
         text = "image: this server has no image-to-video weights"

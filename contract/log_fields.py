@@ -1,7 +1,7 @@
-"""Log lines: one shape for every process, text or JSON, with what a line is about as fields.
+"""Log lines of every process, as text or JSON, with ids as fields.
 
-A task's story is told by several processes. Each line about it carries its `task_id`, so that one search finds the
-whole of it. Bind the ids once, where the work begins, and log plain sentences from there:
+Several processes log about the same task. Every such line has the field `task_id`, so one search finds them all. Bind
+the ids once, where the work begins, and log plain sentences from there on:
 
     with bound(task_id=task_id):
         log.info("stored in %.1f s", seconds)
@@ -12,9 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import structlog
 from pydantic import BeforeValidator, Field
@@ -27,23 +26,23 @@ from contract.settings import Settings
 
 __all__ = ["LogFormat", "LogOptions", "begin", "bind", "bound", "configure"]
 
-#: Fields that a text line shows behind its message. JSON lines carry every field.
+#: Fields that a text line appends to its message. JSON lines have every field.
 _SHOWN: Final = ("task_id", "worker_id", "request_id", "prompt")
-#: Our own packages. Other libraries stay at INFO: at DEBUG they log headers with their keys, and rows of the queue with
-#: their prompts.
+#: Packages that follow HUNYUAN_LOG_LEVEL below INFO. Libraries do not: at DEBUG they log headers with keys, and rows of
+#: the queue with prompts.
 _OURS: Final = ("contract", "handler", "hunyuan", "shim", "storage")
 _PLAIN: Final = re.compile(r"[\w.:-]+", re.ASCII)
 
 
 class LogFormat(StrEnum):
-    """How a line is written."""
+    """Format of log lines."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogOptions(Settings):
-    """The settings of log lines: a part of the server's settings and of the worker's."""
+    """Settings of log lines, part of the server's and of the worker's settings."""
 
     log_format: LogFormat = Field(
         default=LogFormat.TEXT,
@@ -61,18 +60,18 @@ class LogOptions(Settings):
     log_prompts: bool = Field(
         default=False,
         validation_alias="HUNYUAN_LOG_PROMPTS",
-        description="Log each task's prompt when it is accepted and when a worker takes it. Otherwise no line has it.",
+        description="Log each task's prompt, when the server accepts it and when a worker takes it.",
     )
 
 
 def begin(**fields: str) -> None:
-    """Binds `fields` and drops every field that the context inherited from whatever started it."""
+    """Binds `fields` and drops every field that this context inherited."""
     clear_contextvars()
     bind(**fields)
 
 
 def configure(options: LogOptions, **fields: str) -> None:
-    """Logs to stderr as `options` say, with `fields` on every line of this process. Replaces any earlier set-up."""
+    """Logs to stderr as `options` say, with `fields` on every line. Replaces any earlier configuration."""
 
     def add_process_fields(_: object, __: str, event: EventDict) -> EventDict:
         return {**fields, **event}
@@ -106,7 +105,7 @@ def configure(options: LogOptions, **fields: str) -> None:
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     for package in _OURS:
         logging.getLogger(package).setLevel(level)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, and ours are presigned
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs, and presigned URLs are secret
     logging.captureWarnings(True)
 
 
@@ -134,17 +133,13 @@ _JSON_PROCESSORS: Final[list[Processor]] = [
 
 
 def _text(_: object, __: str, event: EventDict) -> str:
-    """The message, and behind it the fields that it does not say itself."""
+    """The message, followed by those of its fields that it does not contain."""
     message = str(event["event"])
-    unsaid = _unsaid(message, event)
-    return f"{message} [{' '.join(unsaid)}]" if unsaid else message
-
-
-def _unsaid(message: str, event: Mapping[str, Any]) -> list[str]:
     shown = {name: str(event[name]) for name in _SHOWN if name in event}
-    return [f"{name}={_quoted(value)}" for name, value in shown.items() if value not in message]
+    fields = " ".join(f"{name}={_quoted(value)}" for name, value in shown.items() if value not in message)
+    return f"{message} [{fields}]" if fields else message
 
 
 def _quoted(value: str) -> str:
-    """A value with a line break must not look like a line of its own."""
+    """`value` on one line: a line break in it must not start a new log line."""
     return value if _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)

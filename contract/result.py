@@ -1,4 +1,4 @@
-"""What a job reports while it runs, and what it leaves when it is done."""
+"""What a job reports while it runs, and what it returns when it is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contract.job import FPS, JobInput
 
 
 class Stage(StrEnum):
-    """Where a job is, in the order it passes through them."""
+    """The stages of a job, in order."""
 
     QUEUED = "queued"
     ENCODING_PROMPT = "encoding_prompt"
@@ -24,7 +24,7 @@ class Stage(StrEnum):
 
 
 class Progress(BaseModel):
-    """How far a running job is. `progress` is a percentage and never falls; 100 is only ever said by a result."""
+    """How far a running job is. `progress` is a percentage that never falls; only a result counts as 100."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,7 +34,7 @@ class Progress(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The finished video, as stored beside it in the bucket. Where a manifest is, the video is complete."""
+    """Describes a finished video and is stored beside it. If the manifest exists, the video is complete."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -43,7 +43,7 @@ class Manifest(BaseModel):
     input: JobInput
     model: str = Field(description='The model that rendered, for example "demo".')
     attention: str = Field(default="", description="The attention kernel that was used, in diffusers' names.")
-    approximations: tuple[str, ...] = Field(default=(), description="What was asked for that changes the numbers.")
+    approximations: tuple[str, ...] = Field(default=(), description="The HUNYUAN_APPROXIMATIONS that the render used.")
     seed: int
     width: int
     height: int
@@ -52,12 +52,12 @@ class Manifest(BaseModel):
     file_size: int = Field(description="Bytes.")
     sha256: str
     created_at: datetime
-    timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and in all as `total`.")
+    timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and `total`.")
     version: str = Field(description="Version of the service that rendered.")
 
 
 class JobResult(Manifest):
-    """What a job returns: the manifest, and presigned URLs for callers who have no shim to ask."""
+    """What a job returns: the manifest, and presigned URLs for callers who use RunPod's API without the server."""
 
     video_url: str
     poster_url: str

@@ -1,7 +1,7 @@
-"""One retry policy for every retry of ours, on tenacity.
+"""The retry policy that every retry of this project uses, built on tenacity.
 
-It belongs to the contract because the deadlines of the two sides must fit each other: a worker offers its result for
-longer than a server waits for its database.
+It is part of the contract because the deadlines of both sides must fit: a worker retries delivering its result for
+longer than the server waits for its database.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tenacity.stop import stop_any
 
 log = logging.getLogger(__name__)
 
-#: Which errors are retried: a class, several, or a function that says so.
+#: Which errors are retried: a class, several classes, or a predicate.
 Retryable = type[Exception] | tuple[type[Exception], ...] | Callable[[BaseException], bool]
 
 
@@ -28,11 +28,11 @@ def _nothing(_: BaseException) -> float:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When to try again and when to give up. Times in seconds.
+    """When to retry and when to give up. Times in seconds.
 
-    The wait after the n-th failure is `first * 2**(n-1)`, at most `longest`, shortened at random by up to a half: many
-    clients of a server that comes back must not return at the same moment. The last error is raised where the next try
-    would begin later than `total` after the first, or after `attempts` tries.
+    The wait after the n-th failure is `first * 2**(n-1)`, at most `longest`, shortened at random by up to a half so
+    that many clients of a restarted server do not return at the same moment. The last error is raised when the next
+    attempt would start later than `total` after the first one, or after `attempts` attempts.
 
         for attempt in RetryPolicy(total=60).retrying(OSError, what="upload"):
             with attempt:
@@ -50,13 +50,16 @@ class RetryPolicy:
         return min(exponential, self.longest) * random.uniform(0.5, 1.0)  # nosec B311 # jitter
 
     def retrying(self, on: Retryable, *, what: str, sleep: Callable[[float], None] = time.sleep) -> Retrying:
-        """tenacity's `Retrying`; a warning that begins with `what` tells of each retry."""
+        """tenacity's `Retrying` for blocking code. Each retry logs a warning that begins with `what`.
+
+        `sleep` does the waiting; what it raises ends the retries.
+        """
         return Retrying(sleep=sleep, **self._options(on, what, _nothing))
 
     def async_retrying(
         self, on: Retryable, *, what: str, at_least: Callable[[BaseException], float] = _nothing
     ) -> AsyncRetrying:
-        """The same for coroutines. `at_least` gives the shortest wait after an error, as a Retry-After header does."""
+        """The same for coroutines. `at_least` returns the shortest wait after an error, for example its Retry-After."""
         return AsyncRetrying(**self._options(on, what, at_least))
 
     def _options(self, on: Retryable, what: str, at_least: Callable[[BaseException], float]) -> dict[str, Any]:

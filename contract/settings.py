@@ -1,4 +1,4 @@
-"""What every settings class of ours shares. The environment is read in `settings` modules alone."""
+"""The base class of all settings. Only modules named `settings` read the environment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-#: RFC 6750's token: it fits a header as it is, and holds no colon and no comma.
+#: The token syntax of RFC 6750: it needs no quoting in a header, and contains neither colon nor comma.
 _HEADER_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
 HEADER_KEY_RULE: Final = "must consist of A-Z a-z 0-9 . _ ~ + / - with = at its end only"
 
@@ -17,7 +17,7 @@ class Settings(BaseSettings):
     """Settings from environment variables, one per field, named by its `validation_alias`.
 
     Raises:
-        pydantic.ValidationError: names each variable that is missing or wrong; `explain` puts it in words.
+        pydantic.ValidationError: names each variable that is missing or wrong; `explain` formats it.
     """
 
     model_config = SettingsConfigDict(
@@ -26,7 +26,7 @@ class Settings(BaseSettings):
 
 
 def explain(exc: ValidationError) -> str:
-    """A line for each setting that is missing or wrong: its variable and what it takes, never its value."""
+    """One line per missing or wrong setting: its variable and the reason, never its value."""
     return "\n".join(
         f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
         for error in exc.errors(include_url=False, include_input=False)
@@ -34,13 +34,13 @@ def explain(exc: ValidationError) -> str:
 
 
 def is_header_token(text: str) -> bool:
-    """Whether `text` can stand in an Authorization header as it is (RFC 6750, section 2.1)."""
+    """Whether `text` can be sent in an Authorization header without quoting (RFC 6750, section 2.1)."""
     return _HEADER_TOKEN.fullmatch(text) is not None
 
 
 def _check_header_token(key: SecretStr) -> SecretStr:
     if not is_header_token(key.get_secret_value()):
-        raise ValueError(HEADER_KEY_RULE)  # the value itself must not be shown
+        raise ValueError(HEADER_KEY_RULE)  # the message must not contain the key
     return key
 
 

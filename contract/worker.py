@@ -1,4 +1,4 @@
-"""What a worker reports of itself, and what its exit codes mean."""
+"""A worker's state, its reports to the server, and its exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class WorkerExit(IntEnum):
     """Exit codes of `python -m handler`.
 
-    A supervisor may start the worker again after any of them but BAD_SETTINGS, which only a change of settings mends.
+    A supervisor may restart the worker after any of them except BAD_SETTINGS, which persists until a setting changes.
     """
 
     STOPPED = 0
@@ -21,9 +21,9 @@ class WorkerExit(IntEnum):
 
 
 class WorkerState(StrEnum):
-    """Where a worker process is in its life. A load that failed stays observable.
+    """State of a worker process. FAILED means that its model could not be loaded.
 
-    One that is STOPPING finishes what it renders and takes no more; one that has STOPPED renders nothing.
+    A STOPPING worker finishes its current job and takes no other. A STOPPED worker holds no job.
     """
 
     LOADING = "loading"
@@ -44,15 +44,15 @@ class Gpu(BaseModel):
 
 
 class WorkerReport(BaseModel):
-    """What a worker says of itself, so that the shim can answer /health for a GPU it does not see."""
+    """What a worker reports to the server, which answers /health from it without seeing the GPU."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     state: WorkerState
     model: str
     gpu: Gpu | None = None
-    models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty: any.")
-    takes_images: bool = Field(default=True, description="Whether it has image-to-video weights.")
+    models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty means any.")
+    takes_images: bool = Field(default=True, description="Whether the worker has image-to-video weights.")
     attention: str | None = None
     error: str | None = None
-    load_seconds: Mapping[str, float] | None = Field(default=None, description="Seconds of each phase of the start.")
+    load_seconds: Mapping[str, float] | None = Field(default=None, description="Seconds of each phase of a cold start.")

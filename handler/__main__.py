@@ -1,7 +1,6 @@
-"""`python -m handler`: settings, the bucket, the model, then jobs. `--test_input '{"input": {...}}'` runs one and ends.
+"""`python -m handler` reads the settings, checks the bucket, loads the model and takes jobs.
 
-Exit codes: 0 stopped by SIGTERM, 1 the test job failed, 2 a setting is wrong, 3 the model can't be loaded or the bucket
-refuses: those two may be mended while the platform starts this worker again and again.
+`--test_input '{"input": {...}}'` runs one job and exits. The exit codes are `contract.worker.WorkerExit`.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from pydantic import ValidationError
 
 from contract import log_fields as logs
 from contract.log_fields import LogFormat
+from contract.retry import RetryPolicy
 from contract.settings import explain
+from contract.worker import WorkerExit
 from handler.report import Reporter
 from handler.settings import WorkerSettings
-from handler.store import Patience
 from handler.video_model.base import ModelLoadError, VideoModel
 from handler.work_dir import remove_leftovers
 from storage.bucket import Bucket
@@ -29,9 +29,7 @@ from storage.errors import StorageDeniedError, StorageError
 from storage.settings import BucketSettings, bucket_settings
 
 _DISTRIBUTION: Final = "hunyuan-video-service"
-_BAD_SETTINGS: Final = 2
-_UNFIT: Final = 3
-#: Seconds that the bucket gets for its first answer.
+#: Seconds to wait for the bucket's first answer.
 _CHECK_TIMEOUT: Final = 10.0
 
 log = logging.getLogger(__name__)
@@ -39,16 +37,20 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Run the worker."""
-    stop_at_once_on_sigterm()
+    exit_on_sigterm()
+    # 1. Read the settings
     settings, bucket = _settings()
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
     key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
     url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "") or None
     remove_leftovers(settings.work_dir)
     with Reporter(url, key=key, model=settings.model_path) as reporter:
+        # 2. Check the bucket and load the model
         if bucket is not None:
             _check(bucket, reporter)
         model = _load(settings, reporter)
+
+        # 3. Take jobs
         from handler import serverless
         from handler.worker import Worker
 
@@ -57,38 +59,38 @@ def main() -> None:
             Bucket(bucket) if bucket else None,
             version=version(_DISTRIBUTION),
             work_dir=settings.work_dir,
-            patience=Patience(settings.store_patience),
+            store_policy=RetryPolicy(total=settings.store_patience),
         )
         has_platform = settings.job_url is not None
         if has_platform and settings.log_format is LogFormat.JSON:
-            serverless.log_as_ours()
-        serverless.serve(worker, tells_progress=has_platform, on_stop=reporter.stopping)
+            serverless.capture_sdk_logs()
+        serverless.serve(worker, send_progress=has_platform, on_stop=reporter.stopping)
 
 
-def stop_at_once_on_sigterm() -> None:
-    """Until the SDK takes over there is no job to lose.
+def exit_on_sigterm() -> None:
+    """Exit at once on SIGTERM until the SDK sets its own signal handler; until then there is no job to lose.
 
-    With no exception: raised while the SDK forks, Python would pass it over and leave the lock of `logging` taken.
+    Not with an exception: Python drops one that is raised while the SDK forks, and the lock of `logging` stays taken.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(WorkerExit.STOPPED))
 
 
 def _settings() -> tuple[WorkerSettings, BucketSettings | None]:
     try:
         return WorkerSettings(), bucket_settings()
     except ValidationError as exc:
-        _end(explain(exc), _BAD_SETTINGS)
+        _exit(explain(exc), WorkerExit.BAD_SETTINGS)
 
 
 def _check(bucket: BucketSettings, reporter: Reporter) -> None:
-    """A bucket that refuses ends the start before minutes go into loading the model; one that is away does not."""
+    """Exit if the bucket denies access, before the model loads for minutes. Go on if the bucket is unavailable."""
     try:
         Bucket(bucket, timeout=_CHECK_TIMEOUT, attempts=1).check()
     except StorageDeniedError as exc:
         reporter.failed(str(exc))
-        _end(str(exc), _UNFIT)
+        _exit(str(exc), WorkerExit.NO_MODEL_OR_BUCKET)
     except StorageError as exc:
-        log.error("going on without the bucket until it answers: %s", exc)
+        log.error("the bucket is unavailable; loading the model meanwhile, jobs retry the bucket: %s", exc)
 
 
 def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
@@ -100,7 +102,7 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
         model = load_model(settings)
     except ModelLoadError as exc:
         reporter.failed(str(exc))
-        _end(str(exc), _UNFIT)
+        _exit(str(exc), WorkerExit.NO_MODEL_OR_BUCKET)
     except Exception as exc:
         reporter.failed(f"the model can't be loaded ({type(exc).__name__}); the worker's log has the details")
         raise
@@ -110,7 +112,7 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     return model
 
 
-def _end(text: str, code: int) -> NoReturn:
+def _exit(text: str, code: WorkerExit) -> NoReturn:
     sys.stderr.write(f"error: {text}\n")
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Frames to MP4 and poster: streamed into one ffmpeg as they come, never all in memory."""
+"""Encodes frames to an MP4 and a poster. Frames are streamed into one ffmpeg process, never held in memory together."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ import imageio_ffmpeg
 from contract.job import FPS
 from handler.video_model.base import Frames
 
-#: CRF 18 is visually lossless (https://trac.ffmpeg.org/wiki/Encode/H.264#crf); "veryfast" keeps up with the decoder on
-#: few cores, at some 10 % more bytes than "medium".
+#: CRF 18 is visually lossless (https://trac.ffmpeg.org/wiki/Encode/H.264#crf). "veryfast" keeps up with the model on
+#: few cores and makes files about 10 % larger than "medium".
 _X264: Final = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
-#: The same quality from the GPU's own encoder, which many data-centre GPUs (A100, H100) do not have.
+#: The same quality from the GPU's encoder, which many data-centre GPUs (A100, H100) lack.
 _NVENC: Final = ("-c:v", "h264_nvenc", "-preset", "p5", "-tune", "hq", "-rc", "vbr", "-cq", "19", "-b:v", "0")
 _MAX_ERROR_TEXT: Final = 2000
-
-
-#: What ffmpeg says of a disk that takes no more.
+#: How ffmpeg reports a full disk.
 _FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 class EncodeError(Exception):
-    """ffmpeg failed, or was given too few or too many frames."""
+    """ffmpeg failed, or the model rendered too few or too many frames."""
 
 
 class DiskFullError(EncodeError):
-    """There is no room for the video."""
+    """The disk is full."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to make: files, size in pixels, number of frames at 24 a second. The poster is the middle frame."""
+    """The files to write, their size in pixels and the number of frames. The poster is the middle frame."""
 
     video: Path
     poster: Path
@@ -50,41 +48,41 @@ class Target:
 
 
 def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], None]) -> None:
-    """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames of any one size.
+    """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames that all have the same size.
 
-    Frames of another shape than the target's are scaled to cover it and cropped evenly. `on_frames` is told after
-    each chunk how many frames ffmpeg has taken. What `chunks` raises goes through; the files are then worthless.
+    Frames are scaled to cover the target's size and cropped evenly. After each chunk, `on_frames` gets the number of
+    frames that ffmpeg has read. Errors of `chunks` are raised unchanged; the files are then incomplete.
 
     Raises:
         DiskFullError: the disk is full.
-        EncodeError: with ffmpeg's own words, or the number of frames that came.
+        EncodeError: with ffmpeg's error text, or with the wrong number of frames.
     """
     iterator = iter(chunks)
     first = next(iterator, None)
     if first is None:
-        raise EncodeError("the model gave no frames")
+        raise EncodeError("the model rendered no frames")
     height, width = first.shape[1:3]
-    with os.fdopen(os.memfd_create("ffmpeg"), "w+b") as errors:  # no file: the disk may be full
+    with os.fdopen(os.memfd_create("ffmpeg"), "w+b") as errors:  # in memory, because the disk may be full
         process = subprocess.Popen(
             _command(width, height, target), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
         )
-        assert process.stdin is not None  # noqa: S101 - for the type checker: PIPE was asked for
+        assert process.stdin is not None  # noqa: S101 - tells the type checker about PIPE
         try:
             taken = _write(process.stdin, first, iterator, on_frames)
             process.stdin.close()
             process.wait()
         except BrokenPipeError as exc:
             process.wait()
-            raise _error("ffmpeg ended early", errors) from exc
+            raise _error("ffmpeg stopped reading frames", errors) from exc
         finally:
             process.kill()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.wait()
         if process.returncode != 0:
-            raise _error(f"ffmpeg ended with code {process.returncode}", errors)
+            raise _error(f"ffmpeg exited with code {process.returncode}", errors)
     if taken != target.num_frames:
-        raise EncodeError(f"the model gave {taken} frames, {target.num_frames} were due")
+        raise EncodeError(f"the model rendered {taken} frames instead of {target.num_frames}")
 
 
 def _write(stdin: IO[bytes], first: Frames, rest: Iterable[Frames], on_frames: Callable[[int], None]) -> int:
@@ -98,7 +96,7 @@ def _write(stdin: IO[bytes], first: Frames, rest: Iterable[Frames], on_frames: C
 
 def _command(width: int, height: int, target: Target) -> list[str]:
     size = f"{target.width}:{target.height}"
-    # The RGB that comes in is full range; bt709 is converted to, not only written on it.
+    # The input is full-range RGB. `scale` converts it to bt709, `setparams` labels it so.
     fit = (
         f"scale={size}:force_original_aspect_ratio=increase:flags=lanczos+accurate_rnd"
         f":out_color_matrix=bt709:out_range=limited,crop={size},format=yuv420p"
@@ -120,7 +118,7 @@ def _command(width: int, height: int, target: Target) -> list[str]:
 
 @cache
 def codec() -> tuple[str, ...]:
-    """ffmpeg's options for H.264: NVENC where this ffmpeg and a GPU have it, which is tried once, else x264."""
+    """ffmpeg's options for H.264: NVENC if a trial shows that this ffmpeg and GPU have it, otherwise x264."""
     trial = [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-f", "lavfi"),
         *("-i", f"color=size=256x256:rate={FPS}:duration=0.2", *_NVENC, "-f", "null", "-"),

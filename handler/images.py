@@ -1,8 +1,8 @@
-"""The image that a video starts from: decoded from a data URL, or fetched from the open internet and nowhere else.
+"""Loads the image that a video starts from, out of a data URL or from the public internet.
 
-Whoever sends a job must not be able to make the worker read what only the worker can reach: the host's addresses are
-looked up once, must all be public, and are the ones that are connected to; redirects are not followed. Nor may the
-other side keep the worker: time, bytes and pixels are bounded, and nothing compressed is unpacked but the image.
+A client must not make the worker read what only the worker can reach. So the host's addresses are resolved once, must
+all be public, and are the addresses connected to; redirects are not followed. A server must not occupy the worker. So
+time, bytes and pixels are limited, and a compressed response body is not decompressed.
 Source: OWASP Server-Side Request Forgery Prevention Cheat Sheet.
 """
 
@@ -28,16 +28,16 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP")
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
-#: Whether an address may be connected to.
+#: Returns whether the worker may connect to an address.
 Allowed = Callable[[str], bool]
 
 
 class ImageError(ValueError):
-    """The image can't be used; the message says why, to the client."""
+    """The image can't be used. The client reads the message."""
 
 
 def is_public(address: str) -> bool:
-    """Whether the address is one of the open internet's: not private, loopback, link-local, multicast or reserved."""
+    """Whether the address is on the public internet: not private, loopback, link-local, multicast or reserved."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         inside = _ipv4_inside(parsed)
@@ -48,19 +48,19 @@ def is_public(address: str) -> bool:
 
 
 def _ipv4_inside(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that a mapped, a 6to4 or a NAT64 (RFC 6052) address leads to."""
+    """The IPv4 address inside a mapped, a 6to4 or a NAT64 (RFC 6052) address; None in any other."""
     if address in _NAT64:
         return ipaddress.IPv4Address(address.packed[-4:])
     return address.ipv4_mapped or address.sixtofour
 
 
 def load_image(source: str, *, allowed: Allowed = is_public, seconds: float = 20.0) -> Image.Image:
-    """The image at an http(s) URL, which has `seconds` to arrive, or in a data URL; upright and as RGB.
+    """The image in a data URL, or at an http(s) URL that must answer within `seconds`; upright and as RGB.
 
-    Blocks, and runs an event loop of its own meanwhile.
+    Blocks, and runs its own event loop.
 
     Raises:
-        ImageError: it can't be had, is no JPEG, PNG or WebP, or is larger than 20 MB or 50 megapixels.
+        ImageError: the image can't be fetched, is no JPEG, PNG or WebP, or is larger than 20 MB or 50 megapixels.
     """
     return _decoded(_from_data_url(source) if source.startswith("data:") else _fetched(source, allowed, seconds))
 
@@ -68,7 +68,7 @@ def load_image(source: str, *, allowed: Allowed = is_public, seconds: float = 20
 def _from_data_url(source: str) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ImageError("a data URL must read data:image/...;base64,...")
+        raise ImageError("a data URL must start with data:image/...;base64,")
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise ImageError("the image is larger than 20 MB")
     try:
@@ -84,20 +84,19 @@ def _fetched(source: str, allowed: Allowed, seconds: float) -> bytes:
         raise ImageError("the image's URL is malformed") from exc
     if url.scheme not in ("http", "https") or not url.host or url.userinfo:
         raise ImageError("the image must be an http or https URL with no user name, or a data URL")
-    addresses = _addresses(url, allowed)
     try:
-        return asyncio.run(_first_body(url, addresses, seconds))
+        return asyncio.run(_first_body(url, _addresses(url, allowed), seconds))
     except httpx.HTTPError as exc:
         raise ImageError(f"the image can't be fetched ({type(exc).__name__})") from exc
     except TimeoutError as exc:
-        raise ImageError(f"the image took longer than {seconds:g} s to arrive") from exc
+        raise ImageError(f"the image took longer than {seconds:g} s to download") from exc
 
 
 async def _first_body(url: httpx.URL, addresses: Sequence[str], seconds: float) -> bytes:
-    """What the first address that can be connected to answers.
+    """The body from the first address that accepts a connection.
 
     Raises:
-        TimeoutError: it was not whole in time, however steadily it came.
+        TimeoutError: the body was incomplete after `seconds`, even if bytes kept arriving.
     """
     async with asyncio.timeout(seconds):
         for address in addresses[:-1]:
@@ -107,7 +106,7 @@ async def _first_body(url: httpx.URL, addresses: Sequence[str], seconds: float) 
 
 
 async def _body(url: httpx.URL, address: str) -> bytes:
-    """What that address answers, and no other: a second look-up could be answered differently."""
+    """The body from this address. The host is not resolved again, because the answer could differ."""
     headers = {
         "Host": url.netloc.decode(),
         "Accept": "image/jpeg, image/png, image/webp",
@@ -122,7 +121,7 @@ async def _body(url: httpx.URL, address: str) -> bytes:
     ):
         if response.status_code != 200:
             raise ImageError(f"the image's server answered {response.status_code}")
-        async for chunk in response.aiter_raw():  # as sent: a few bytes can be unpacked to gigabytes
+        async for chunk in response.aiter_raw():  # undecoded: a few bytes can decompress to gigabytes
             body += chunk
             if len(body) > MAX_BYTES:
                 raise ImageError("the image is larger than 20 MB")
@@ -130,14 +129,14 @@ async def _body(url: httpx.URL, address: str) -> bytes:
 
 
 def _addresses(url: httpx.URL, allowed: Allowed) -> list[str]:
-    """Every address of the host, IPv4 first: not each network carries the other."""
+    """Every address of the host, IPv4 first, because some networks have no IPv6."""
     try:
         found = socket.getaddrinfo(url.host, url.port or 443, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        raise ImageError("the image's host can't be found") from exc
+        raise ImageError("the image's host name can't be resolved") from exc
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0])))
     if not addresses or not all(allowed(address) for address in addresses):
-        raise ImageError("the image's host is not on the open internet")
+        raise ImageError("the image's host is not on the public internet")
     return addresses
 
 
@@ -150,4 +149,4 @@ def _decoded(body: bytes) -> Image.Image:
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as exc:
-        raise ImageError("the image is no JPEG, PNG or WebP that can be read") from exc
+        raise ImageError("the image is no readable JPEG, PNG or WebP") from exc

@@ -1,7 +1,7 @@
-"""The worker's own sign of life: what it is at, told to its platform's `worker-report` from the main process.
+"""Reports the worker's state to the server, at `worker-report`, from the main process.
 
-RunPod's pings come from a process of their own that can outlive the worker, and say nothing of a model that loads
-or failed to load. On RunPod itself no HUNYUAN_WORKER_REPORT_URL is set, and nothing is sent.
+RunPod's pings are no substitute: they come from a separate process and say nothing about a model that loads or failed
+to load. RunPod itself sets no HUNYUAN_WORKER_REPORT_URL; then nothing is sent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Tells `url` of the worker's state every 5 s and at each change. With no url it keeps silent."""
+    """Posts the worker's state to `url` every 5 s and at each change. Sends nothing if `url` is None."""
 
     def __init__(self, url: str | None, *, key: str, model: str) -> None:
         self._url = url
@@ -32,7 +32,7 @@ class Reporter:
         self._unsent = True
         self._closed = False
         self._wake = threading.Event()
-        self._silenced = False
+        self._warned = False
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
 
     def __enter__(self) -> Self:
@@ -42,10 +42,9 @@ class Reporter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Send what has not been sent, and end. A worker that ends in good order says so: it holds no job any more."""
+        """Sends an unsent report. A worker that was asked to stop reports STOPPED, because it holds no job any more."""
         if error is None and self._report.state is WorkerState.STOPPING:
-            self._report = self._report.model_copy(update={"state": WorkerState.STOPPED})
-            self._unsent = True
+            self._set(state=WorkerState.STOPPED)
         self._closed = True
         self._wake.set()
         if self._url is not None:
@@ -53,9 +52,9 @@ class Reporter:
         self._http.close()
 
     def ready(self, model: VideoModel, load_seconds: Mapping[str, float]) -> None:
-        """The model is loaded, in so many seconds a phase; its GPU is asked for each report."""
+        """The model is loaded. `load_seconds` names each phase; every report asks the model for its GPU's memory."""
         self._gpu = model.gpu
-        self._report = WorkerReport(
+        self._set(
             state=WorkerState.READY,
             model=model.name,
             models=tuple(model.models),
@@ -63,19 +62,17 @@ class Reporter:
             attention=model.attention,
             load_seconds={phase: round(seconds, 3) for phase, seconds in load_seconds.items()},
         )
-        self._say()
 
     def failed(self, error: str) -> None:
-        """The model can't be loaded."""
-        self._report = self._report.model_copy(update={"state": WorkerState.FAILED, "error": error})
-        self._say()
+        """The model can't be loaded, or the bucket denies access."""
+        self._set(state=WorkerState.FAILED, error=error)
 
     def stopping(self) -> None:
-        """The worker was asked to stop: it takes no more jobs. Called by a signal handler: it only leaves word."""
-        self._report = self._report.model_copy(update={"state": WorkerState.STOPPING})
-        self._say()
+        """The worker takes no more jobs. Called by a signal handler, so it must not block."""
+        self._set(state=WorkerState.STOPPING)
 
-    def _say(self) -> None:
+    def _set(self, **fields: object) -> None:
+        self._report = self._report.model_copy(update=fields)
         self._unsent = True
         self._wake.set()
 
@@ -83,11 +80,11 @@ class Reporter:
         while True:
             self._wake.wait(_INTERVAL)
             self._wake.clear()
-            closing = self._closed
-            if self._unsent or not closing:
+            closed = self._closed
+            if self._unsent or not closed:
                 self._unsent = False
                 self._send()
-            if closing:
+            if closed:
                 return
 
     def _send(self) -> None:
@@ -95,8 +92,8 @@ class Reporter:
         try:
             self._http.post(str(self._url), json=report.model_dump(mode="json")).raise_for_status()
         except httpx.HTTPError as exc:
-            if not self._silenced:
-                log.warning("the platform takes no report just now: %s", exc)
-            self._silenced = True
+            if not self._warned:
+                log.warning("the report failed; retrying every %g s until the server is back: %s", _INTERVAL, exc)
+            self._warned = True
         else:
-            self._silenced = False
+            self._warned = False

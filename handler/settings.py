@@ -1,4 +1,4 @@
-"""The worker's settings. The environment is read here and in `storage.settings`, nowhere else."""
+"""The worker's settings. Those of its bucket are in `storage.settings`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contract.log_fields import LogOptions
 
 
 class Approximation(StrEnum):
-    """What makes renders faster or smaller, and not quite the same."""
+    """Options that make renders faster or smaller, at the price of slightly different videos."""
 
     FP8_WEIGHTS = "fp8-weights"
     FIRST_BLOCK_CACHE = "first-block-cache"
@@ -28,12 +28,12 @@ def _listed(value: object) -> object:
 
 def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ...]:
     if {Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER} <= set(value):
-        raise ValueError("first-block-cache and taylorseer skip steps in two ways: name one of them")
+        raise ValueError("first-block-cache and taylorseer exclude each other; name one of them")
     return value
 
 
 class WorkerSettings(LogOptions):
-    """What `python -m handler` needs to know, beside its bucket.
+    """Settings of `python -m handler`, except those of its bucket.
 
     Raises:
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
@@ -42,34 +42,33 @@ class WorkerSettings(LogOptions):
     model_path: str = Field(
         default="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
         validation_alias="HUNYUAN_MODEL_PATH",
-        description="Directory of a checkpoint in diffusers' layout, or of those that profiles need; a hub id; or "
-        "`demo`.",
+        description="Directory of a checkpoint in diffusers' layout or of several checkpoints, a hub id, or `demo`.",
     )
     profile: Profile | None = Field(
         default=None,
         validation_alias="HUNYUAN_PROFILE",
-        description="What `HunyuanVideo-1.5` stands for: `fast`, `balanced` or `quality`. Else the fastest whose "
-        "weights are there.",
+        description="Profile that the model `HunyuanVideo-1.5` uses: `fast`, `balanced` or `quality`. Default: the "
+        "fastest profile whose weights are present.",
     )
     cache_dir: Path | None = Field(
         default=None,
         validation_alias="HUNYUAN_CACHE_DIR",
-        description="Where checkpoints from the hub and compiled kernels are kept. Else the libraries' own defaults.",
+        description="Directory for checkpoints from the hub and for compiled kernels. Default: the libraries' own.",
     )
     enable_flash_attn: bool = Field(
         default=True,
         validation_alias="HUNYUAN_ENABLE_FLASH_ATTN",
-        description="Use flash-attn where it is installed, else PyTorch's fastest attention kernel.",
+        description="Use flash-attn if it is installed, otherwise PyTorch's fastest attention kernel.",
     )
     enable_sage_attn: bool = Field(
         default=False,
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
-        description="Use sageattention (8-bit, approximate) where it is installed; goes before flash-attn.",
+        description="Use sageattention (8-bit, approximate) if it is installed, in preference to flash-attn.",
     )
     compile: bool | None = Field(
         default=None,
         validation_alias="HUNYUAN_COMPILE",
-        description="Compile the transformers' blocks at the start, `true` or `false`. Else where a GPU holds them.",
+        description="Compile the transformers' blocks at the start, `true` or `false`. Default: if they fit the GPU.",
     )
     approximations: Annotated[
         tuple[Approximation, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_one_step_cache)
@@ -78,34 +77,34 @@ class WorkerSettings(LogOptions):
         validation_alias="HUNYUAN_APPROXIMATIONS",
         description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little) or "
         "`taylorseer` (extrapolates four steps of five), `sr-window-attention` (super-resolution looks 4 latent frames "
-        "back and ahead), with commas between. Manifests name them.",
+        "back and ahead), separated by commas. Manifests name them.",
     )
     offload_cpu: bool = Field(
         default=False,
         validation_alias="HUNYUAN_OFFLOAD_CPU",
-        description="Stream the model from host memory block by block even where the GPU could hold it.",
+        description="Stream the model from host memory block by block even if the GPU can hold it.",
     )
     vram_limit: float | None = Field(
         default=None,
         gt=0,
         validation_alias="HUNYUAN_VRAM_LIMIT",
-        description="GPU memory in GB that the worker may use. Else all that is free when it starts.",
+        description="GPU memory in GB that the worker may use. Default: all that is free when it starts.",
     )
     work_dir: Path | None = Field(
         default=None,
         validation_alias="HUNYUAN_WORK_DIR",
-        description="Where a video lies until it is stored. Else the system's directory for temporary files.",
+        description="Directory for a video until it is stored. Default: the system's directory for temporary files.",
     )
     store_patience: float = Field(
         default=600.0,
         ge=0,
         validation_alias="HUNYUAN_STORE_PATIENCE",
-        description="Seconds for which a finished video is kept and stored again while the bucket fails.",
+        description="Seconds to retry storing a finished video while the bucket fails.",
     )
     report_url: str | None = Field(
         default=None,
         validation_alias="HUNYUAN_WORKER_REPORT_URL",
-        description="Where the worker reports its state; `$RUNPOD_POD_ID` stands for its id. Set by `hunyuan serve`.",
+        description="URL for the worker's reports; `$RUNPOD_POD_ID` stands for its id. Set by `hunyuan serve`.",
     )
     worker_id: str | None = Field(
         default=None, validation_alias="RUNPOD_POD_ID", description="The worker's id. Set by the platform."
@@ -113,10 +112,10 @@ class WorkerSettings(LogOptions):
     platform_key: SecretStr | None = Field(
         default=None,
         validation_alias="RUNPOD_AI_API_KEY",
-        description="The worker's key to its platform. Set by the platform. Never logged.",
+        description="The worker's key for its platform. Set by the platform. Never logged.",
     )
     job_url: str | None = Field(
         default=None,
         validation_alias="RUNPOD_WEBHOOK_GET_JOB",
-        description="Where the worker asks for jobs. Set by the platform; without it one test job is run.",
+        description="URL of job-take. Set by the platform; without it the worker runs one test job.",
     )

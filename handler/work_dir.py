@@ -1,4 +1,4 @@
-"""Directories in which videos are made. Each goes with its job, and a killed worker's with the next worker's start."""
+"""Work directories of jobs. Each is deleted with its job; the next worker deletes those of a killed worker."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from pathlib import Path
 from typing import Final
 
 _PREFIX: Final = "hunyuan-job-"
-#: Bytes that must be free before a render begins: some 10 s of 1080p, poster included, with room to spare.
-_NEEDED: Final = 100_000_000
+#: Bytes that must be free before a render: enough for 10 s of 1080p and the poster.
+_REQUIRED_BYTES: Final = 100_000_000
 
 log = logging.getLogger(__name__)
 
 
 class WorkDirError(Exception):
-    """The work directory can't take a video; the message says why."""
+    """The work directory can't hold a video. The client reads the message."""
 
 
 @contextmanager
 def job_directory(parent: Path | None) -> Iterator[Path]:
-    """A new directory under `parent` (None: the system's for temporary files) for as long as the block runs.
+    """A new directory under `parent` (None: the system's temporary directory), deleted at the end of the block.
 
     Raises:
-        WorkDirError: it can't be made, or too little is free.
+        WorkDirError: the directory can't be created, or the disk has too little free space.
     """
     try:
         made = Path(tempfile.mkdtemp(prefix="hunyuan-", dir=parent))
         lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Only what is locked has a name that `remove_leftovers` goes by.
+        # Renamed after locking: `remove_leftovers` must not see an unlocked directory.
         directory = made.rename(made.with_name(made.name.replace("hunyuan-", _PREFIX, 1)))
         free = shutil.disk_usage(directory).free
     except OSError as exc:
         raise WorkDirError(exc.strerror or str(exc)) from exc
     try:
-        if free < _NEEDED:
+        if free < _REQUIRED_BYTES:
             raise WorkDirError(
-                f"the disk is full: {free // 1_000_000} MB are free, {_NEEDED // 1_000_000} MB are needed"
+                f"the disk is full: {free // 1_000_000} MB are free, {_REQUIRED_BYTES // 1_000_000} MB are required"
             )
         yield directory
     finally:
@@ -51,17 +51,17 @@ def job_directory(parent: Path | None) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path | None) -> None:
-    """Remove the directories under `parent` whose workers are dead: the kernel has let go of their locks."""
+    """Delete the directories under `parent` whose workers are dead, which the kernel shows by releasing their locks."""
     for directory in Path(parent or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
-            continue  # gone since, or another user's
+            continue  # deleted meanwhile, or owned by another user
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(directory, ignore_errors=True)
-            log.info("removed %s, which a killed worker left", directory)
+            log.info("deleted %s, the work directory of a killed worker", directory)
         except BlockingIOError:
-            pass  # its worker lives
+            pass  # its worker is alive
         finally:
             os.close(lock)

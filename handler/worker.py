@@ -1,4 +1,4 @@
-"""One job from start to finish: look whether it is done already, render, encode, store, and the manifest last."""
+"""Runs one job: find its manifest or render, encode and store the video."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pydantic import ValidationError
 from contract.errors import ErrorCode, JobFailure
 from contract.job import InvalidInputError, JobInput, check_offered, num_frames, parse_input
 from contract.result import JobResult, Manifest, Progress, Stage
+from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
-from handler.store import JobStore, Patience
+from handler.store import JobStore
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.work_dir import WorkDirError, job_directory
 from storage.bucket import Bucket
@@ -29,8 +30,10 @@ from storage.errors import StorageError
 from storage.settings import JobBucketSettings
 from storage.videos import Videos
 
-#: Percent at which each stage begins and ends. DENOISING and UPSCALING count as one piece of work; the model decodes
-#: before frames flow, and both are DECODING.
+#: How long a finished video is kept and stored again, unless HUNYUAN_STORE_PATIENCE says otherwise.
+_STORE_RETRIES: Final = RetryPolicy(first=1.0, longest=30.0, total=600.0)
+#: Percent at which each stage begins and ends. DENOISING and UPSCALING share one span. DECODING has two: the model
+#: decodes before the first frame is encoded, see _ENCODING_SPAN.
 _SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
     Stage.ENCODING_PROMPT: (0, 2),
     Stage.DENOISING: (2, 80),
@@ -39,16 +42,17 @@ _SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
     Stage.STORING: (97, 99),
 }
 _ENCODING_SPAN: Final = (90, 97)
-#: Progress is told at most so often (seconds), and at each change of stage.
-_TELL_EVERY: Final = 1.0
-#: The same is told again after so many seconds: whoever waits sees that the worker is alive.
-_TELL_AGAIN: Final = 5.0
+#: Seconds between two reports in the same stage: while the percentage rises, and while it does not. The second kind
+#: shows that the worker is alive.
+_REPORT_INTERVAL: Final = 1.0
+_UNCHANGED_REPORT_INTERVAL: Final = 5.0
 
+OnProgress = Callable[[Progress], None]
 log = logging.getLogger(__name__)
 
 
 class JobError(Exception):
-    """The job failed; the caller is told why by `failure`."""
+    """The job failed; `failure` is what the client reads."""
 
     def __init__(self, failure: JobFailure) -> None:
         super().__init__(failure.error)
@@ -56,13 +60,13 @@ class JobError(Exception):
 
     @classmethod
     def of(cls, code: ErrorCode, error: str) -> JobError:
-        """From a code and what to say."""
+        """The same from an error code and its text."""
         return cls(JobFailure(error=error, error_code=code))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a queue hands to the worker. `s3_config` is RunPod's, for a job that brings its own bucket."""
+    """A job as the queue delivers it. `s3_config` is RunPod's s3Config, for a job that brings its own bucket."""
 
     task_id: str
     input: Any
@@ -70,7 +74,7 @@ class Job:
 
 
 class Worker:
-    """Runs one job at a time on `model`. Jobs with no `s3_config` go to `bucket`, if there is one."""
+    """Runs one job at a time on `model`. Stores videos in `bucket`, or in the bucket that a job's `s3_config` names."""
 
     def __init__(
         self,
@@ -79,84 +83,70 @@ class Worker:
         *,
         version: str,
         work_dir: Path | None = None,
-        patience: Patience | None = None,
+        store_policy: RetryPolicy = _STORE_RETRIES,
         load_image: Callable[[str], Image.Image] = load_image,
     ) -> None:
         self._model = model
         self._bucket = bucket
         self._version = version
         self._work_dir = work_dir
-        self._patience = patience or Patience()
+        self._store_policy = store_policy
         self._load_image = load_image
 
-    def run(self, job: Job, tell: Callable[[Progress], None], cancelled: Event) -> JobResult:
-        """Render and store the job's video; if its manifest is in the bucket already, that is the result.
+    def run(self, job: Job, on_progress: OnProgress, cancelled: Event) -> JobResult:
+        """Renders and stores the job's video. If its manifest exists already, that is the result.
 
-        Blocks for as long as it takes. `tell` hears of progress, which never falls.
+        Blocks until the job is done. `on_progress` receives percentages that never fall.
 
         Raises:
-            JobError: the job failed, and why.
-            RenderCancelledError: `cancelled` was set, and nothing is left to do.
+            JobError: the job failed.
+            RenderCancelledError: `cancelled` was set, and the render has stopped.
         """
-        error: JobError | RenderCancelledError
+        # SystemExit is caught, too: a library that exits must fail the job and not end the worker.
         try:
-            return self._run(job, _Meter(tell), cancelled)
+            return self._run(job, _Meter(on_progress), cancelled)
         except JobError:
             raise
-        except InvalidInputError as exc:
-            raise JobError(exc.failure) from exc
-        except StorageError as exc:
-            log.error("%s: %s", job.task_id, exc)
-            # Whoever brought the bucket can mend it.
-            text = "The video could not be stored" + (f": s3Config: {exc}" if job.s3_config is not None else "")
-            raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text) from exc
-        except WorkDirError as exc:
-            log.error("%s: HUNYUAN_WORK_DIR: %s", job.task_id, exc)
-            error = JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")
-        except ModelOutOfMemoryError as exc:
-            log.error("%s: out of memory: %s", job.task_id, exc)
-            error = JobError.of(ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
-        except RenderCancelledError as exc:
-            error = RenderCancelledError(str(exc))
-        except (Exception, SystemExit) as exc:
-            # Whatever it was, it costs this job and not the worker; the traceback is for the log alone.
-            log.exception("%s: the render failed", job.task_id)
-            text = f"Video generation failed ({type(exc).__name__}); the worker's log has the details"
-            error = JobError.of(ErrorCode.GENERATION_FAILED, text)
-        # Here, where no exception holds on to the render's tensors any more.
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - logged below
+            error = _as_job_error(exc, job)
+        # Memory is released here, after the block above has dropped the exception that refers to the render's tensors.
         self._model.release_memory()
         raise error
 
     def _run(self, job: Job, meter: _Meter, cancelled: Event) -> JobResult:
+        # 1. Check the input
         job_input = parse_input(job.input)
         check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
-        kind = job_input.model, job_input.resolution, job_input.duration
-        log.info("%s: begins: %s, %s, %d s", job.task_id, *kind, extra={"prompt": job_input.prompt})
+        asked = job_input.model, job_input.resolution, job_input.duration
+        log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
+
+        # 2. Return the manifest of an earlier attempt
         videos = Videos(self._bucket_for(job))
         store = JobStore(
             videos,
             job.task_id,
             is_ours=job.s3_config is None,
-            patience=self._patience,
+            policy=self._store_policy,
             cancelled=cancelled,
-            waiting=meter.again,
+            keep_alive=meter.keep_alive,
         )
         finished = store.find()
         if finished is not None:
-            log.info("%s: done before, its manifest is in the bucket", job.task_id)
+            log.info("the bucket has this task's manifest already; not rendering it again")
             return videos.result(finished)
+
+        # 3. Render, encode and store
         image = self._image(job_input)
+        seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
         with job_directory(self._work_dir) as directory:
-            width, height = job_input.size
             frames = num_frames(job_input.duration)
-            target = Target(directory / "video.mp4", directory / "poster.jpg", width, height, frames)
-            seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
+            target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
             self._render(job_input, image, seed, target, meter, cancelled)
             meter.reach(Stage.STORING, 0.0)
             manifest = store.put(
                 target.video, target.poster, lambda: self._manifest(job.task_id, job_input, seed, target, meter)
             )
-        log.info("%s: done in %.1f s, %d bytes", job.task_id, manifest.timings["total"], manifest.file_size)
+        log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
         return videos.result(manifest)
 
     def _render(
@@ -174,7 +164,7 @@ class Worker:
         except DiskFullError as exc:
             raise WorkDirError("the disk is full") from exc
         except EncodeError as exc:
-            log.error("encoding failed: %s", exc)
+            log.error("ffmpeg failed to encode the frames: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
 
     def _manifest(self, task_id: str, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
@@ -208,63 +198,94 @@ class Worker:
             try:
                 return Bucket(JobBucketSettings.model_validate(job.s3_config))
             except ValidationError as exc:
-                wrong = "; ".join(explain(exc).splitlines())
-                raise JobError.of(ErrorCode.INVALID_REQUEST, f"s3Config can't be used: {wrong}") from exc
+                errors = "; ".join(explain(exc).splitlines())
+                raise JobError.of(ErrorCode.INVALID_REQUEST, f"s3Config is invalid: {errors}") from exc
         if self._bucket is None:
-            text = "There is no bucket to store the video in: set BUCKET_ENDPOINT_URL and its keys, or send s3Config"
+            text = "The worker has no bucket: set BUCKET_ENDPOINT_URL and its keys, or send s3Config"
             raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text)
         return self._bucket
 
 
-class _Meter:
-    """Turns fractions of stages into one percentage that never falls, and times the stages."""
+def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledError:
+    """What `Worker.run` raises for `exc`. Logs the details that the client must not see."""
+    match exc:
+        case RenderCancelledError():
+            return RenderCancelledError(str(exc))
+        case InvalidInputError():
+            return JobError(exc.failure)
+        case StorageError():
+            log.error("the bucket failed; HUNYUAN_STORE_PATIENCE sets how long uploads are retried: %s", exc)
+            # Only the owner of the bucket can act on the details.
+            detail = f": s3Config: {exc}" if job.s3_config is not None else ""
+            return JobError.of(ErrorCode.STORAGE_UNAVAILABLE, f"The video could not be stored{detail}")
+        case WorkDirError():
+            log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)
+            return JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")
+        case ModelOutOfMemoryError():
+            log.error("the render ran out of GPU memory, see HUNYUAN_OFFLOAD_CPU and HUNYUAN_VRAM_LIMIT: %s", exc)
+            return JobError.of(ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
+        case _:
+            log.error("the render failed with an unexpected error", exc_info=exc)
+            text = f"Video generation failed ({type(exc).__name__}); the worker's log has the details"
+            return JobError.of(ErrorCode.GENERATION_FAILED, text)
 
-    def __init__(self, tell: Callable[[Progress], None]) -> None:
-        self._tell = tell
+
+class _Meter:
+    """Turns fractions of stages into one percentage that never falls, and measures the time of each stage."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
         self._started = time.monotonic()
         self._stage = Stage.ENCODING_PROMPT
+        self._stage_started = self._started
         self._percent = 0
-        self._stage_since = self._started
         self._seconds: dict[str, float] = {}
-        self._told: tuple[float, Stage, int] | None = None
+        self._reported: Progress | None = None
 
     def reach(self, stage: Stage, fraction: float) -> None:
-        """That much of the stage is done."""
+        """This fraction of the stage is done."""
         self._advance(stage, _SPANS[stage], fraction)
 
     def encoded(self, fraction: float) -> None:
-        """That much of the video is encoded."""
+        """This fraction of the video is encoded."""
         self._advance(Stage.DECODING, _ENCODING_SPAN, fraction)
 
-    def again(self) -> None:
-        """Nothing is done since; tell so now and then."""
+    def keep_alive(self) -> None:
+        """Nothing has changed. Reports the same again from time to time."""
         self._advance(self._stage, (0, 0), 0.0)
 
     def timings(self) -> Mapping[str, float]:
-        """Seconds in each stage so far and in all."""
+        """Seconds in each stage so far, and in `total`."""
         now = time.monotonic()
-        seconds = {**self._seconds, self._stage.value: now - self._stage_since, "total": now - self._started}
+        seconds = {**self._seconds, self._stage.value: now - self._stage_started, "total": now - self._started}
         return {name: round(value, 3) for name, value in seconds.items()}
 
     def _advance(self, stage: Stage, span: tuple[float, float], fraction: float) -> None:
+        # 1. Close the stage that ended
         now = time.monotonic()
         if stage is not self._stage:
-            self._seconds[self._stage.value] = now - self._stage_since
-            log.info("%s took %.1f s, next is %s", self._stage, now - self._stage_since, stage)
-            self._stage, self._stage_since = stage, now
+            self._seconds[self._stage.value] = now - self._stage_started
+            log.info("%s took %.1f s, next is %s", self._stage, now - self._stage_started, stage)
+            self._stage, self._stage_started = stage, now
+        # 2. Raise the percentage
         begin, end = span
         self._percent = max(self._percent, int(begin + (end - begin) * min(fraction, 1.0)))
-        if self._told is not None:
-            told_at, told_stage, told_percent = self._told
-            every = _TELL_AGAIN if self._percent == told_percent else _TELL_EVERY
-            if stage is told_stage and now - told_at < every:
-                return
-        self._told = (now, stage, self._percent)
-        self._tell(Progress(progress=self._percent, stage=stage, elapsed_time=round(now - self._started, 3)))
+        # 3. Report it, unless that was done a moment ago
+        progress = Progress(progress=self._percent, stage=stage, elapsed_time=round(now - self._started, 3))
+        if self._is_due(progress):
+            self._reported = progress
+            self._on_progress(progress)
+
+    def _is_due(self, progress: Progress) -> bool:
+        last = self._reported
+        if last is None or last.stage is not progress.stage:
+            return True
+        interval = _UNCHANGED_REPORT_INTERVAL if last.progress == progress.progress else _REPORT_INTERVAL
+        return progress.elapsed_time - last.elapsed_time >= interval
 
 
 def _seed(task_id: str) -> int:
-    """32 bits that look random, and the same again for a task that is rendered again after its worker was lost."""
+    """32 pseudo-random bits that depend on the task id alone, so that a second attempt renders the same video."""
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4])
 
 

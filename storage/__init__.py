@@ -1,1 +1,1 @@
-"""The bucket: where videos, posters and manifests live."""
+"""The bucket that holds videos, posters and manifests."""

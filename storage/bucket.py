@@ -1,7 +1,7 @@
 """One bucket on any S3-compatible server: MinIO, AWS, R2, RunPod's network volumes, the embedded gateway.
 
-boto3 is imported here and nowhere else. Every method is blocking and thread-safe (one boto3 client serves many
-threads); every failure leaves as one of `storage.errors`.
+Only this module imports boto3. Every method blocks, is thread-safe (one boto3 client serves many threads) and raises
+one of `storage.errors`.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ _CLIENT_CONFIG: Final = Config(
     response_checksum_validation="when_required",
 )
 
-# One PutObject below 100 MB, as RunPod's network volumes prefer; parts above it.
+# Files below 100 MB are sent as one PutObject, as RunPod's network volumes prefer; larger files in parts.
 _TRANSFER_CONFIG: Final = TransferConfig(multipart_threshold=100_000_000, multipart_chunksize=32_000_000)
 
-#: Refusals that last until somebody mends something: what they mean, and the setting to look at.
-#: Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; a HEAD has but the status.
+#: Error codes that persist until a setting is corrected: the reason, and the field of BucketSettings to correct.
+#: Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html. A HEAD answers with the status alone.
 _DENIED: Final[Mapping[str, tuple[str, str | None]]] = {
-    "403": ("the server refuses", "access_key_id"),
-    "AccessDenied": ("the access key may not do this", "access_key_id"),
-    "InvalidAccessKeyId": ("the server does not know the access key", "access_key_id"),
+    "403": ("the S3 server refuses access", "access_key_id"),
+    "AccessDenied": ("the access key lacks the permission", "access_key_id"),
+    "InvalidAccessKeyId": ("the S3 server does not know the access key", "access_key_id"),
     "SignatureDoesNotMatch": ("the secret key does not belong to the access key", "secret_access_key"),
-    "NoSuchBucket": ("there is no such bucket", "name"),
-    "InvalidBucketName": ("no bucket can have this name", "name"),
+    "NoSuchBucket": ("the bucket does not exist", "name"),
+    "InvalidBucketName": ("the bucket's name is invalid", "name"),
     "AuthorizationHeaderMalformed": ("the region in the signature is wrong", "region"),
     "PermanentRedirect": ("the bucket is in another region, or at another address", "region"),
     "301": ("the bucket is in another region, or at another address", "region"),
-    "RequestTimeTooSkewed": ("this machine's clock and the server's are too far apart: set the clock", None),
+    "RequestTimeTooSkewed": ("the clocks of this machine and of the S3 server differ too much: set the clock", None),
 }
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
-#: Below 500, but gone when the request is sent again.
-_PASSING: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
+#: Error codes with a status below 500 that a retry may resolve.
+_TRANSIENT: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
 
 
 @dataclass(frozen=True)
 class ObjectHead:
-    """What a HEAD says of an object. `size` in bytes."""
+    """What a HEAD returns. `size` in bytes."""
 
     size: int
     etag: str
@@ -80,9 +80,9 @@ class ObjectHead:
 class Bucket:
     """Objects of one bucket, by key.
 
-    A request is sent up to `attempts` times, some seconds apart, where the server is away or busy; each waits up to
-    `timeout` seconds for the next byte of the answer. Each is made within `observe(operation)`, which sees how long it
-    takes and what it raises.
+    A request is sent up to `attempts` times, some seconds apart, if the server is unavailable or busy. It fails after
+    `timeout` seconds without a byte of the answer. It runs inside `observe(operation)`, which can measure its duration
+    and its errors.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class Bucket:
         self._public_client = _client(settings, str(public), retries) if public else self._client
 
     def check(self) -> None:
-        """Ask the server for the bucket.
+        """Check that the bucket exists and that the keys may read it.
 
         Raises:
-            StorageDeniedError: a setting is wrong, which the text names, or the clock.
+            StorageDeniedError: a setting, which the text names, or the clock is wrong.
             StorageUnavailableError: the server does not answer.
         """
         what = f"bucket {self.name!r}"
@@ -116,13 +116,13 @@ class Bucket:
             raise
         except StorageError:
             try:
-                with self._requesting("list_objects", what):  # the answer to a HEAD has no body to say why
+                with self._requesting("list_objects", what):  # the answer to a HEAD has no body with the reason
                     self._client.list_objects_v2(Bucket=self.name, MaxKeys=1)
             except ObjectNotFoundError as exc:
-                raise StorageDeniedError(f"{exc}: no S3 server ({self._variable('endpoint_url')})") from exc
+                raise StorageDeniedError(f"{exc}: this is no S3 server ({self._variable('endpoint_url')})") from exc
 
     def create(self) -> None:
-        """Create the bucket unless it is there already."""
+        """Create the bucket unless it exists."""
         try:
             self.check()
         except StorageDeniedError:
@@ -130,7 +130,7 @@ class Bucket:
                 self._client.create_bucket(Bucket=self.name)
 
     def put_file(self, path: Path, key: str, *, content_type: str) -> None:
-        """Upload the file at `path`; the object appears whole or not at all."""
+        """Upload the file at `path`. The object becomes visible when it is complete."""
         with self._requesting("put_object", self._named(key)):
             self._client.upload_file(
                 str(path), self.name, key, ExtraArgs={"ContentType": content_type}, Config=_TRANSFER_CONFIG
@@ -142,10 +142,10 @@ class Bucket:
             self._client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=content_type)
 
     def get_bytes(self, key: str) -> bytes:
-        """Read a small object whole.
+        """Read a small object.
 
         Raises:
-            ObjectNotFoundError: there is none.
+            ObjectNotFoundError: the object does not exist.
         """
         with self._requesting("get_object", self._named(key)):
             answer = self._client.get_object(Bucket=self.name, Key=key)
@@ -153,22 +153,11 @@ class Bucket:
                 _require_length(answer)
                 return body.read()
 
-    def open_range(
-        self, key: str, *, start: int = 0, end: int | None = None, chunk_size: int = 1 << 16
-    ) -> Iterator[bytes]:
-        """Stream bytes `start` to `end` inclusive (to the last one if None), `chunk_size` at a time."""
-        with self._translated(self._named(key)):
-            byte_range = f"bytes={start}-{'' if end is None else end}"
-            answer = self._client.get_object(Bucket=self.name, Key=key, Range=byte_range)
-            with closing(answer["Body"]) as body:
-                _require_length(answer)
-                yield from body.iter_chunks(chunk_size)
-
     def head(self, key: str) -> ObjectHead:
         """Size, ETag and type of an object.
 
         Raises:
-            ObjectNotFoundError: there is none.
+            ObjectNotFoundError: the object does not exist.
         """
         with self._requesting("head_object", self._named(key)):
             answer = self._client.head_object(Bucket=self.name, Key=key)
@@ -176,7 +165,7 @@ class Bucket:
         return ObjectHead(answer["ContentLength"], answer["ETag"], answer["ContentType"])
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is removed already."""
+        """Delete an object. Deleting one that does not exist succeeds."""
         with self._requesting("delete_object", self._named(key)):
             self._client.delete_object(Bucket=self.name, Key=key)
 
@@ -188,9 +177,9 @@ class Bucket:
         expires_in: int | None = None,
         public: bool = True,
     ) -> str:
-        """A URL that reads the object with no credentials for `expires_in` seconds. Signed here, with no request.
+        """A URL that reads the object without credentials for `expires_in` seconds. Sends no request.
 
-        `public` signs for the address clients use (`BUCKET_PUBLIC_ENDPOINT_URL`), else for our own.
+        With `public`, the URL has the address for clients (`BUCKET_PUBLIC_ENDPOINT_URL`), otherwise the internal one.
         """
         client = self._public_client if public else self._client
         operation = "get_object" if method == "GET" else "head_object"
@@ -208,19 +197,20 @@ class Bucket:
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
-        """Turn boto3's errors into ours, naming what was asked for and never how it was signed."""
+        """Translate boto3's errors into ours. The text names the object, never a signature."""
         where = f"{what} at {self._settings.endpoint_url}"
         try:
             yield
         except ClientError as exc:
             raise self._refused(where, exc) from exc
-        except RecursionError as exc:  # boto3 follows a 301 that names no region, and the next one, and so on
-            why = f"redirects without end ({self._variable('endpoint_url')})"
-            raise StorageDeniedError(f"{where}: {why}") from exc
-        except urllib3.exceptions.HTTPError as exc:  # an answer that breaks off: botocore lets it through
+        except urllib3.exceptions.HTTPError as exc:  # botocore does not translate a truncated answer
             raise StorageUnavailableError(f"{where}: {type(exc).__name__}") from exc
-        except (BotoCoreError, Boto3Error) as exc:
-            # An upload's own error holds the store's in its context.
+        except (BotoCoreError, Boto3Error, RecursionError) as exc:
+            # boto3 follows every 301 that names no region, until Python stops it; botocore may wrap that error.
+            if isinstance(exc, RecursionError) or isinstance(exc.__context__, RecursionError):
+                why = f"the server redirects endlessly ({self._variable('endpoint_url')})"
+                raise StorageDeniedError(f"{where}: {why}") from exc
+            # The S3 server's error is the context of an upload's error.
             if isinstance(exc, S3UploadFailedError) and isinstance(exc.__context__, ClientError):
                 raise self._refused(where, exc.__context__) from exc
             unreachable = isinstance(exc, EndpointConnectionError | ConnectTimeoutError)
@@ -235,7 +225,7 @@ class Bucket:
         if code in _DENIED:
             why, setting = _DENIED[code]
             return StorageDeniedError(f"{message}: {why}" + (f" ({self._variable(setting)})" if setting else ""))
-        if code in _PASSING or exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500:
+        if code in _TRANSIENT or exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500:
             return StorageUnavailableError(message)
         return StorageError(message)
 
@@ -243,14 +233,14 @@ class Bucket:
         return f"{key} in bucket {self.name!r}"
 
     def _variable(self, setting: str) -> str:
-        """What whoever configured this bucket knows the setting as: an environment variable, or s3Config's field."""
+        """The name under which the setting was configured: an environment variable, or a field of s3Config."""
         return str(type(self._settings).model_fields[setting].validation_alias)
 
 
 def _require_length(answer: Mapping[str, object]) -> None:
-    """Headers that broke off pass for a whole answer in http.client, and then any body for the whole object."""
+    """Reject truncated headers. http.client accepts them, and would take any body for the whole object."""
     if "ContentLength" not in answer:
-        raise HTTPClientError(error="the answer's headers broke off")
+        raise HTTPClientError(error="the answer's headers are truncated")
 
 
 def _client(settings: BucketSettings, endpoint_url: str, config: Config) -> S3Client:

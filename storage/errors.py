@@ -1,17 +1,17 @@
-"""What can go wrong between us and an S3 server, in our own words."""
+"""Errors of the bucket. `storage.bucket` translates boto3's errors into these."""
 
 
 class StorageError(Exception):
-    """The bucket could not do what was asked."""
+    """A request to the bucket failed."""
 
 
 class ObjectNotFoundError(StorageError):
-    """There is no object under that key."""
+    """The bucket has no object with this key."""
 
 
 class StorageUnavailableError(StorageError):
-    """The S3 server did not answer, or answered that it can't just now."""
+    """The S3 server did not answer, or answered that it is busy or broken. A retry may succeed."""
 
 
 class StorageDeniedError(StorageError):
-    """The S3 server refuses us until something is mended: keys, the bucket's name, its region, a clock."""
+    """The S3 server refuses the request until a setting or a clock is corrected."""

@@ -1,7 +1,4 @@
-"""Key names. A task's objects share a prefix, so one listing shows all that is known of it.
-
-The video is written first and the manifest last: a manifest means done.
-"""
+"""Object keys. A task's objects differ only in their extension. `storage.videos` owns the order of writing them."""
 
 import re
 
@@ -9,7 +6,7 @@ _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
 
 
 def is_task_id(text: str) -> bool:
-    """Whether `text` can name a task: ours are UUIDs, RunPod's look like `3f1c…-u1` or `sync-…`."""
+    """Whether `text` is a valid task id. Ours are UUIDs; RunPod's look like `3f1c…-u1` or `sync-…`."""
     return _TASK_ID.fullmatch(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Bucket settings, under the names RunPod's users know."""
+"""Bucket settings, with the names that RunPod's workers use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contract.settings import Settings
 
 
 class BucketSettings(Settings):
-    """Where the bucket is and how to sign for it.
+    """The bucket's address and credentials.
 
     Raises:
         pydantic.ValidationError: naming each environment variable that is missing or wrong.
@@ -30,28 +30,26 @@ class BucketSettings(Settings):
         validation_alias="BUCKET_NAME",
         description="Name of the bucket.",
     )
-    region: str = Field(
-        default="us-east-1", validation_alias="BUCKET_REGION", description="Region that signatures name."
-    )
+    region: str = Field(default="us-east-1", validation_alias="BUCKET_REGION", description="Region in signatures.")
     public_endpoint_url: HttpUrl | None = Field(
         default=None,
         validation_alias="BUCKET_PUBLIC_ENDPOINT_URL",
-        description="Where clients reach the same store, if not under BUCKET_ENDPOINT_URL. "
-        "The presigned URLs in job results carry it.",
+        description="Address of the same S3 server for clients, if they can't reach BUCKET_ENDPOINT_URL. "
+        "Presigned URLs in job results use it.",
     )
     url_expires_in: int = Field(
         default=86_400,
         ge=1,
         le=604_800,
         validation_alias="BUCKET_URL_EXPIRES_IN",
-        description="Life in seconds of the presigned URLs in job results; S3 allows up to 7 days.",
+        description="Seconds until presigned URLs in job results expire; S3 allows up to 7 days.",
     )
 
 
 class JobBucketSettings(BucketSettings):
-    """One job's own bucket, as RunPod's `s3Config` names it.
+    """The bucket that a job brings in RunPod's `s3Config`.
 
-    The environment has no say: our credentials are never sent to a caller's endpoint.
+    Never read from the environment, because our credentials must not be sent to a client's endpoint.
 
     Source: RunPod's documentation of job requests, "S3-compatible storage".
 
@@ -72,15 +70,15 @@ class JobBucketSettings(BucketSettings):
         *_: PydanticBaseSettingsSource,
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read what the job gave and nothing else."""
+        """Read the job's s3Config only."""
         return (init_settings,)
 
 
 def bucket_settings() -> BucketSettings | None:
-    """The bucket that the environment names; None where it names none.
+    """The settings of the bucket in the environment; None if it has none.
 
     Raises:
-        pydantic.ValidationError: it is named in part.
+        pydantic.ValidationError: a variable is missing or wrong.
     """
     names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
     return BucketSettings() if any(os.environ.get(name) for name in names) else None

@@ -1,7 +1,6 @@
-"""A task's objects in the bucket: video, poster and manifest. This module owns their keys and their order.
+"""A task's objects in the bucket: video, poster and manifest. This module owns their order.
 
-The video and the poster are written first and the manifest last, so a manifest means that the video is complete. A task
-that is discarded loses its manifest first, so a video is there whole or not at all.
+The manifest is written last and deleted first, so a manifest means that the video is complete.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class Videos:
-    """The videos of one bucket, by task id. Every method but `result` asks the bucket and may raise StorageError."""
+    """The videos of one bucket, by task id. Every method except `result` sends requests and may raise StorageError."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
     def find(self, task_id: str) -> Manifest | None:
-        """The manifest of a finished task; None where there is none."""
+        """The manifest of a completed task; None if the bucket has no valid one."""
         try:
             return Manifest.model_validate_json(self._bucket.get_bytes(manifest_key(task_id)))
         except ObjectNotFoundError:
@@ -36,12 +35,12 @@ class Videos:
             return None
 
     def find_result(self, task_id: str) -> JobResult | None:
-        """What the job of a finished task returned; None where there is no manifest."""
+        """The result of a completed task's job; None if there is no manifest."""
         manifest = self.find(task_id)
         return self.result(manifest) if manifest is not None else None
 
     def result(self, manifest: Manifest) -> JobResult:
-        """What a job returns: the manifest with presigned URLs, for callers who have no server to ask."""
+        """What a job returns: the manifest and presigned URLs."""
         return JobResult(
             **dict(manifest),
             video_url=self._bucket.presign(video_key(manifest.task_id)),
@@ -57,7 +56,7 @@ class Videos:
         self._bucket.put_file(path, poster_key(task_id), content_type="image/jpeg")
 
     def put_manifest(self, manifest: Manifest) -> None:
-        """Step 3 of storing a task: from here on it is complete."""
+        """Step 3 of storing a task, which completes it."""
         body = manifest.model_dump_json().encode()
         self._bucket.put_bytes(body, manifest_key(manifest.task_id), content_type="application/json")
 
@@ -67,7 +66,7 @@ class Videos:
             self._bucket.delete(key)
 
     def discard_unfinished(self, task_id: str) -> None:
-        """Deletes a task's video and poster unless a manifest says that another worker completed it."""
+        """Deletes a task's video and poster unless a manifest shows that another worker completed the task."""
         if self.find(task_id) is None:
             self._bucket.delete(video_key(task_id))
             self._bucket.delete(poster_key(task_id))

@@ -1,4 +1,4 @@
-"""Real S3 servers on loopback, for as long as a test needs them."""
+"""Real S3 servers on loopback, each running until its block ends."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def rclone(directory: Path) -> Iterator[BucketSettings]:
 
 @contextmanager
 def moto(directory: Path) -> Iterator[BucketSettings]:
-    """moto's server: close to AWS in behaviour, but it takes any signature. Nothing secure is shown against it."""
+    """moto's server: close to AWS in behaviour, but it accepts any signature, so it proves nothing about security."""
     settings = _settings()
     endpoint = settings.endpoint_url
     command = [str(SCRIPTS / "moto_server"), "--host", str(endpoint.host), "--port", str(endpoint.port)]
@@ -75,7 +75,7 @@ def moto(directory: Path) -> Iterator[BucketSettings]:
         yield settings
 
 
-#: Each takes an empty directory and gives the settings of a bucket that exists.
+#: Each takes an empty directory and yields the settings of a bucket that exists.
 S3_SERVERS: dict[str, Callable[[Path], AbstractContextManager[BucketSettings]]] = {
     "juicefs": juicefs,
     "rclone": rclone,
@@ -84,7 +84,7 @@ S3_SERVERS: dict[str, Callable[[Path], AbstractContextManager[BucketSettings]]] 
 
 
 def behind(settings: BucketSettings) -> FaultProxy:
-    """A proxy in front of that server. Clients sign for the proxy's own address, which passes through as it is."""
+    """A proxy in front of that server. Clients sign for the proxy's address, which the proxy passes on unchanged."""
     return FaultProxy((str(settings.endpoint_url.host), settings.endpoint_url.port or 80), http=True)
 
 
@@ -107,7 +107,7 @@ def _address(settings: BucketSettings) -> str:
 def _running(
     command: Sequence[str], environment: dict[str, str], directory: Path, settings: BucketSettings
 ) -> Iterator[None]:
-    """Run the server; return once its bucket is there, and stop it at the end."""
+    """Run the server until the block ends. The bucket exists when the block begins."""
     log_file = directory / "server.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)

@@ -1,4 +1,4 @@
-"""A `VideoModel` whose renders do what a test says. The real one: tests/integration/handler/test_demo_model.py."""
+"""A `VideoModel` whose renders do what a test wants."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`python -m tests.support.scripted_worker`: the worker with its loop, bucket and ffmpeg, on the scripted model.
+"""`python -m tests.support.scripted_worker`: the worker with its SDK loop, bucket and ffmpeg, and the scripted model.
 
-It notes what it did, a line of JSON each: `rendering` as of when it last saw that there is no manifest, and `stored`
-once the manifest is in the bucket.
+It writes a note (a line of JSON) for each `rendering`, with the time of its last lookup of the manifest, and for each
+`stored` manifest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path, PurePosixPath
 
-from handler.__main__ import stop_at_once_on_sigterm
+from handler.__main__ import exit_on_sigterm
 from handler.report import Reporter
 from handler.serverless import serve
 from handler.settings import WorkerSettings
@@ -25,7 +25,7 @@ from tests.support.scripted_model import ScriptedModel
 
 
 class Notes:
-    """A file that several workers write to."""
+    """A file that several workers append to."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,15 +37,15 @@ class Notes:
 
 
 class NotedBucket(Bucket):
-    """Knows which task's manifest was asked for last, and when."""
+    """Remembers which task's manifest was looked up last, and when."""
 
     def __init__(self, settings: BucketSettings, notes: Notes) -> None:
         super().__init__(settings)
         self._notes = notes
-        self._looked = ("", 0.0)
+        self._last_lookup = ("", 0.0)
 
     def get_bytes(self, key: str) -> bytes:
-        self._looked = (PurePosixPath(key).stem, time.time())
+        self._last_lookup = (PurePosixPath(key).stem, time.time())
         return super().get_bytes(key)
 
     def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
@@ -53,20 +53,20 @@ class NotedBucket(Bucket):
         self._notes.add("stored", PurePosixPath(key).stem, time.time())
 
     def note_rendering(self) -> None:
-        self._notes.add("rendering", *self._looked)
+        self._notes.add("rendering", *self._last_lookup)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--step-seconds", type=float, default=0.1)
-    parser.add_argument("--answer-patience", type=float, default=150.0)
-    parser.add_argument("--silent", action="store_true", help="tell no progress")
+    parser.add_argument("--answer-timeout", type=float, default=150.0)
+    parser.add_argument("--silent", action="store_true", help="send no progress")
     arguments = parser.parse_args()
-    sys.argv[1:] = []  # the SDK reads them, too
+    sys.argv[1:] = []  # the SDK parses them, too
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    stop_at_once_on_sigterm()
+    exit_on_sigterm()
     settings, named = WorkerSettings(), bucket_settings()
     assert named is not None
     assert settings.platform_key is not None
@@ -83,9 +83,9 @@ def main() -> None:
         reporter.ready(model, {})
         serve(
             Worker(model, bucket, version="0", work_dir=settings.work_dir),
-            tells_progress=not arguments.silent,
+            send_progress=not arguments.silent,
             on_stop=reporter.stopping,
-            answer_patience=arguments.answer_patience,
+            answer_timeout=arguments.answer_timeout,
         )
 
 

@@ -1,4 +1,4 @@
-"""RunPod's side of the worker protocol, as obliging as a test wants it to be."""
+"""RunPod's side of the worker protocol, with answers that a test chooses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, Final
 
 from tests.support.queues import JOB
 
-#: For `StandInPlatform.answers`: take the result and say nothing.
+#: For `StandInPlatform.answers`: record the result and do not answer.
 NO_ANSWER: Final = 0
 
 
 class StandInPlatform(ThreadingHTTPServer):
-    """Hands out `jobs`, holds who asks for more, and lets go of a worker that reports that it stops."""
+    """Delivers `jobs`, holds each job-take until there is one, and answers 204 to a worker that reports STOPPING."""
 
     daemon_threads = True
 
@@ -28,13 +28,13 @@ class StandInPlatform(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Request)
         self.changed = threading.Condition()
         self.jobs: deque[str] = deque()
-        #: How many workers are waiting for a job.
+        #: Number of job-takes that wait for a job.
         self.held = 0
-        #: Handed to the question that is held when a worker says that it stops, a second later.
+        #: Delivered to the waiting job-take a second after a worker has reported STOPPING.
         self.last_minute_job: str | None = None
-        #: Statuses for the next results; then 200.
+        #: Statuses for the next results; 200 after the last.
         self.answers: deque[int] = deque()
-        #: The results that came, each time they came.
+        #: Every delivery of a result, repeated ones included.
         self.results: list[tuple[str, Any]] = []
         self.reports: list[str] = []
         self.pings = 0
@@ -45,7 +45,7 @@ class StandInPlatform(ThreadingHTTPServer):
         return "127.0.0.1", self.server_port
 
     def submit(self) -> str:
-        """A new job's id."""
+        """Queues a new job and returns its id."""
         task_id = str(uuid.uuid4())
         with self.changed:
             self.jobs.append(task_id)
@@ -53,11 +53,11 @@ class StandInPlatform(ThreadingHTTPServer):
         return task_id
 
     def delivered(self) -> list[str]:
-        """The jobs whose results came, a job twice if its result did."""
+        """The job of each delivery, in order."""
         return [task_id for task_id, _ in self.results]
 
     def handle_error(self, *_: Any) -> None:
-        """A worker that is gone is no error of the platform's."""
+        """Ignore connections that a worker closed."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(*_)
 

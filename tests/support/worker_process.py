@@ -1,4 +1,4 @@
-"""A worker process as a platform runs it: the SDK's loop, ours around it, and the scripted model."""
+"""A worker process as a platform runs it, with the scripted model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.settings import BucketSettings
 
 
 def bucket_environment(settings: BucketSettings) -> dict[str, str]:
-    """The bucket in RunPod's names."""
+    """The environment variables of this bucket."""
     return {
         "BUCKET_ENDPOINT_URL": str(settings.endpoint_url),
         "BUCKET_ACCESS_KEY_ID": settings.access_key_id,
@@ -29,7 +29,7 @@ def bucket_environment(settings: BucketSettings) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Note:
-    """What a worker noted, see `tests.support.scripted_worker`. `at` in seconds since the epoch."""
+    """A note of `tests.support.scripted_worker`. `at` in seconds since the epoch."""
 
     event: str
     task_id: str
@@ -42,7 +42,7 @@ def read_notes(path: Path) -> list[Note]:
 
 
 class WorkerProcess:
-    """`python -m tests.support.scripted_worker` in a session of its own; signals go to all of it by default."""
+    """`python -m tests.support.scripted_worker` in its own process group."""
 
     def __init__(
         self, directory: Path, bucket: BucketSettings, *, platform: str, token: str, worker_id: str = "w1"

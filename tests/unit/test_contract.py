@@ -1,4 +1,4 @@
-"""The bounds and codes of the job's input, as REST and RunPod meet them."""
+"""Limits and error codes of a job's input, over REST and over RunPod's API."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, Resolution, num_frames, parse_input
+from contract.job import DEFAULT_MODEL, AspectRatio, InvalidInputError, JobInput, Resolution, num_frames, parse_input
 from contract.result import Progress, Stage
 from tests.support.queues import result
 
@@ -35,7 +35,7 @@ def test_the_prompt_is_trimmed_before_it_is_counted_and_kept() -> None:
 
 @pytest.mark.parametrize("length", [10, 11, 499, 500])
 @pytest.mark.parametrize("character", ["x", "é", "漢", "🦊"])
-def test_prompts_of_10_to_500_characters_are_taken(length: int, character: str) -> None:
+def test_prompts_of_10_to_500_characters_are_valid(length: int, character: str) -> None:
     assert len(parse_input(body(prompt=character * length)).prompt) == length
 
 
@@ -58,7 +58,7 @@ def test_a_prompt_that_no_database_can_store_is_refused() -> None:
 
 
 @pytest.mark.parametrize("duration", [5, 6, 7, 8, 9, 10])
-def test_durations_of_5_to_10_seconds_are_taken(duration: int) -> None:
+def test_durations_of_5_to_10_seconds_are_valid(duration: int) -> None:
     assert parse_input(body(duration=duration)).duration == duration
 
 
@@ -90,7 +90,7 @@ def test_an_unknown_field_is_named() -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"[" * 5000, None, 5, []])
-def test_what_is_no_json_object_is_invalid_request(raw: object) -> None:
+def test_a_body_that_is_no_json_object_is_invalid_request(raw: object) -> None:
     assert refusal(raw).error_code is ErrorCode.INVALID_REQUEST
 
 
@@ -98,16 +98,30 @@ def test_a_long_wrong_value_is_cut_in_the_error() -> None:
     assert len(refusal(body(resolution="x" * 10_000)).error) < 200
 
 
+@pytest.mark.parametrize("field", JobInput.model_fields)
+def test_a_wrong_value_of_any_field_is_refused_naming_the_field(field: str) -> None:
+    assert refusal({"prompt": PROMPT, field: object()}).error.startswith(f"{field} must be ")
+
+
+@pytest.mark.parametrize("resolution", Resolution)
+def test_every_resolution_has_even_sizes_for_every_aspect_ratio(resolution: Resolution) -> None:
+    for aspect_ratio in AspectRatio:
+        width, height = JobInput(prompt=PROMPT, resolution=resolution, aspect_ratio=aspect_ratio).size
+        ratio = [int(side) for side in aspect_ratio.split(":")]
+        assert width * ratio[1] == height * ratio[0]
+        assert width % 4 == height % 4 == 0, "yuv420p needs even sides"
+
+
 def test_there_are_24_frames_a_second_and_one() -> None:
     assert [num_frames(duration) for duration in range(5, 11)] == [121, 145, 169, 193, 217, 241]
 
 
-def test_progress_never_says_100() -> None:
+def test_progress_is_never_100() -> None:
     with pytest.raises(ValueError, match="less than or equal to 99"):
         Progress(progress=100, stage=Stage.STORING)
 
 
-def test_a_failure_survives_the_wire() -> None:
+def test_a_failure_is_read_back_unchanged() -> None:
     failure = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
     assert JobFailure.from_wire(failure.model_dump_json()) == failure
 
@@ -115,14 +129,14 @@ def test_a_failure_survives_the_wire() -> None:
 @pytest.mark.parametrize(
     "text", [None, "", "Traceback (most recent call last): ...", '{"error_type": "ValueError"}', "[1]"]
 )
-def test_a_failure_in_foreign_words_shows_a_client_no_traceback(text: str | None) -> None:
+def test_an_error_text_of_another_origin_shows_a_client_no_traceback(text: str | None) -> None:
     failure = JobFailure.from_wire(text)
     assert failure.error_code is ErrorCode.GENERATION_FAILED
     assert "Traceback" not in failure.error
 
 
-def test_a_result_holds_no_number_that_json_has_no_word_for() -> None:
-    """The SDK would send NaN as it is, which is no JSON."""
+def test_a_result_contains_only_numbers_that_json_can_express() -> None:
+    """The SDK would send NaN, which is no JSON."""
     for number in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite"):
             result("task", seconds=number)

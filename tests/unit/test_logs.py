@@ -1,4 +1,4 @@
-"""Log lines: their fields, their formats, and what is kept out of them."""
+"""Log lines: fields, formats, and what they must not contain."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def test_a_text_line_shows_the_fields_that_it_does_not_say_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_line_appends_the_fields_that_its_message_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     configure(LogOptions(), worker_id="w1")
     log = logging.getLogger("shim.test")
 
@@ -62,7 +62,7 @@ def test_a_text_line_shows_the_fields_that_it_does_not_say_itself(capsys: pytest
     ]
 
 
-def test_a_json_line_is_one_object_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_is_one_object_even_with_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
     configure(LogOptions(log_format=LogFormat.JSON), worker_id="w1")
     try:
         raise ValueError('of "two"\nlines')
@@ -82,17 +82,17 @@ def test_a_json_line_is_one_object_whatever_is_in_it(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("log_format", LogFormat)
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_a_prompt_is_logged_only_where_it_is_asked_for(
+def test_a_prompt_is_logged_only_if_log_prompts_is_set(
     log_format: LogFormat, log_prompts: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(LogOptions(log_format=log_format, log_prompts=log_prompts))
     logging.getLogger("shim.test").info("accepted", extra={"prompt": PROMPT})
     said = capsys.readouterr().err
     assert ("paper boat" in said) is log_prompts
-    assert len(said.splitlines()) == 1, "a line break in a prompt makes no line of its own"
+    assert len(said.splitlines()) == 1, "a line break in a prompt starts no new line"
 
 
-async def test_each_asyncio_task_has_fields_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_each_asyncio_task_has_its_own_fields(capsys: pytest.CaptureFixture[str]) -> None:
     configure(LogOptions(log_format=LogFormat.JSON))
     log = logging.getLogger("shim.test")
 
@@ -108,7 +108,7 @@ async def test_each_asyncio_task_has_fields_of_its_own(capsys: pytest.CaptureFix
     assert all(line["task_id"] == line["message"] for line in lines)
 
 
-def test_only_our_own_lines_go_below_info(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_our_loggers_go_below_info(capsys: pytest.CaptureFixture[str]) -> None:
     """At DEBUG, HTTP libraries log headers with their keys, and the database's driver logs rows."""
     configure(LogOptions(log_level="DEBUG"))
     for name in ("shim.test", "handler.test", "storage.test", "sqlalchemy.engine", "aiosqlite", "httpcore", "botocore"):
@@ -139,7 +139,7 @@ def test_both_sides_read_the_same_settings(
                 settings()
 
 
-async def test_an_error_of_the_database_does_not_show_what_was_to_be_stored(tmp_path: Path) -> None:
+async def test_a_database_error_does_not_show_the_values_of_its_statement(tmp_path: Path) -> None:
     async with sql_bench(f"sqlite:///{tmp_path}/queue.sqlite3") as bench:
         async with bench.database.write() as connection:
             trigger = "CREATE TRIGGER refuse BEFORE INSERT ON jobs BEGIN SELECT RAISE(ABORT, 'refused'); END"

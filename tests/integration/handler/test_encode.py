@@ -1,4 +1,4 @@
-"""The encoder, with the ffmpeg that we ship."""
+"""The encoder, with the ffmpeg of the package imageio-ffmpeg."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ignore(_: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(1280, 720), (1920, 1080)])
-def test_the_file_is_what_players_want(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_the_file_plays_everywhere(tmp_path: Path, size: tuple[int, int]) -> None:
     seen: list[int] = []
     encode(flat((10, 200, 30), 25), target(tmp_path, width=size[0], height=size[1]), seen.append)
     video = probe(tmp_path / "video.mp4")
@@ -56,7 +56,7 @@ def test_the_file_is_what_players_want(tmp_path: Path, size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("color", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (90, 120, 200)])
-def test_colours_survive_because_bt709_is_converted_to_and_not_only_written_down(
+def test_colours_survive_because_frames_are_converted_to_bt709_and_not_only_labelled(
     tmp_path: Path, color: tuple[int, int, int]
 ) -> None:
     encode(flat(color, 5), target(tmp_path, num_frames=5), ignore)
@@ -65,7 +65,7 @@ def test_colours_survive_because_bt709_is_converted_to_and_not_only_written_down
 
 
 def test_frames_of_another_shape_are_cropped_evenly_and_not_stretched(tmp_path: Path) -> None:
-    """A square frame on 16:9: its upper and lower parts go, its middle stays where it is."""
+    """A square frame loses its upper and lower parts in 16:9, and its middle stays in place."""
     frame = np.zeros((1, 160, 160, 3), dtype=np.uint8)
     frame[:, :30] = (255, 0, 0)
     frame[:, 130:] = (0, 0, 255)
@@ -95,19 +95,19 @@ def test_a_wrong_number_of_frames_is_an_error(tmp_path: Path, frames: int) -> No
         encode(flat((0, 0, 0), frames), target(tmp_path), ignore)
 
 
-def test_an_ffmpeg_that_fails_says_why(tmp_path: Path) -> None:
+def test_an_error_of_ffmpeg_carries_its_text(tmp_path: Path) -> None:
     with pytest.raises(EncodeError, match="No such file or directory"):
         encode(flat((0, 0, 0), 2000), target(tmp_path / "absent", num_frames=2000), ignore)
 
 
-def test_a_full_disk_is_called_one(tmp_path: Path) -> None:
+def test_a_full_disk_has_its_own_error(tmp_path: Path) -> None:
     full = Path("/dev/full")
     for files in (replace(target(tmp_path), video=full), replace(target(tmp_path), poster=full)):
         with pytest.raises(DiskFullError, match="No space left on device"):
             encode(flat((0, 0, 0), 25), files, ignore)
 
 
-def test_what_the_model_raises_goes_through_and_leaves_no_ffmpeg(tmp_path: Path) -> None:
+def test_an_error_of_the_model_is_raised_and_ends_ffmpeg(tmp_path: Path) -> None:
     def failing() -> Iterator[Frames]:
         yield from flat((0, 0, 0), 3)
         raise RuntimeError("in the model")

@@ -1,6 +1,6 @@
-"""What runpod 1.12 does wrong, each case with the real SDK worker in a process of its own.
+"""Faults of the SDK (runpod 1.12) that the worker works around, each with the SDK's loop in a separate process.
 
-The rest of the SDK's faults are the platform's to answer: tests/integration/queue/test_platform.py.
+The server works around the rest: tests/integration/queue/test_platform.py.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tests.support.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in
 from tests.support.worker_process import WorkerProcess, bucket_environment
 
 TOKEN = "a-token-of-the-tests"
-#: Seconds that a worker may take to start and to do a thing, on a busy machine.
-PATIENCE = 90.0
-#: Seconds after which a silent worker loses its job anyway.
+#: Seconds that a worker may take to start or to react, on a busy machine.
+DEADLINE = 90.0
+#: Seconds until a silent worker loses its job.
 LEASE = 600.0
 
 pytestmark = pytest.mark.xdist_group("sdk_faults")
@@ -50,7 +50,7 @@ def platform() -> Iterator[StandInPlatform]:
 
 @pytest.fixture
 def network(platform: StandInPlatform) -> Iterator[FaultProxy]:
-    """Between the worker and its platform."""
+    """A proxy between the worker and its platform."""
     with FaultProxy(platform.address) as made:
         yield made
 
@@ -74,91 +74,91 @@ def start_worker(network: FaultProxy, bucket: BucketSettings, tmp_path: Path) ->
             worker.kill()
 
 
-def test_a_result_that_finds_the_platform_away_is_offered_until_it_is_back(
+def test_a_result_is_delivered_when_the_platform_is_back(
     platform: StandInPlatform, network: FaultProxy, start_worker: StartWorker
 ) -> None:
-    """The SDK never retries a connection error; and its connections of before the restart are stale."""
+    """The SDK never retries a connection error, and keeps stale connections from before the restart."""
     worker = start_worker("--step-seconds", "0.5")
     first = platform.submit()
-    eventually("the render", lambda: worker.renders() == [first], PATIENCE)
+    eventually("the render", lambda: worker.renders() == [first], DEADLINE)
     with network.broken(refuse=True):
-        eventually("the first offer", lambda: "does not take the result" in worker.log.read_text(), PATIENCE)
+        eventually("the first delivery", lambda: "delivering the result failed" in worker.log.read_text(), DEADLINE)
         assert platform.results == []
-    eventually("the result", lambda: platform.delivered() == [first], PATIENCE)
+    eventually("the result", lambda: platform.delivered() == [first], DEADLINE)
     second = platform.submit()
-    eventually("the next result", lambda: platform.delivered() == [first, second], PATIENCE)
+    eventually("the next result", lambda: platform.delivered() == [first, second], DEADLINE)
 
 
 @pytest.mark.parametrize("statuses", [[503] * 4, [429] * 2], ids=str)
-def test_a_platform_that_can_not_take_a_result_just_now_gets_it_later(
+def test_a_result_that_the_platform_defers_is_delivered_again(
     platform: StandInPlatform, start_worker: StartWorker, statuses: list[int]
 ) -> None:
-    """The SDK tries three times after a 5xx, and once after a 429."""
+    """The SDK itself tries three times after a 5xx, and once after a 429."""
     platform.answers.extend(statuses)
     start_worker()
     task_id = platform.submit()
-    eventually("the result", lambda: platform.delivered() == [task_id] * (len(statuses) + 1), PATIENCE)
+    eventually("the result", lambda: platform.delivered() == [task_id] * (len(statuses) + 1), DEADLINE)
     bodies = [body for _, body in platform.results]
     assert all(body == bodies[0] for body in bodies), "the same result each time"
 
 
-def test_a_result_that_is_refused_costs_the_worker_nothing_more(
+def test_a_result_that_the_platform_refuses_is_not_retried(
     platform: StandInPlatform, start_worker: StartWorker
 ) -> None:
     platform.answers.append(404)
     start_worker()
     submitted = [platform.submit() for _ in range(2)]
-    eventually("the next result", lambda: platform.delivered() == submitted, PATIENCE)
+    eventually("the next result", lambda: platform.delivered() == submitted, DEADLINE)
 
 
-def test_a_result_that_is_not_answered_is_offered_again(platform: StandInPlatform, start_worker: StartWorker) -> None:
+def test_a_result_without_an_answer_is_delivered_again(platform: StandInPlatform, start_worker: StartWorker) -> None:
     """The SDK waits ten minutes for the answer and takes no job meanwhile."""
     platform.answers.append(NO_ANSWER)
-    start_worker("--answer-patience", "1")
+    start_worker("--answer-timeout", "1")
     task_id = platform.submit()
-    eventually("the second offer", lambda: platform.delivered() == [task_id, task_id], PATIENCE)
+    eventually("the second delivery", lambda: platform.delivered() == [task_id, task_id], DEADLINE)
     following = platform.submit()
-    eventually("the next result", lambda: platform.delivered()[2:] == [following], PATIENCE)
+    eventually("the next result", lambda: platform.delivered()[2:] == [following], DEADLINE)
 
 
-def test_a_platform_that_is_away_is_asked_every_few_seconds_and_found_again(
+def test_an_unavailable_platform_is_asked_every_few_seconds_until_it_is_back(
     platform: StandInPlatform, network: FaultProxy, start_worker: StartWorker
 ) -> None:
     """The SDK alone asks more than a thousand times a second, and logs each time."""
     network.faults = Faults(reset_on_accept=True)
     start_worker()
-    eventually("the first question", lambda: network.hits["reset_on_accept"], PATIENCE)
+    eventually("the first request", lambda: network.hits["reset_on_accept"], DEADLINE)
     started = time.monotonic()
-    eventually("ten questions", lambda: network.hits["reset_on_accept"] >= 10, PATIENCE)
+    eventually("ten requests", lambda: network.hits["reset_on_accept"] >= 10, DEADLINE)
     before = network.hits["reset_on_accept"]
-    eventually("three seconds", lambda: time.monotonic() - started > 3, PATIENCE)
-    # Of the job-take, job-stop, report and ping that each ask again by themselves.
+    eventually("three seconds", lambda: time.monotonic() - started > 3, DEADLINE)
+    # job-take, job-stop, the report and the ping each retry on their own.
     per_second = (network.hits["reset_on_accept"] - before) / (time.monotonic() - started)
     assert per_second < 10
     network.heal()
     task_id = platform.submit()
-    eventually("the result", lambda: platform.delivered() == [task_id], PATIENCE)
+    eventually("the result", lambda: platform.delivered() == [task_id], DEADLINE)
 
 
 def test_an_idle_worker_stops_at_once(platform: StandInPlatform, start_worker: StartWorker) -> None:
-    """The SDK waits for the answer to its last question, which this platform would hold for ever."""
+    """The SDK waits for the answer to its last job-take, which this platform would hold for ever."""
     worker = start_worker()
-    eventually("its question", lambda: platform.held, PATIENCE)
+    eventually("its job-take", lambda: platform.held, DEADLINE)
     worker.terminate()
     assert worker.wait() == 0
     assert platform.reports[-2:] == [WorkerState.STOPPING, WorkerState.STOPPED]
 
 
-def test_a_job_that_comes_after_the_signal_is_known_to_be_nobodys(
+def test_a_job_that_arrives_after_the_signal_is_followed_by_a_stopped_report(
     platform: StandInPlatform, start_worker: StartWorker
 ) -> None:
-    """The SDK queues it, mostly never runs it, and exits with 0: that the worker has stopped says whose it is not."""
+    """The SDK queues the job, rarely runs it, and exits with 0. The report shows that the worker does not hold it."""
     platform.last_minute_job = "late"
     worker = start_worker()
-    eventually("its question", lambda: platform.held, PATIENCE)
+    eventually("its job-take", lambda: platform.held, DEADLINE)
     worker.terminate()
     assert worker.wait() == 0
-    assert not platform.last_minute_job, "it was handed out"
+    assert not platform.last_minute_job, "the job was delivered"
     assert platform.delivered() == worker.renders()
     assert platform.reports[-1] == WorkerState.STOPPED
 
@@ -168,9 +168,9 @@ def test_a_worker_that_is_asked_to_stop_finishes_its_job_and_takes_no_other(
 ) -> None:
     worker = start_worker("--step-seconds", "0.5")
     task_id = platform.submit()
-    eventually("the render", lambda: worker.renders() == [task_id], PATIENCE)
+    eventually("the render", lambda: worker.renders() == [task_id], DEADLINE)
     worker.terminate()
-    eventually("word of it", lambda: WorkerState.STOPPING in platform.reports, PATIENCE)
+    eventually("the report", lambda: WorkerState.STOPPING in platform.reports, DEADLINE)
     following = platform.submit()
     assert worker.wait() == 0
     assert platform.delivered() == [task_id]
@@ -182,7 +182,7 @@ def test_a_worker_that_is_asked_to_stop_finishes_its_job_and_takes_no_other(
 def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
     platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
 ) -> None:
-    """What a signal's handler raises there is lost, and locks stay taken."""
+    """An exception of a signal handler is lost there, and locks stay taken."""
     script = (
         "import os, signal; "
         "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM)); "
@@ -194,18 +194,16 @@ def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
         **worker_environment(f"http://127.0.0.1:{platform.server_port}/v2", "local", "w1", TOKEN),
     }
     command = [sys.executable, "-c", script, "--notes", str(tmp_path / "notes")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert run.returncode == 0, run.stderr
     assert "Exception ignored" not in run.stderr
-    assert platform.held == 0, "it was gone before it asked for a job"
+    assert platform.held == 0, "the worker exited before it asked for a job"
 
 
-def test_a_killed_worker_leaves_nothing_behind_that_says_it_lives(
-    platform: StandInPlatform, start_worker: StartWorker
-) -> None:
-    """The SDK's pings come from a process of their own."""
+def test_the_ping_process_of_a_killed_worker_dies(platform: StandInPlatform, start_worker: StartWorker) -> None:
+    """The SDK pings from a separate process."""
     worker = start_worker()
-    eventually("a ping", lambda: platform.pings, PATIENCE)
+    eventually("a ping", lambda: platform.pings, DEADLINE)
     family = worker.family()
     worker.kill()
     _, alive = psutil.wait_procs(family, timeout=10)
@@ -213,7 +211,7 @@ def test_a_killed_worker_leaves_nothing_behind_that_says_it_lives(
 
 
 def test_a_worker_needs_no_public_network() -> None:
-    """The SDK's own checks ask a name server on the internet, and end the worker where there is none."""
+    """The SDK's checks query a name server on the internet, and end the worker if there is none."""
     script = (
         "import asyncio; from runpod.serverless.modules import rp_fitness as checks; "
         "asyncio.run(checks.run_fitness_checks()); print(len(checks._fitness_checks))"
@@ -224,7 +222,7 @@ def test_a_worker_needs_no_public_network() -> None:
 
 
 def test_the_worker_command_becomes_the_worker(tmp_path: Path) -> None:
-    """A command that stayed in front of it would keep the signals to itself."""
+    """A parent process would receive the signals in place of the worker."""
     environment = {
         **os.environ,
         "BUCKET_ENDPOINT_URL": "http://127.0.0.1:9",
@@ -237,7 +235,7 @@ def test_the_worker_command_becomes_the_worker(tmp_path: Path) -> None:
         process = subprocess.Popen([*command, "--token", TOKEN], env=environment, stdout=log, stderr=log)
     try:
         worker = psutil.Process(process.pid)
-        eventually("the worker in its place", lambda: worker.cmdline()[-2:] == ["-m", "handler"], PATIENCE)
+        eventually("the worker in its place", lambda: worker.cmdline()[-2:] == ["-m", "handler"], DEADLINE)
         environ = worker.environ()
         assert environ["RUNPOD_AI_API_KEY"] == TOKEN
         assert environ["RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"] == "true"
@@ -246,12 +244,12 @@ def test_the_worker_command_becomes_the_worker(tmp_path: Path) -> None:
         process.wait(10)
 
 
-# With our own platform
+# With our own server
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A server with no worker of its own."""
+    """A server that starts no workers."""
     running = Service(
         tmp_path_factory.mktemp("service"),
         HUNYUAN_WORKERS="0",
@@ -268,14 +266,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @contextmanager
 def worker_of(service: Service, directory: Path, address: str, worker_id: str) -> Iterator[WorkerProcess]:
-    """A worker of `service` that reaches it under `address`, from when it is ready."""
+    """A ready worker of `service`, which it reaches at `address`."""
     worker = WorkerProcess(
         directory, service.embedded_bucket(), platform=address, token=TOKEN, worker_id=f"{worker_id}-{uuid.uuid4()}"
     )
     worker.start("--silent")
     try:
-        eventually("the worker's first question", lambda: "Serverless Worker" in worker.log.read_text(), PATIENCE)
-        eventually("readiness", lambda: service.http.get("/ready").status_code == 200, PATIENCE)
+        eventually("the worker's start", lambda: "Serverless Worker" in worker.log.read_text(), DEADLINE)
+        eventually("readiness", lambda: service.http.get("/ready").status_code == 200, DEADLINE)
         yield worker
     finally:
         if worker.process is not None:
@@ -284,7 +282,7 @@ def worker_of(service: Service, directory: Path, address: str, worker_id: str) -
 
 
 def test_a_result_that_was_lost_is_found_in_the_bucket_and_not_rendered_again(service: Service, tmp_path: Path) -> None:
-    """After a lost result the SDK's pings no longer name the job, and it asks for the next one."""
+    """After a lost result the SDK's pings no longer name the job, and the worker asks for the next one."""
     with FaultProxy(("127.0.0.1", service.port), http=True) as network:
         network.answer(404, "Lost", times=1, method="POST", target="/job-done/")
         with worker_of(service, tmp_path, network.url, "w") as worker:
@@ -294,11 +292,11 @@ def test_a_result_that_was_lost_is_found_in_the_bucket_and_not_rendered_again(se
             assert worker.renders() == [task_id]
 
 
-def test_a_job_that_comes_after_the_signal_is_another_workers_at_once(service: Service, tmp_path: Path) -> None:
+def test_a_job_that_arrives_after_the_signal_goes_to_another_worker_at_once(service: Service, tmp_path: Path) -> None:
     with FaultProxy(("127.0.0.1", service.port)) as network, worker_of(service, tmp_path, network.url, "slow") as slow:
         with network.broken(latency=1.5):
             task_id = service.generate()
-            eventually("the hand-over", lambda: service.status(task_id)["queue_position"] is None, PATIENCE)
+            eventually("the hand-over", lambda: service.status(task_id)["queue_position"] is None, DEADLINE)
             slow.terminate()
             assert slow.wait() == 0
         with worker_of(service, tmp_path, service.address, "other") as other:

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from contract.worker import Gpu, WorkerState
+from contract.worker import Gpu, WorkerExit, WorkerState
 from handler.report import Reporter
 from handler.serverless import make_handler
 from handler.video_model.base import ModelOutOfMemoryError
@@ -44,7 +44,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSetting
 
 
 def handler_of(model: ScriptedModel, settings: BucketSettings) -> Callable[[dict[str, Any]], Any]:
-    return make_handler(Worker(model, Bucket(settings), version="1"), tells_progress=False)
+    return make_handler(Worker(model, Bucket(settings), version="1"), send_progress=False)
 
 
 async def test_it_returns_plain_json_with_presigned_urls(settings: BucketSettings) -> None:
@@ -79,8 +79,8 @@ async def test_out_of_memory_then_a_job_that_works(settings: BucketSettings) -> 
 
 
 async def test_an_exit_in_a_render_ends_the_job_and_not_the_worker(settings: BucketSettings) -> None:
-    """The SDK would let it end the worker, with no word of the job."""
-    model = ScriptedModel(before_step=lambda _: sys.exit("a library that gives up"))
+    """The SDK would let SystemExit end the worker without a result."""
+    model = ScriptedModel(before_step=lambda _: sys.exit("a library that exits"))
     handler = handler_of(model, settings)
     output = await handler({"id": "job-6", "input": INPUT})
     assert json.loads(output["error"])["error_code"] == "GENERATION_FAILED"
@@ -89,7 +89,7 @@ async def test_an_exit_in_a_render_ends_the_job_and_not_the_worker(settings: Buc
 
 
 async def test_a_result_names_the_video_and_carries_no_data(settings: BucketSettings) -> None:
-    """RunPod refuses a result of more than 10 MB, and what JSON has no word for: NaN, bytes."""
+    """RunPod rejects results larger than 10 MB, and values that JSON can't express, such as NaN or bytes."""
     picture = io.BytesIO()
     Image.effect_noise((700, 700), 100).save(picture, "PNG")
     image = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
@@ -111,7 +111,7 @@ async def test_a_cancelled_job_has_ended_when_the_next_one_starts(settings: Buck
     await asyncio.to_thread(in_step.wait)
     job.cancel()
     done, _ = await asyncio.wait([job], timeout=0.2)
-    assert not done, "the render thread is still at it"
+    assert not done, "the render thread is still busy"
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await job
@@ -127,7 +127,7 @@ async def test_each_test_job_has_an_id_of_its_own(settings: BucketSettings) -> N
 
 
 class Platform(HTTPServer):
-    """Takes reports, and keeps them."""
+    """Records the reports that a worker sends."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), PlatformRequest)
@@ -173,7 +173,7 @@ class WithGpu(ScriptedModel):
         return Gpu(name="H100", memory_total=80, memory_free=70)
 
 
-def test_the_reporter_tells_of_each_state_at_once(platform: Platform) -> None:
+def test_the_reporter_reports_each_state_at_once(platform: Platform) -> None:
     with Reporter(platform.url, key="the-key", model="demo") as reporter:
         eventually("the first report", lambda: platform.states() == [WorkerState.LOADING], 3)
         reporter.ready(WithGpu(), {"imports": 1.5})
@@ -191,14 +191,14 @@ def test_the_reporter_tells_of_each_state_at_once(platform: Platform) -> None:
     assert platform.keys == {"the-key"}
 
 
-def test_a_load_that_failed_is_told_before_the_worker_ends(platform: Platform) -> None:
+def test_a_failed_load_is_reported_before_the_worker_exits(platform: Platform) -> None:
     with Reporter(platform.url, key="", model="x") as reporter:
         reporter.failed("no such checkpoint")
     assert platform.reports[-1]["state"] == "failed"
     assert platform.reports[-1]["error"] == "no such checkpoint"
 
 
-def test_a_platform_that_is_away_does_not_trouble_the_worker() -> None:
+def test_an_unavailable_platform_does_not_delay_the_worker() -> None:
     started = time.monotonic()
     with Reporter("http://127.0.0.1:9/", key="", model="x") as reporter:
         reporter.ready(ScriptedModel(), {})
@@ -219,7 +219,7 @@ def run_worker(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_one_test_job_renders_with_no_queue_and_no_shim(settings: BucketSettings) -> None:
+def test_one_test_job_renders_without_queue_and_server(settings: BucketSettings) -> None:
     secret = settings.secret_access_key.get_secret_value()
     run = run_worker("--test_input", json.dumps({"input": INPUT}), **bucket_environment(settings))
     assert run.returncode == 0, run.stdout + run.stderr
@@ -241,9 +241,9 @@ def test_one_test_job_renders_with_no_queue_and_no_shim(settings: BucketSettings
         ("BUCKET_ACCESS_KEY_ID", "alone"),
     ],
 )
-def test_a_bad_setting_stops_the_start_and_is_named(variable: str, value: str) -> None:
+def test_an_invalid_setting_ends_the_start_and_is_named(variable: str, value: str) -> None:
     run = run_worker(**{variable: value})
-    assert run.returncode == 2
+    assert run.returncode == WorkerExit.BAD_SETTINGS
     assert ("BUCKET_SECRET_ACCESS_KEY" if variable == "BUCKET_ACCESS_KEY_ID" else variable) in run.stderr
     assert "Traceback" not in run.stderr
 
@@ -266,12 +266,12 @@ def bucket_environment(settings: BucketSettings, **change: str) -> dict[str, str
         ("BUCKET_NAME", "no-such-bucket"),
     ],
 )
-def test_a_bucket_that_refuses_ends_the_start_and_is_reported(
+def test_a_bucket_that_denies_access_ends_the_start_and_is_reported(
     platform: Platform, settings: BucketSettings, variable: str, value: str
 ) -> None:
     environment = bucket_environment(settings, **{variable: value})
     run = run_worker(HUNYUAN_WORKER_REPORT_URL=platform.url, **environment)
-    assert run.returncode == 3, run.stderr
+    assert run.returncode == WorkerExit.NO_MODEL_OR_BUCKET, run.stderr
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("error: bucket")
     assert variable in last
@@ -280,17 +280,17 @@ def test_a_bucket_that_refuses_ends_the_start_and_is_reported(
     assert variable in platform.reports[-1]["error"]
 
 
-def test_a_bucket_that_is_away_ends_no_start(settings: BucketSettings) -> None:
+def test_an_unavailable_bucket_does_not_end_the_start(settings: BucketSettings) -> None:
     environment = bucket_environment(settings, BUCKET_ENDPOINT_URL="http://127.0.0.1:9", HUNYUAN_STORE_PATIENCE="0")
     run = run_worker("--test_input", json.dumps({"input": INPUT}), **environment)
-    assert run.returncode == 1, run.stdout + run.stderr
-    assert "going on without the bucket until it answers" in run.stderr
+    assert run.returncode == WorkerExit.TEST_JOB_FAILED, run.stdout + run.stderr
+    assert "the bucket is unavailable; loading the model meanwhile" in run.stderr
     assert "STORAGE_UNAVAILABLE" in run.stdout + run.stderr
 
 
 def test_a_model_that_can_not_be_loaded_is_named_and_reported(platform: Platform, tmp_path: Path) -> None:
     run = run_worker(HUNYUAN_MODEL_PATH=str(tmp_path), HUNYUAN_WORKER_REPORT_URL=platform.url)
-    assert run.returncode == 3
+    assert run.returncode == WorkerExit.NO_MODEL_OR_BUCKET
     assert run.stderr.strip().startswith("error: HUNYUAN_MODEL_PATH")
     assert platform.states()[-1] == "failed"
     assert "HUNYUAN_MODEL_PATH" in platform.reports[-1]["error"]

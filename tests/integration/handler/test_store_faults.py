@@ -1,4 +1,4 @@
-"""A finished render and a bucket that has a bad minute: a real S3 server behind a proxy that breaks."""
+"""Storing a finished video while the bucket fails: a real S3 server behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import HttpUrl, SecretStr
 
 from contract.errors import ErrorCode
 from contract.result import JobResult, Manifest, Progress, Stage
-from handler.store import Patience
+from contract.retry import RetryPolicy
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
@@ -42,23 +42,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]
 
 @pytest.fixture(scope="module")
 def direct(server: BucketSettings) -> Bucket:
-    """The bucket past the proxy."""
+    """The bucket without the proxy."""
     return Bucket(server)
 
 
 @dataclass
 class Bench:
-    """A worker whose bucket is behind a proxy; `at_last_step` is called when its render is all but finished."""
+    """A worker whose bucket is behind a proxy. `at_last_step` is called before the last denoising step."""
 
     proxy: FaultProxy
     settings: BucketSettings
-    patience: Patience = field(default_factory=lambda: Patience(total=30.0, first=0.1, longest=0.5))
+    policy: RetryPolicy = RetryPolicy(total=30.0, first=0.1, longest=0.5)
     timeout: float = 1.0
     at_last_step: Callable[[], None] = lambda: None
     model: ScriptedModel = field(default_factory=ScriptedModel)
-    told: list[Progress] = field(default_factory=list)
+    reports: list[Progress] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    _healing: list[threading.Thread] = field(default_factory=list)
+    _threads: list[threading.Thread] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model.before_step = lambda step: self.at_last_step() if step == STEPS - 1 else None
@@ -68,21 +68,21 @@ class Bench:
         return self.run_with(bucket)
 
     def run_with(self, bucket: Bucket, s3_config: dict[str, Any] | None = None) -> JobResult:
-        worker = Worker(self.model, bucket, version="1", patience=self.patience)
-        return worker.run(Job(TASK, INPUT, s3_config), self.told.append, self.cancelled)
+        worker = Worker(self.model, bucket, version="1", store_policy=self.policy)
+        return worker.run(Job(TASK, INPUT, s3_config), self.reports.append, self.cancelled)
 
-    def once(self, what: str, look: Callable[[], object], act: Callable[[], object]) -> None:
-        """Do `act` as soon as `look` is true, beside the job."""
+    def once(self, what: str, condition: Callable[[], object], act: Callable[[], object]) -> None:
+        """Call `act` in a thread as soon as `condition` is true."""
 
         def run() -> None:
-            eventually(what, look, 20)
+            eventually(what, condition, 20)
             act()
 
-        self._healing.append(threading.Thread(target=run))
-        self._healing[-1].start()
+        self._threads.append(threading.Thread(target=run))
+        self._threads[-1].start()
 
     def end(self) -> None:
-        for thread in self._healing:
+        for thread in self._threads:
             thread.join()
         self.proxy.heal()
 
@@ -97,7 +97,7 @@ class Bench:
 
     @contextmanager
     def running(self) -> Iterator[Callable[[], BaseException | None]]:
-        """The job in a thread of its own; the call waits for its end and gives what it raised."""
+        """Runs the job in a thread. The call waits for its end and returns what it raised."""
         raised: list[BaseException] = []
 
         def run() -> None:
@@ -154,7 +154,7 @@ def failure(run: Callable[[], object]) -> tuple[ErrorCode, str]:
     return caught.value.failure.error_code, caught.value.failure.error
 
 
-# The bad minute ends: the finished render is stored, and was rendered once
+# The fault ends: the finished video is stored, and was rendered once
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def failure(run: Callable[[], object]) -> tuple[ErrorCode, str]:
     ],
     ids=lambda faults: next(iter(faults)),
 )
-def test_a_bucket_that_breaks_for_a_while_gets_the_finished_video(
+def test_a_bucket_that_recovers_gets_the_finished_video(
     bench: Bench, direct: Bucket, caplog: pytest.LogCaptureFixture, faults: dict[str, Any]
 ) -> None:
-    def break_for_a_while() -> None:
+    def break_until_retried() -> None:
         bench.proxy.faults = Faults(**faults)
-        bench.once("two failed tries", lambda: caplog.text.count("trying again") >= 2, bench.proxy.heal)
+        bench.once("two failed attempts", lambda: caplog.text.count("failed, retrying in") >= 2, bench.proxy.heal)
 
-    bench.at_last_step = break_for_a_while
+    bench.at_last_step = break_until_retried
     bench.run()
     assert_whole(direct)
     assert len(bench.model.rendered) == 1
@@ -190,10 +190,10 @@ def test_a_bucket_that_breaks_for_a_while_gets_the_finished_video(
         (403, "InvalidAccessKeyId", "json"),
     ],
 )
-def test_what_a_busy_full_or_mistaken_server_refuses_is_offered_again(
+def test_a_request_that_a_busy_or_full_server_refuses_is_retried(
     bench: Bench, direct: Bucket, status: int, code: str, extension: str
 ) -> None:
-    bench.patience = Patience(total=20.0, first=0.02, longest=0.05)
+    bench.policy = RetryPolicy(total=20.0, first=0.02, longest=0.05)
     bench.proxy.answer(status, code, times=3, method="PUT", target=f".{extension}")
     bench.run()
     assert_whole(direct)
@@ -201,22 +201,22 @@ def test_what_a_busy_full_or_mistaken_server_refuses_is_offered_again(
     assert len(bench.model.rendered) == 1
 
 
-def test_a_bucket_that_vanishes_and_is_made_again_gets_the_finished_video(
+def test_a_bucket_that_is_deleted_and_created_again_gets_the_finished_video(
     bench: Bench, server: BucketSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = Bucket(server.model_copy(update={"name": "comes-and-goes"}))
     own.create()
 
-    def vanish() -> None:
+    def delete_bucket() -> None:
         own._client.delete_bucket(Bucket=own.name)
-        bench.once("a failed try", lambda: "NoSuchBucket" in caplog.text, own.create)
+        bench.once("a failed attempt", lambda: "NoSuchBucket" in caplog.text, own.create)
 
-    bench.at_last_step = vanish
+    bench.at_last_step = delete_bucket
     bench.run(name=own.name)
     assert_whole(own)
 
 
-def test_a_slow_bucket_is_no_fault(bench: Bench, direct: Bucket) -> None:
+def test_a_slow_bucket_needs_no_retry(bench: Bench, direct: Bucket) -> None:
     bench.timeout = 30
     bench.proxy.faults = Faults(latency=0.1, bandwidth=20_000)
     bench.run()
@@ -224,34 +224,32 @@ def test_a_slow_bucket_is_no_fault(bench: Bench, direct: Bucket) -> None:
     assert len([request for request in bench.proxy.requests if request.startswith("PUT")]) == 3
 
 
-def test_while_it_waits_it_says_that_it_is_alive(bench: Bench) -> None:
+def test_progress_is_reported_again_while_the_upload_is_retried(bench: Bench) -> None:
     def storing() -> list[float]:
-        return [progress.elapsed_time for progress in bench.told if progress.stage is Stage.STORING]
+        return [progress.elapsed_time for progress in bench.reports if progress.stage is Stage.STORING]
 
     bench.proxy.answer(503, "SlowDown", times=10_000, method="PUT")
-    bench.once("the second time that it says so", lambda: len(storing()) >= 2, bench.proxy.heal)
+    bench.once("the second report", lambda: len(storing()) >= 2, bench.proxy.heal)
     bench.run()
     assert 5 <= storing()[1] - storing()[0] < 20
-    assert [progress.progress for progress in bench.told] == sorted(progress.progress for progress in bench.told)
+    assert [progress.progress for progress in bench.reports] == sorted(progress.progress for progress in bench.reports)
 
 
-def test_a_server_whose_disk_is_full_for_a_while_gets_the_finished_video(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_whose_disk_was_full_gets_the_finished_video(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with disk(tmp_path, 64) as directory, juicefs(directory) as full, behind(full) as proxy:
         bench = Bench(proxy, full.model_copy(update={"endpoint_url": HttpUrl(proxy.url)}))
 
-        def fill_for_a_while() -> None:
+        def fill_until_retried() -> None:
             filler = fill(directory)
-            bench.once("two failed tries", lambda: caplog.text.count("trying again") >= 2, filler.unlink)
+            bench.once("two failed attempts", lambda: caplog.text.count("failed, retrying in") >= 2, filler.unlink)
 
-        bench.at_last_step = fill_for_a_while
+        bench.at_last_step = fill_until_retried
         bench.run()
         bench.end()
         assert_whole(Bucket(full))
 
 
-# It does not end
+# The fault lasts
 
 
 def test_wrong_keys_fail_the_job_at_once_and_before_it_is_rendered(bench: Bench) -> None:
@@ -264,7 +262,7 @@ def test_wrong_keys_fail_the_job_at_once_and_before_it_is_rendered(bench: Bench)
     assert bench.model.rendered == []
 
 
-def test_a_jobs_own_bucket_is_named_and_not_insisted_on(bench: Bench, direct: Bucket) -> None:
+def test_a_jobs_own_bucket_is_named_and_a_denial_is_not_retried(bench: Bench, direct: Bucket) -> None:
     code, text = failure(lambda: bench.run_with(direct, bench.s3_config(accessSecret="wrong")))
     assert (code, text.startswith("The video could not be stored: s3Config:")) == (ErrorCode.STORAGE_UNAVAILABLE, True)
     assert text.endswith("(accessSecret)")
@@ -276,67 +274,67 @@ def test_a_jobs_own_bucket_is_named_and_not_insisted_on(bench: Bench, direct: Bu
 
 
 @pytest.mark.parametrize("extension", ["jpg", "json"])
-def test_after_the_last_try_nothing_half_stored_is_left(bench: Bench, direct: Bucket, extension: str) -> None:
-    bench.patience = Patience(total=0.3, first=0.1)
+def test_after_the_last_attempt_uploaded_objects_are_deleted(bench: Bench, direct: Bucket, extension: str) -> None:
+    bench.policy = RetryPolicy(total=0.3, first=0.1)
     bench.proxy.answer(503, "SlowDown", times=1000, method="PUT", target=f".{extension}")
     code, text = failure(bench.run)
     assert (code, text) == (ErrorCode.STORAGE_UNAVAILABLE, "The video could not be stored")
     assert bench.proxy.hits["SlowDown"] >= 2
-    eventually("the removal of what was stored", lambda: not stored(direct), 10)
+    eventually("the deletion of the uploaded objects", lambda: not stored(direct), 10)
     bench.proxy.heal()
     bench.run()
     assert_whole(direct)
 
 
-# Cancelled meanwhile
+# The job is cancelled
 
 
-def cancelled_at_once(bench: Bench, ended: Callable[[], BaseException | None]) -> None:
+def assert_cancelled_soon(bench: Bench, ended: Callable[[], BaseException | None]) -> None:
     cancelled_at = time.monotonic()
     bench.cancelled.set()
     assert isinstance(ended(), RenderCancelledError)
     assert time.monotonic() - cancelled_at < 4
 
 
-def test_a_cancelled_job_does_not_wait_for_a_bucket_that_is_away(
+def test_a_cancelled_job_does_not_wait_for_an_unavailable_bucket(
     bench: Bench, direct: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.patience = Patience(total=60.0, first=30.0)
+    bench.policy = RetryPolicy(total=60.0, first=30.0)
     bench.at_last_step = lambda: setattr(bench.proxy, "faults", Faults(refuse=True))
     with bench.running() as ended:
-        eventually("a failed try", lambda: "trying again" in caplog.text, 20)
-        cancelled_at_once(bench, ended)
+        eventually("a failed attempt", lambda: "failed, retrying in" in caplog.text, 20)
+        assert_cancelled_soon(bench, ended)
     bench.proxy.heal()
     assert stored(direct) == set()
 
 
-def test_what_a_cancelled_job_was_just_sending_is_removed_when_it_arrives(bench: Bench, direct: Bucket) -> None:
+def test_an_upload_that_finishes_after_the_cancellation_is_deleted(bench: Bench, direct: Bucket) -> None:
     bench.timeout = 30
-    bench.proxy.faults = Faults(bandwidth=3000)  # slow enough to be caught at it
+    bench.proxy.faults = Faults(bandwidth=3000)  # slow enough to be cancelled during the upload
     upload = f"PUT /{direct.name}/{KEYS[0]}"
     with bench.running() as ended:
         eventually("the video's upload", lambda: upload in bench.proxy.requests, 20)
         bench.proxy.faults = Faults(stall=True)
-        cancelled_at_once(bench, ended)
+        assert_cancelled_soon(bench, ended)
     bench.proxy.heal()
-    eventually("its removal", lambda: upload.replace("PUT", "DELETE") in bench.proxy.requests, 10)
+    eventually("its deletion", lambda: upload.replace("PUT", "DELETE") in bench.proxy.requests, 10)
     eventually("nothing in the bucket", lambda: not stored(direct), 10)
 
 
-def test_a_job_that_is_cancelled_between_two_objects_leaves_none(bench: Bench, direct: Bucket) -> None:
+def test_a_job_that_is_cancelled_between_two_objects_leaves_neither(bench: Bench, direct: Bucket) -> None:
     bench.proxy.answer(503, "SlowDown", times=1000, method="PUT", target=".jpg")
     with bench.running() as ended:
-        eventually("the poster's first try", lambda: bench.proxy.hits["SlowDown"], 20)
+        eventually("the poster's first attempt", lambda: bench.proxy.hits["SlowDown"], 20)
         assert stored(direct) == {KEYS[0]}
         bench.cancelled.set()
         assert isinstance(ended(), RenderCancelledError)
-    eventually("the removal of the video", lambda: not stored(direct), 10)
+    eventually("the deletion of the video", lambda: not stored(direct), 10)
 
 
-# Another worker has the same job
+# Another worker runs the same job
 
 
-def test_what_another_worker_stored_meanwhile_stays_and_is_the_result(
+def test_the_video_that_another_worker_stored_first_stays_and_is_the_result(
     bench: Bench, server: BucketSettings, direct: Bucket
 ) -> None:
     theirs: list[JobResult] = []
@@ -352,15 +350,15 @@ def test_what_another_worker_stored_meanwhile_stays_and_is_the_result(
     assert not [request for request in bench.proxy.requests if request.startswith("PUT")]
 
 
-def test_a_cancelled_worker_does_not_remove_what_another_one_finished(bench: Bench, direct: Bucket) -> None:
+def test_a_cancelled_worker_does_not_delete_the_video_that_another_one_completed(bench: Bench, direct: Bucket) -> None:
     bench.proxy.answer(503, "SlowDown", times=1000, method="PUT", target=".jpg")
     with bench.running() as ended:
-        eventually("the poster's first try", lambda: bench.proxy.hits["SlowDown"], 20)
+        eventually("the poster's first attempt", lambda: bench.proxy.hits["SlowDown"], 20)
         Worker(ScriptedModel(), direct, version="theirs").run(Job(TASK, INPUT), lambda _: None, threading.Event())
-        looks = bench.proxy.requests.count(f"GET /{direct.name}/{KEYS[2]}")
+        lookups = bench.proxy.requests.count(f"GET /{direct.name}/{KEYS[2]}")
         bench.cancelled.set()
         assert isinstance(ended(), RenderCancelledError)
     manifest_again = f"GET /{direct.name}/{KEYS[2]}"
-    eventually("a look for the manifest", lambda: bench.proxy.requests.count(manifest_again) > looks, 10)
+    eventually("a lookup of the manifest", lambda: bench.proxy.requests.count(manifest_again) > lookups, 10)
     assert assert_whole(direct).version == "theirs"
     assert not [request for request in bench.proxy.requests if request.startswith("DELETE")]

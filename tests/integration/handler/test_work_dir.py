@@ -1,4 +1,4 @@
-"""Where videos lie until they are stored: on a disk that is full, and after a worker that was killed."""
+"""Work directories on a full disk, and after a worker was killed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up_fails_the_job_and_not_the_next_one(tmp_path: Path,
         failed = failure(worker)
         assert failed.error_code is ErrorCode.GENERATION_FAILED
         assert failed.error == "The worker can't write the video: the disk is full"
-        assert [path.name for path in small.iterdir()] == ["filler"], "nothing half done takes room"
+        assert [path.name for path in small.iterdir()] == ["filler"], "the incomplete video is deleted"
         assert model.released == 1
         (small / "filler").unlink()
         model.before_step = lambda _: None
@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_fails_the_job_and_not_the_next_one(tmp_path: Path,
         assert list(small.iterdir()) == []
 
 
-def test_a_disk_with_too_little_room_fails_the_job_before_it_is_rendered(
+def test_a_disk_with_too_little_free_space_fails_the_job_before_it_is_rendered(
     tmp_path: Path, settings: BucketSettings
 ) -> None:
     with disk(tmp_path, 50) as small:
@@ -72,12 +72,12 @@ def test_a_disk_with_too_little_room_fails_the_job_before_it_is_rendered(
         assert list(small.iterdir()) == []
 
 
-def test_a_work_directory_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_a_missing_work_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(WorkDirError, match="No such file or directory"), job_directory(tmp_path / "absent"):
         pass
 
 
-def test_what_a_killed_worker_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+def test_the_directory_of_a_killed_worker_is_deleted_and_that_of_a_live_one_stays(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib, handler.work_dir as w\n"
         "with w.job_directory(pathlib.Path(sys.argv[1])) as directory:\n"

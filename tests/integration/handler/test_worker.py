@@ -1,4 +1,4 @@
-"""One job from start to finish, on a real bucket and a real ffmpeg; only the model is scripted."""
+"""Whole jobs with a real bucket and a real ffmpeg; only the model is scripted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from contract.errors import ErrorCode
 from contract.job import DEFAULT_MODEL, Resolution
 from contract.result import JobResult, Manifest, Progress, Stage
-from handler.store import Patience
+from contract.retry import RetryPolicy
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
@@ -38,18 +38,20 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSetting
 
 @dataclass
 class Bench:
-    """A worker with its parts, and what it told."""
+    """A worker with its parts, and the progress that it reported."""
 
     bucket: Bucket
     model: ScriptedModel = field(default_factory=ScriptedModel)
-    told: list[Progress] = field(default_factory=list)
+    reports: list[Progress] = field(default_factory=list)
     cancelled: Event = field(default_factory=Event)
-    patience: float = 0.0
+    store_seconds: float = 0.0
 
     def run(self, task_id: str = "task-1", s3_config: dict[str, Any] | None = None, **fields: Any) -> JobResult:
         job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p", **fields}
-        worker = Worker(self.model, self.bucket, version="1.2.3", patience=Patience(self.patience, first=0.05))
-        return worker.run(Job(task_id, job_input, s3_config), self.told.append, self.cancelled)
+        worker = Worker(
+            self.model, self.bucket, version="1.2.3", store_policy=RetryPolicy(total=self.store_seconds, first=0.05)
+        )
+        return worker.run(Job(task_id, job_input, s3_config), self.reports.append, self.cancelled)
 
     def failure(self, **arguments: Any) -> tuple[ErrorCode, str]:
         with pytest.raises(JobError) as caught:
@@ -113,7 +115,7 @@ def test_a_job_that_is_done_already_is_not_rendered_again(bench: Bench) -> None:
     assert httpx.get(second.video_url).status_code == 200
 
 
-def test_a_manifest_that_is_none_is_written_anew(bench: Bench) -> None:
+def test_an_invalid_manifest_is_overwritten(bench: Bench) -> None:
     bench.bucket.put_bytes(b"{}", layout.manifest_key("task-1"), content_type="application/json")
     assert bench.run().file_size > 0
     assert Manifest.model_validate_json(bench.bucket.get_bytes(layout.manifest_key("task-1")))
@@ -121,15 +123,15 @@ def test_a_manifest_that_is_none_is_written_anew(bench: Bench) -> None:
 
 def test_progress_goes_through_the_stages_and_never_falls(bench: Bench) -> None:
     bench.run()
-    percentages = [progress.progress for progress in bench.told]
+    percentages = [progress.progress for progress in bench.reports]
     assert percentages == sorted(percentages)
     assert percentages[-1] <= 99
-    stages = list(dict.fromkeys(progress.stage for progress in bench.told))
+    stages = list(dict.fromkeys(progress.stage for progress in bench.reports))
     assert stages == [Stage.ENCODING_PROMPT, Stage.DENOISING, Stage.DECODING, Stage.STORING]
-    assert len(bench.told) < 20, "one a second and one for each stage, not one for each frame"
+    assert len(bench.reports) < 20, "one a second and one for each stage, not one for each frame"
 
 
-def test_a_task_that_is_rendered_again_has_the_same_seed_and_another_one_another(bench: Bench) -> None:
+def test_the_seed_depends_on_the_task_alone(bench: Bench) -> None:
     first = bench.run()
     bench.bucket.delete(layout.manifest_key("task-1"))
     assert bench.run().seed == first.seed
@@ -144,7 +146,7 @@ def raising(exc: Exception, at: int = 2) -> Callable[[int], None]:
     return before_step
 
 
-def test_out_of_memory_is_said_so_and_the_next_job_works(bench: Bench) -> None:
+def test_out_of_memory_has_its_own_code_and_the_next_job_works(bench: Bench) -> None:
     bench.model.before_step = raising(ModelOutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"))
     assert bench.failure() == (ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")
     assert bench.model.released == 1
@@ -152,7 +154,7 @@ def test_out_of_memory_is_said_so_and_the_next_job_works(bench: Bench) -> None:
     assert bench.run().file_size > 0
 
 
-def test_an_unexpected_error_costs_the_job_and_shows_no_traceback(bench: Bench) -> None:
+def test_an_unexpected_error_fails_the_job_and_shows_no_traceback(bench: Bench) -> None:
     bench.model.before_step = raising(ZeroDivisionError("secret detail"))
     code, text = bench.failure()
     assert code is ErrorCode.GENERATION_FAILED
@@ -162,7 +164,7 @@ def test_an_unexpected_error_costs_the_job_and_shows_no_traceback(bench: Bench) 
     assert bench.run().file_size > 0
 
 
-def test_a_video_that_is_too_short_fails_and_is_not_stored(bench: Bench) -> None:
+def test_a_video_with_too_few_frames_fails_and_is_not_stored(bench: Bench) -> None:
     bench.model.missing_frames = 1
     assert bench.failure()[0] is ErrorCode.GENERATION_FAILED
     with pytest.raises(ObjectNotFoundError):
@@ -225,35 +227,35 @@ def test_a_job_with_an_s3_config_goes_to_that_bucket(
     assert secret not in caplog.text
 
 
-def test_an_s3_config_that_lacks_something_says_what(bench: Bench) -> None:
+def test_an_incomplete_s3_config_names_the_missing_field(bench: Bench) -> None:
     code, text = bench.failure(s3_config={"accessId": "id", "accessSecret": "hidden"})
     assert code is ErrorCode.INVALID_REQUEST
     assert "endpointUrl" in text
     assert "hidden" not in text
 
 
-def test_with_no_bucket_at_all_the_job_says_what_to_set() -> None:
+def test_without_a_bucket_the_job_fails_naming_the_setting() -> None:
     with pytest.raises(JobError, match="BUCKET_ENDPOINT_URL"):
         Worker(ScriptedModel(), None, version="1").run(Job("task-1", {"prompt": PROMPT}), lambda _: None, Event())
 
 
-def test_a_bucket_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:
-    class AwayAtFirst(Bucket):
+def test_storing_is_retried_until_the_bucket_is_available(bench: Bench) -> None:
+    class UnavailableAtFirst(Bucket):
         refusals = 2
 
         def put_file(self, path: Path, key: str, *, content_type: str) -> None:
             if self.refusals:
                 self.refusals -= 1
-                raise StorageUnavailableError("away")
+                raise StorageUnavailableError("unavailable")
             super().put_file(path, key, content_type=content_type)
 
-    bench.bucket = AwayAtFirst(bench.bucket._settings)
-    bench.patience = 30.0
+    bench.bucket = UnavailableAtFirst(bench.bucket._settings)
+    bench.store_seconds = 30.0
     assert bench.run().file_size > 0
-    assert len(bench.model.rendered) == 1, "the finished render was kept"
+    assert len(bench.model.rendered) == 1, "the finished video was kept"
 
 
-def test_a_bucket_that_stays_away_fails_the_job_with_its_code(settings: BucketSettings) -> None:
+def test_a_bucket_that_stays_unavailable_fails_the_job_with_its_code(settings: BucketSettings) -> None:
     nowhere = settings.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})
     bench = Bench(Bucket(nowhere))
     assert bench.failure()[0] is ErrorCode.STORAGE_UNAVAILABLE

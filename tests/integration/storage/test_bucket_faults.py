@@ -1,4 +1,4 @@
-"""What `Bucket` makes of servers that break, refuse and are busy: a real S3 server behind a proxy that does so."""
+"""`Bucket` with a server that fails, refuses or is busy: a real S3 server behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings(server: BucketSettings, only_proxy: FaultProxy) -> BucketSettings:
 
 @pytest.fixture(scope="module")
 def bucket(settings: BucketSettings) -> Bucket:
-    """One that does not try again by itself."""
+    """A bucket without retries."""
     return Bucket(settings, attempts=1)
 
 
@@ -64,7 +64,6 @@ OPERATIONS: dict[str, Callable[[Bucket, Path], object]] = {
     "put_file": lambda bucket, video: bucket.put_file(video, KEY, content_type="video/mp4"),
     "put_bytes": lambda bucket, _: bucket.put_bytes(BODY, KEY, content_type="video/mp4"),
     "get_bytes": lambda bucket, _: bucket.get_bytes(KEY),
-    "open_range": lambda bucket, _: list(bucket.open_range(KEY)),
     "delete": lambda bucket, _: bucket.delete(KEY),
 }
 
@@ -87,7 +86,7 @@ def operation(request: pytest.FixtureRequest, bucket: Bucket, video: Path) -> Ca
         ({"name": "no-such-bucket"}, r"NoSuchBucket: .* \(BUCKET_NAME\)$"),
     ],
 )
-def test_a_wrong_setting_is_named_whatever_was_asked(
+def test_a_wrong_setting_is_named_by_every_operation(
     server: BucketSettings, operation: Callable[[Bucket], object], change: dict[str, object], says: str
 ) -> None:
     with pytest.raises(StorageDeniedError, match=says) as caught:
@@ -96,7 +95,7 @@ def test_a_wrong_setting_is_named_whatever_was_asked(
     assert "not-the-secret" not in str(caught.value)
 
 
-def test_for_a_jobs_own_bucket_its_own_field_is_named(server: BucketSettings) -> None:
+def test_a_wrong_field_of_an_s3_config_is_named(server: BucketSettings) -> None:
     own = JobBucketSettings.model_validate(
         {"endpointUrl": str(server.endpoint_url), "accessId": server.access_key_id, "accessSecret": "wrong"}
     )
@@ -112,7 +111,7 @@ def test_for_a_jobs_own_bucket_its_own_field_is_named(server: BucketSettings) ->
         (403, "AccessDenied", "BUCKET_ACCESS_KEY_ID"),
     ],
 )
-def test_what_only_larger_stores_answer_is_translated_too(
+def test_errors_of_other_s3_servers_are_translated(
     bucket: Bucket, proxy: FaultProxy, status: int, code: str, says: str
 ) -> None:
     proxy.answer(status, code, times=100)
@@ -134,20 +133,20 @@ def test_a_server_that_is_busy_or_full_is_unavailable(
     operation(bucket)
 
 
-def test_one_busy_answer_is_ridden_out(settings: BucketSettings, proxy: FaultProxy, video: Path) -> None:
+def test_one_busy_answer_is_retried(settings: BucketSettings, proxy: FaultProxy, video: Path) -> None:
     proxy.answer(503, "SlowDown", times=1)
     Bucket(settings).put_file(video, KEY, content_type="video/mp4")
     assert proxy.hits["SlowDown"] == 1
 
 
-def test_a_server_that_redirects_for_ever_is_no_s3_server(bucket: Bucket, proxy: FaultProxy) -> None:
-    """As one does that sends all of HTTP to HTTPS; boto3 asks it again until Python stops it."""
+def test_a_server_that_redirects_endlessly_is_denied(bucket: Bucket, proxy: FaultProxy) -> None:
+    """A server that redirects HTTP to HTTPS does so; boto3 follows until Python stops it."""
     proxy.answer(301, "MovedPermanently", times=10_000)
     with pytest.raises(StorageDeniedError, match="BUCKET_ENDPOINT_URL"):
         bucket.check()
 
 
-def test_an_address_where_nobody_listens_is_named(bucket: Bucket, proxy: FaultProxy) -> None:
+def test_an_address_without_a_server_is_named(bucket: Bucket, proxy: FaultProxy) -> None:
     with proxy.broken(refuse=True):
         with pytest.raises(StorageUnavailableError, match=r"no answer \(BUCKET_ENDPOINT_URL\)") as caught:
             bucket.check()
@@ -167,23 +166,20 @@ def test_a_broken_connection_is_unavailable(
 
 @pytest.mark.parametrize("fault", ["reset_down_after", "truncate_after"])
 @pytest.mark.parametrize("where", [50, 200, len(BODY) // 2], ids=["status line", "headers", "body"])
-def test_an_answer_that_breaks_off_is_never_taken_for_the_whole(
-    bucket: Bucket, proxy: FaultProxy, video: Path, fault: str, where: int
-) -> None:
+def test_a_truncated_answer_is_an_error(bucket: Bucket, proxy: FaultProxy, video: Path, fault: str, where: int) -> None:
     bucket.put_file(video, KEY, content_type="video/mp4")
     with proxy.broken(**{fault: where}):
-        for read in (lambda: bucket.get_bytes(KEY), lambda: list(bucket.open_range(KEY))):
-            with pytest.raises(StorageUnavailableError, match=re.escape(KEY)):
-                read()
+        with pytest.raises(StorageUnavailableError, match=re.escape(KEY)):
+            bucket.get_bytes(KEY)
 
 
-def test_a_refusal_that_breaks_off_is_one_of_our_errors(bucket: Bucket, proxy: FaultProxy) -> None:
+def test_a_truncated_error_answer_is_one_of_our_errors(bucket: Bucket, proxy: FaultProxy) -> None:
     for limit in range(0, 1000, 25):
         with proxy.broken(reset_down_after=limit), pytest.raises(StorageError):
             bucket.get_bytes("videos/no-such-task.json")
 
 
-def test_a_stalled_server_is_given_up_in_time(settings: BucketSettings, proxy: FaultProxy) -> None:
+def test_a_stalled_server_times_out(settings: BucketSettings, proxy: FaultProxy) -> None:
     bucket = Bucket(settings, timeout=0.3, attempts=2)
     started = time.monotonic()
     with proxy.broken(stall=True), pytest.raises(StorageUnavailableError):
@@ -192,7 +188,7 @@ def test_a_stalled_server_is_given_up_in_time(settings: BucketSettings, proxy: F
 
 
 def test_an_upload_in_parts_that_fails_leaves_no_parts(bucket: Bucket, proxy: FaultProxy, tmp_path: Path) -> None:
-    """boto3 aborts it; what is left of one would cost its owner money and be seen by nobody."""
+    """boto3 aborts the upload. Parts that stay are invisible and cost money."""
     path = tmp_path / "large.mp4"
     with path.open("wb") as file:
         for _ in range(101):

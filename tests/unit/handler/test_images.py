@@ -1,4 +1,4 @@
-"""Images from data URLs and from the network, and what a hostile one may not do."""
+"""Images from data URLs and from the network, hostile ones included."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_a_photograph_is_turned_upright() -> None:
         data_url(b"%!PS-Adobe-3.0 EPSF-3.0"),
     ],
 )
-def test_what_is_no_image_is_refused(source: str) -> None:
+def test_a_data_url_without_an_image_is_refused(source: str) -> None:
     with pytest.raises(ImageError):
         load_image(source)
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked() -> None:
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError, match="megapixels"):
         load_image(data_url(encoded(size=(10_000, 5_001))))
 
@@ -79,12 +79,12 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked() -> None
         *("ff02::1", "ff0e::1", "2001:db8::1", "fd00:ec2::254", "100::1", "4000::1"),
     ],
 )
-def test_only_addresses_of_the_open_internet_are_public(address: str) -> None:
+def test_only_addresses_of_the_public_internet_are_public(address: str) -> None:
     assert not is_public(address)
     assert is_public("93.184.215.14")
     assert is_public("2606:4700::1111")
     assert is_public("::ffff:93.184.215.14")
-    assert is_public("64:ff9b::5db8:d70e"), "where there is IPv6 alone, all of IPv4 is reached so"
+    assert is_public("64:ff9b::5db8:d70e"), "networks with IPv6 alone reach IPv4 this way"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_only_addresses_of_the_open_internet_are_public(address: str) -> None:
         "https://exa mple.com/",
     ],
 )
-def test_nothing_but_the_open_internet_is_asked(source: str) -> None:
+def test_an_image_is_fetched_from_the_public_internet_only(source: str) -> None:
     with pytest.raises(ImageError) as caught:
         load_image(source)
     assert "password" not in str(caught.value)
@@ -165,7 +165,7 @@ def test_a_redirect_is_not_followed(server: Server) -> None:
         fetch(server)
 
 
-def test_an_endless_body_is_cut_off(server: Server) -> None:
+def test_an_endless_body_is_aborted(server: Server) -> None:
     sent = 0
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -185,7 +185,7 @@ def test_an_endless_body_is_cut_off(server: Server) -> None:
     assert sent < 2 * MAX_BYTES
 
 
-def test_a_server_that_breaks_off_is_an_error_of_the_image(server: Server) -> None:
+def test_a_connection_that_is_reset_is_an_image_error(server: Server) -> None:
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         request.connection.close()
@@ -195,8 +195,8 @@ def test_a_server_that_breaks_off_is_an_error_of_the_image(server: Server) -> No
         fetch(server)
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_asked(server: Server) -> None:
-    """A name whose owner answers differently each time (DNS rebinding) is looked up once."""
+def test_the_checked_address_is_the_one_connected_to(server: Server) -> None:
+    """A host name is resolved once, because its answer could change (DNS rebinding)."""
     server.answer = lambda request: send(request, 200, encoded())
     checked: list[str] = []
 
@@ -205,15 +205,15 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(server: Server) -
         return True
 
     assert load_image(f"http://localhost:{server.server_port}/x.png", allowed=allowed).size == (8, 4)
-    assert len(checked) == len(set(checked)), "each address is checked once, and no name is looked up again"
+    assert len(checked) == len(set(checked)), "each address is checked once, and the name is not resolved again"
     assert server.asked_at in checked
 
 
-def test_what_a_server_compressed_is_not_unpacked(server: Server) -> None:
+def test_a_compressed_body_is_not_decompressed(server: Server) -> None:
     bomb = gzip.compress(bytes(500 * 1024 * 1024), 9)
     server.answer = lambda request: send(request, 200, bomb, **{"Content-Encoding": "gzip"})
     tracemalloc.start()
-    with pytest.raises(ImageError, match="no JPEG"):
+    with pytest.raises(ImageError, match="no readable JPEG"):
         fetch(server)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -221,7 +221,7 @@ def test_what_a_server_compressed_is_not_unpacked(server: Server) -> None:
 
 
 @pytest.mark.parametrize("dripped", [b"X-Slow: " + b"a" * 1000, b"\r\n" + b"x" * 1000])
-def test_a_server_that_drips_is_left_in_time(server: Server, dripped: bytes) -> None:
+def test_a_server_that_sends_byte_by_byte_times_out(server: Server, dripped: bytes) -> None:
     def answer(request: BaseHTTPRequestHandler) -> None:
         with contextlib.suppress(OSError):
             request.wfile.write(b"HTTP/1.1 200 OK\r\n")
@@ -236,7 +236,7 @@ def test_a_server_that_drips_is_left_in_time(server: Server, dripped: bytes) -> 
     assert time.monotonic() - started < 5
 
 
-def test_broken_images_are_errors_of_the_image_whatever_breaks() -> None:
+def test_every_broken_image_is_an_image_error() -> None:
     chance = random.Random(7)
     for kind in ("PNG", "JPEG", "WEBP"):
         body = photograph(kind)
@@ -250,7 +250,7 @@ def test_broken_images_are_errors_of_the_image_whatever_breaks() -> None:
 
 
 def photograph(kind: str) -> bytes:
-    """With all that a camera adds."""
+    """An image with the metadata that a camera adds."""
     body, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "a camera"
@@ -262,10 +262,10 @@ def photograph(kind: str) -> bytes:
     return body.getvalue()
 
 
-def test_a_text_in_an_image_that_unpacks_to_megabytes_is_an_error_of_the_image() -> None:
+def test_a_text_chunk_that_decompresses_to_megabytes_is_an_image_error() -> None:
     body, texts = io.BytesIO(), PngInfo()
     texts.add_text("bomb", "x" * 50_000_000, zip=True)
     Image.new("RGB", (8, 4)).save(body, "PNG", pnginfo=texts)
     assert len(body.getvalue()) < 100_000
-    with pytest.raises(ImageError, match="no JPEG"):
+    with pytest.raises(ImageError, match="no readable JPEG"):
         load_image(data_url(body.getvalue()))

@@ -1,4 +1,4 @@
-"""Where a bucket's settings come from, and what they never show."""
+"""Settings of a bucket: where they are read from, and that secrets are not shown."""
 
 import pytest
 from pydantic import ValidationError

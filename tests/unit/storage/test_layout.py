@@ -1,11 +1,11 @@
-"""Key names, and which ids may become one."""
+"""Object keys and valid task ids."""
 
 import pytest
 
 from storage import layout
 
 
-def test_a_tasks_objects_stand_side_by_side() -> None:
+def test_a_tasks_objects_differ_in_their_extension() -> None:
     assert layout.video_key("a-1") == "videos/a-1.mp4"
     assert layout.manifest_key("a-1") == "videos/a-1.json"
     assert layout.poster_key("a-1") == "videos/a-1.jpg"
