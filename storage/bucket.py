@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -66,15 +65,6 @@ _DENIED: Final[Mapping[str, tuple[str, str | None]]] = {
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
 #: Error codes with a status below 500 that a retry may resolve.
 _TRANSIENT: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
-
-
-@dataclass(frozen=True)
-class ObjectHead:
-    """What a HEAD returns. `size` in bytes."""
-
-    size: int
-    etag: str
-    content_type: str
 
 
 class Bucket:
@@ -152,17 +142,6 @@ class Bucket:
             with closing(answer["Body"]) as body:
                 _require_length(answer)
                 return body.read()
-
-    def head(self, key: str) -> ObjectHead:
-        """Size, ETag and type of an object.
-
-        Raises:
-            ObjectNotFoundError: the object does not exist.
-        """
-        with self._requesting("head_object", self._named(key)):
-            answer = self._client.head_object(Bucket=self.name, Key=key)
-            _require_length(answer)
-        return ObjectHead(answer["ContentLength"], answer["ETag"], answer["ContentType"])
 
     def delete(self, key: str) -> None:
         """Delete an object. Deleting one that does not exist succeeds."""

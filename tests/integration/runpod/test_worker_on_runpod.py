@@ -1,4 +1,4 @@
-"""The worker as RunPod starts it, with its environment and no server of ours, on the jobs of .runpod/tests.json."""
+"""The worker as RunPod starts it, without our server, with the jobs of .runpod/tests.json."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]
 
 
 def environment(bucket: BucketSettings, **more: str) -> dict[str, str]:
-    """What an endpoint with these settings has, on a machine with no network."""
+    """The environment of a RunPod endpoint with these settings, on a machine without network."""
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
     }
@@ -60,7 +60,7 @@ def environment(bucket: BucketSettings, **more: str) -> dict[str, str]:
 
 @dataclass
 class RunPod:
-    """The worker's side of RunPod's platform, as runpod-python 1.12 asks for it."""
+    """The endpoints of RunPod's platform that runpod-python 1.12 uses."""
 
     jobs: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     progress: list[Any] = field(default_factory=list)
@@ -88,7 +88,7 @@ class RunPod:
             "RUNPOD_POD_ID": POD,
             "RUNPOD_AI_API_KEY": KEY,
             "RUNPOD_ENDPOINT_ID": ENDPOINT,
-            # What RunPod does not set: the SDK's start-up checks want a name server on the internet, and a GPU.
+            # RunPod does not set these: the SDK's start-up checks need a name server on the internet, and a GPU.
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
         }
@@ -119,7 +119,7 @@ class RunPod:
 
 @asynccontextmanager
 async def worker(log: Path, environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """As the image starts it."""
+    """The worker process, started as in the image."""
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-u", "-m", "handler"), env=environment, stdout=file, stderr=file
@@ -157,7 +157,7 @@ async def test_a_job_from_runpods_platform_is_rendered_into_the_bucket(bucket: B
     async with httpx.AsyncClient() as store:
         video = (await store.get(output["video_url"])).content
     assert hashlib.sha256(video).hexdigest() == output["sha256"]
-    assert Bucket(bucket).head(layout.video_key(job["id"])).size == len(video)
+    assert Bucket(bucket).get_bytes(layout.video_key(job["id"])) == video
     path = tmp_path / "video.mp4"
     path.write_bytes(video)
     assert (probe(path).width, probe(path).height, probe(path).num_frames) == (1280, 720, 121)
@@ -179,7 +179,11 @@ def test_each_job_of_the_hubs_tests_renders_within_its_timeout(bucket: BucketSet
     assert run.returncode == 0, run.stdout + run.stderr
     url = re.search(r"'video_url': '([^']+)'", run.stdout)
     assert url is not None, run.stdout
-    assert httpx.get(url[1]).content[4:8] == b"ftyp"
+    video = httpx.get(url[1])
+    assert video.status_code == 200
+    assert video.content[4:8] == b"ftyp"
+    assert bucket.secret_access_key.get_secret_value() not in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
 
 
 def test_the_file_that_the_hub_looks_for_is_the_worker(bucket: BucketSettings) -> None:

@@ -62,10 +62,10 @@ def stored(bucket: Bucket, key: str, tmp_path: Path) -> str:
 
 def test_a_file_is_read_back_unchanged(bucket: Bucket, stored: str) -> None:
     assert bucket.get_bytes(stored) == BODY
-    head = bucket.head(stored)
-    assert head.size == len(BODY)
-    assert head.content_type == "video/mp4"
-    assert head.etag
+    headers = httpx.head(bucket.presign(stored, method="HEAD")).headers
+    assert headers["content-length"] == str(len(BODY))
+    assert headers["content-type"] == "video/mp4"
+    assert headers["etag"]
 
 
 def test_a_small_object_can_be_written_again(bucket: Bucket, key: str) -> None:
@@ -91,15 +91,13 @@ def test_a_large_file_is_uploaded_in_parts_and_read_back_unchanged(bucket: Bucke
 def test_a_missing_object_is_not_found(bucket: Bucket, key: str) -> None:
     with pytest.raises(ObjectNotFoundError, match=re.escape(key)):
         bucket.get_bytes(key)
-    with pytest.raises(ObjectNotFoundError):
-        bucket.head(key)
 
 
 def test_a_deleted_object_is_not_found_and_can_be_deleted_again(bucket: Bucket, stored: str) -> None:
     bucket.delete(stored)
     bucket.delete(stored)
     with pytest.raises(ObjectNotFoundError):
-        bucket.head(stored)
+        bucket.get_bytes(stored)
 
 
 def test_a_presigned_url_reads_without_credentials(bucket: Bucket, stored: str) -> None:

@@ -168,9 +168,8 @@ def test_a_broken_connection_is_unavailable(
 @pytest.mark.parametrize("where", [50, 200, len(BODY) // 2], ids=["status line", "headers", "body"])
 def test_a_truncated_answer_is_an_error(bucket: Bucket, proxy: FaultProxy, video: Path, fault: str, where: int) -> None:
     bucket.put_file(video, KEY, content_type="video/mp4")
-    with proxy.broken(**{fault: where}):
-        with pytest.raises(StorageUnavailableError, match=re.escape(KEY)):
-            bucket.get_bytes(KEY)
+    with proxy.broken(**{fault: where}), pytest.raises(StorageUnavailableError, match=re.escape(KEY)):
+        bucket.get_bytes(KEY)
 
 
 def test_a_truncated_error_answer_is_one_of_our_errors(bucket: Bucket, proxy: FaultProxy) -> None:
