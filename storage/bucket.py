@@ -185,8 +185,8 @@ class Bucket:
         except urllib3.exceptions.HTTPError as exc:  # botocore does not translate a truncated answer
             raise StorageUnavailableError(f"{where}: {type(exc).__name__}") from exc
         except (BotoCoreError, Boto3Error, RecursionError) as exc:
-            # boto3 follows every 301 that names no region, until Python stops it; botocore may wrap that error.
-            if isinstance(exc, RecursionError) or isinstance(exc.__context__, RecursionError):
+            # boto3 follows every 301 that names no region, until Python stops it. botocore may wrap the RecursionError.
+            if "recursion depth exceeded" in str(exc):
                 why = f"the server redirects endlessly ({self._variable('endpoint_url')})"
                 raise StorageDeniedError(f"{where}: {why}") from exc
             # The S3 server's error is the context of an upload's error.

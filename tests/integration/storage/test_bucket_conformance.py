@@ -107,14 +107,12 @@ def test_a_presigned_url_reads_without_credentials(bucket: Bucket, stored: str) 
 
 
 @pytest.mark.usefixtures("checks_expiry")
-@pytest.mark.parametrize(
-    ("start", "end"), [(0, None), (0, 0), (10, 19), (100, 199), (len(BODY) - 10, None), (65_536, 131_071)]
-)
-def test_a_presigned_url_reads_a_range(bucket: Bucket, stored: str, start: int, end: int | None) -> None:
+def test_a_presigned_url_reads_a_range(bucket: Bucket, stored: str) -> None:
     url = bucket.presign(stored, expires_in=60)
-    part = httpx.get(url, headers={"Range": f"bytes={start}-{'' if end is None else end}"})
-    assert part.status_code == 206
-    assert part.content == BODY[start : None if end is None else end + 1]
+    for start, end in [(0, None), (0, 0), (10, 19), (100, 199), (len(BODY) - 10, None), (65_536, 131_071)]:
+        part = httpx.get(url, headers={"Range": f"bytes={start}-{'' if end is None else end}"})
+        assert part.status_code == 206
+        assert part.content == BODY[start : None if end is None else end + 1]
 
 
 @pytest.mark.usefixtures("checks_signatures")
@@ -136,9 +134,9 @@ def test_a_presigned_url_expires(bucket: Bucket, stored: str) -> None:
 
 def test_a_presigned_url_has_the_address_for_clients(settings: BucketSettings, stored: str) -> None:
     public = settings.model_copy(update={"public_endpoint_url": HttpUrl("https://videos.example.com")})
-    assert Bucket(public).presign(stored).startswith(f"https://videos.example.com/{settings.name}/{stored}?")
-    ours = Bucket(public).presign(stored, public=False)
-    assert httpx.get(ours).status_code == 200
+    bucket = Bucket(public)
+    assert bucket.presign(stored).startswith(f"https://videos.example.com/{settings.name}/{stored}?")
+    assert httpx.get(bucket.presign(stored, public=False)).status_code == 200
 
 
 @pytest.mark.usefixtures("checks_signatures")
