@@ -150,11 +150,7 @@ class JobInput(BaseModel):
         description="What the video must not show. Models without guidance ignore it.",
     )
     num_inference_steps: Annotated[int | None, Takes("an integer from 1 to 100")] = Field(
-        default=None,
-        strict=True,
-        ge=1,
-        le=100,
-        description="Denoising steps; the default depends on the profile.",
+        default=None, strict=True, ge=1, le=100, description="Denoising steps; the default depends on the profile."
     )
     guidance_scale: Annotated[float | None, Takes("a number from 1 to 20")] = Field(
         default=None,
@@ -204,8 +200,7 @@ def _failure(error: ErrorDetails) -> JobFailure:
     if error["type"] == "extra_forbidden":
         known = ", ".join(JobInput.model_fields)
         return JobFailure(
-            error=f"unknown field {_as_json(field)}; known fields are {known}",
-            error_code=ErrorCode.INVALID_REQUEST,
+            error=f"unknown field {_as_json(field)}; known fields are {known}", error_code=ErrorCode.INVALID_REQUEST
         )
     if field in JobInput.model_fields:
         takes = next(item for item in JobInput.model_fields[field].metadata if isinstance(item, Takes))

@@ -53,12 +53,7 @@ _ANSWER_TIMEOUT: Final = 150.0
 _RETRIED_STATUSES: Final = (408, 429)
 
 #: DEBUG and TRACE are left out, because they contain jobs with their s3Config.
-_SDK_LEVELS: Final = {
-    "TIP": logging.INFO,
-    "INFO": logging.INFO,
-    "WARN": logging.WARNING,
-    "ERROR": logging.ERROR,
-}
+_SDK_LEVELS: Final = {"TIP": logging.INFO, "INFO": logging.INFO, "WARN": logging.WARNING, "ERROR": logging.ERROR}
 
 log = logging.getLogger(__name__)
 _sdk_log = logging.getLogger("runpod")

@@ -150,13 +150,7 @@ class Worker:
         return videos.result(manifest)
 
     def _render(
-        self,
-        job_input: JobInput,
-        image: Image.Image | None,
-        seed: int,
-        target: Target,
-        meter: _Meter,
-        cancelled: Event,
+        self, job_input: JobInput, image: Image.Image | None, seed: int, target: Target, meter: _Meter, cancelled: Event
     ) -> None:
         frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
         try:

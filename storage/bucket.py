@@ -24,12 +24,7 @@ from botocore.exceptions import (
     HTTPClientError,
 )
 
-from storage.errors import (
-    ObjectNotFoundError,
-    StorageDeniedError,
-    StorageError,
-    StorageUnavailableError,
-)
+from storage.errors import ObjectNotFoundError, StorageDeniedError, StorageError, StorageUnavailableError
 from storage.settings import BucketSettings
 
 if TYPE_CHECKING:
@@ -149,12 +144,7 @@ class Bucket:
             self._client.delete_object(Bucket=self.name, Key=key)
 
     def presign(
-        self,
-        key: str,
-        *,
-        method: Literal["GET", "HEAD"] = "GET",
-        expires_in: int | None = None,
-        public: bool = True,
+        self, key: str, *, method: Literal["GET", "HEAD"] = "GET", expires_in: int | None = None, public: bool = True
     ) -> str:
         """A URL that reads the object without credentials for `expires_in` seconds. Sends no request.
 

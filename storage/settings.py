@@ -25,10 +25,7 @@ class BucketSettings(Settings):
         validation_alias="BUCKET_SECRET_ACCESS_KEY", description="Secret key. Never logged."
     )
     name: str = Field(
-        default="hunyuan-videos",
-        min_length=3,
-        validation_alias="BUCKET_NAME",
-        description="Name of the bucket.",
+        default="hunyuan-videos", min_length=3, validation_alias="BUCKET_NAME", description="Name of the bucket."
     )
     region: str = Field(default="us-east-1", validation_alias="BUCKET_REGION", description="Region in signatures.")
     public_endpoint_url: HttpUrl | None = Field(
