@@ -21,7 +21,7 @@ class WorkerExit(IntEnum):
 
 
 class WorkerState(StrEnum):
-    """State of a worker process. FAILED means that its model could not be loaded.
+    """State of a worker process. FAILED: its model can't be loaded, or its bucket denies access.
 
     A STOPPING worker finishes its current job and takes no other. A STOPPED worker holds no job.
     """

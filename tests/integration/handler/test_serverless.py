@@ -275,7 +275,8 @@ def test_an_unavailable_bucket_does_not_end_the_start(settings: BucketSettings) 
 
 
 def test_a_model_that_can_not_be_loaded_is_named_and_reported(platform: Platform, tmp_path: Path) -> None:
-    run = run_worker(HUNYUAN_MODEL_PATH=str(tmp_path), HUNYUAN_WORKER_REPORT_URL=platform.url)
+    directory = str(tmp_path)
+    run = run_worker(HUNYUAN_MODEL_PATH=directory, HUNYUAN_WORK_DIR=directory, HUNYUAN_WORKER_REPORT_URL=platform.url)
     assert run.returncode == WorkerExit.NO_MODEL_OR_BUCKET
     assert run.stderr.strip().startswith("error: HUNYUAN_MODEL_PATH")
     assert platform.states()[-1] == "failed"
