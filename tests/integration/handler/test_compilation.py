@@ -110,7 +110,7 @@ def test_on_a_cpu_nothing_is_compiled_unless_asked_for() -> None:
 #: In a process of its own, as PyTorch looks for a compiler and for its cache once in each.
 SCRIPT = """
 import json, logging, threading
-from handler.contract import JobInput
+from contract.job import JobInput
 from handler.settings import WorkerSettings
 from handler.video_model.loader import load_model
 

@@ -22,8 +22,8 @@ from handler.video_model import demo
 from handler.video_model.attention import NATIVE, causal_mask, use_fast_causal_mask, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.video_model.blocks import CHUNK, ChunkedBlock
-from handler.video_model.catalog import Route
-from handler.video_model.generate import Base, PipelineModel
+from handler.video_model.checkpoints import single_parts
+from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from tests.support.small_models import single
 
@@ -217,11 +217,7 @@ def test_our_whole_way_from_prompt_to_latents_equals_the_stock_pipelines(
 
     pipeline = demo.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
-    model = PipelineModel(
-        name="demo",
-        bases={"demo": Base(demo.CHECKPOINT, pipeline)},
-        routes={("HunyuanVideo-1.5", Resolution.P720): Route("demo")},
-    )
+    model = PipelineModel(single_parts(demo.CHECKPOINT, pipeline))
     job_input = JobInput(
         prompt=prompt,
         duration=5,
@@ -311,7 +307,7 @@ def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints:
     assert model.name == "Tiny-480p_t2v"
     assert isinstance(model, PipelineModel)
     assert model.models == ["HunyuanVideo-1.5"]
-    (base,) = model._bases.values()
+    (base,) = model.parts.bases.values()
     assert (base.checkpoint.base_size, base.checkpoint.sampling.num_inference_steps) == (640, 50)
     assert base.pipeline.scheduler.shift == 5.0
     assert base.pipeline.guider.guidance_scale == 6.0

@@ -56,8 +56,8 @@ def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
     assert model.models == ["HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"]
     assert model.name == "HunyuanVideo-1.5-fast"
     for resolution in Resolution:
-        assert model._routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.FAST, resolution]
-        assert model._routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
+        assert model.parts.routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.FAST, resolution]
+        assert model.parts.routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
     assert "profile quality: missing 720p_t2v" in caplog.text
     assert "download" in caplog.text
 
@@ -65,20 +65,22 @@ def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
 def test_a_profile_can_be_preferred_and_one_that_is_missing_is_said_so(weights: Path) -> None:
     model = load(weights, Profile.BALANCED)
     assert model.name == "HunyuanVideo-1.5-balanced"
-    assert model._routes["HunyuanVideo-1.5", Resolution.P720].base == "480p_t2v_distilled"
+    assert model.parts.routes["HunyuanVideo-1.5", Resolution.P720].base == "480p_t2v_distilled"
     with pytest.raises(ModelLoadError, match="HUNYUAN_PROFILE: quality lacks 720p_t2v"):
         load(weights, Profile.QUALITY)
 
 
 def test_text_encoders_and_vae_are_loaded_once_and_each_base_has_its_own_settings(weights: Path) -> None:
     model = load(weights)
-    fast, balanced = (model._bases[name] for name in ("480p_t2v_4step", "480p_t2v_distilled"))
+    fast, balanced = (model.parts.bases[name] for name in ("480p_t2v_4step", "480p_t2v_distilled"))
     for part in ("text_encoder", "text_encoder_2", "vae", "tokenizer"):
         assert getattr(fast.pipeline, part) is getattr(balanced.pipeline, part)
     assert fast.pipeline.transformer is not balanced.pipeline.transformer
     assert (fast.pipeline.scheduler.shift, balanced.pipeline.scheduler.shift) == (9.0, 5.0)
     assert (fast.pipeline.guider.guidance_scale, balanced.pipeline.guider.guidance_scale) == (1.0, 1.0)
-    assert [model._upscalers[name].stage.sampling.num_inference_steps for name in sorted(model._upscalers)] == [8, 6]
+    assert [
+        model.parts.upscalers[name].stage.sampling.num_inference_steps for name in sorted(model.parts.upscalers)
+    ] == [8, 6]
 
 
 def test_image_weights_are_taken_where_they_are(weights: Path, tmp_path: Path) -> None:
@@ -89,11 +91,11 @@ def test_image_weights_are_taken_where_they_are(weights: Path, tmp_path: Path) -
     model = load(tmp_path / "weights")
     assert model.takes_images
     for name in ("HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"):
-        route = model._image_routes[name, Resolution.P1080]
+        route = model.parts.image_routes[name, Resolution.P1080]
         assert route.checkpoints == ("480p_i2v_distilled", "720p_sr_distilled", "1080p_sr_distilled")
-    base = model._bases["480p_i2v_distilled"].pipeline
+    base = model.parts.bases["480p_i2v_distilled"].pipeline
     assert isinstance(base, HunyuanVideo15ImageToVideoPipeline)
-    assert base.text_encoder is model._bases["480p_t2v_4step"].pipeline.text_encoder
+    assert base.text_encoder is model.parts.bases["480p_t2v_4step"].pipeline.text_encoder
     assert (base.scheduler.shift, base.vision_num_semantic_tokens) == (5.0, 729)
 
 
@@ -119,12 +121,10 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
     videos = []
     for placement in Placement:
         pipeline = demo.build_pipeline()
-        for module, kind in (
-            (pipeline.text_encoder, "leaf_level"),
-            (pipeline.transformer, "block_level"),
-            (pipeline.vae, "leaf_level"),
-        ):
-            place(module, placement, kind, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        place(pipeline.text_encoder, placement, "leaf_level", cpu)
+        place(pipeline.transformer, placement, "block_level", cpu)
+        place(pipeline.vae, placement, "leaf_level", cpu)
         chunks = single(pipeline).render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())
         videos.append(np.concatenate(list(chunks)))
     resident, streamed = videos
@@ -147,7 +147,7 @@ class Meeting(torch.nn.Linear):
 def test_parts_are_read_and_placed_at_the_same_time() -> None:
     barrier = Barrier(2)
     modules = [Meeting(barrier), Meeting(barrier)]
-    place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("meta"))
+    place_all([(module, Placement.RESIDENT, "leaf_level") for module in modules], torch.device("meta"))
     assert [module.weight.device.type for module in modules] == ["meta", "meta"]
 
 
@@ -158,13 +158,13 @@ def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
 
     modules = [torch.nn.Linear(2, 2), Full(2, 2)]
     with pytest.raises(torch.OutOfMemoryError):
-        place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("cpu"))
+        place_all([(module, Placement.RESIDENT, "leaf_level") for module in modules], torch.device("cpu"))
 
 
 def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> None:
     """No vision tower, no head of a language model, no half of the VAE that only images go through."""
     model = load(weights)
-    for base in model._bases.values():
+    for base in model.parts.bases.values():
         components = base.pipeline.components
         assert "image_encoder" not in components
         assert components["vae"].encoder is None
@@ -173,7 +173,7 @@ def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> No
         for encoder in (components["text_encoder"], components["text_encoder_2"]):
             names = {part for name, _ in encoder.named_parameters() for part in name.split(".")}
             assert not names & {"lm_head", "visual", "vision_tower", "decoder"}
-    pipelines = [base.pipeline for base in model._bases.values()]
+    pipelines = [base.pipeline for base in model.parts.bases.values()]
     for name in ("text_encoder", "text_encoder_2", "vae"):
         assert len({id(getattr(pipeline, name)) for pipeline in pipelines}) == 1, "one for all"
 
@@ -202,7 +202,7 @@ def test_what_is_asked_for_is_applied_and_named(cache: Approximation) -> None:
     model = load_model(WorkerSettings(model_path="demo", approximations=(Approximation.FP8_WEIGHTS, cache)))
     assert isinstance(model, PipelineModel)
     assert tuple(model.approximations) == ("fp8-weights", cache)
-    (base,) = model._bases.values()
+    (base,) = model.parts.bases.values()
     assert base.pipeline.transformer.is_cache_enabled
     weight = base.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype is torch.float8_e4m3fn
@@ -236,7 +236,7 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     settings = WorkerSettings(model_path=str(weights), approximations=(Approximation.TAYLORSEER,))
     model = load_model(settings)
     assert isinstance(model, PipelineModel)
-    cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model._bases.items()}
+    cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model.parts.bases.items()}
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
 
 
@@ -276,13 +276,7 @@ def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_job_that_can_not_fit_fails_at_once() -> None:
     weights = Weights(text_encoders=1, transformers=[1], vae=1, block=1)
-    pipeline = demo.build_pipeline()
-    model = PipelineModel(
-        name="demo",
-        bases=single(pipeline)._bases,
-        routes=single(pipeline)._routes,
-        memory=Budget(10**9, weights, SMALLEST),
-    )
+    model = PipelineModel(single().parts, memory=Budget(10**9, weights, SMALLEST))
     told: list[object] = []
     job = JobInput(prompt="A paper boat on a rainy street", duration=10)
     with pytest.raises(ModelOutOfMemoryError, match="GB of GPU memory"):

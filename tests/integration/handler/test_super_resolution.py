@@ -24,7 +24,7 @@ from handler.video_model.attention import (
     use_window_attention,
 )
 from handler.video_model.base import RenderCancelledError
-from handler.video_model.catalog import bucket_size
+from handler.video_model.catalog import trained_size
 from handler.video_model.generate import PipelineModel
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, load_upsampler, stage_arguments
 from handler.worker import Job, Worker
@@ -258,7 +258,7 @@ def test_sizes_are_those_that_the_models_were_trained_on(
 ) -> None:
     """diffusers has the same table for base sizes; held against it here."""
     width, height = (int(side) for side in aspect_ratio.split(":"))
-    assert bucket_size(base_size, width, height) == size
+    assert trained_size(base_size, width, height) == size
     processor = demo.build_pipeline().video_processor.__class__(vae_scale_factor=16)
     theirs = processor.calculate_default_height_width(height, width, base_size)
     assert tuple(int(side) for side in reversed(theirs)) == size
