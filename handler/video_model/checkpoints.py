@@ -19,18 +19,9 @@ from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from contract.job import DEFAULT_MODEL, DEMO_MODEL, Profile
 from handler.settings import WorkerSettings
+from handler.video_model import catalog
 from handler.video_model.base import ModelLoadError
-from handler.video_model.catalog import (
-    CHECKPOINTS,
-    Checkpoint,
-    Sampling,
-    image_routes,
-    known_name,
-    missing,
-    offered,
-    single_routes,
-    text_routes,
-)
+from handler.video_model.catalog import CHECKPOINTS, Checkpoint, Sampling, known_name, missing
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.super_resolution import SuperResolution, load_upsampler
 
@@ -58,7 +49,7 @@ def read_checkpoints(settings: WorkerSettings, dtype: torch.dtype) -> Parts:
         if (path / "transformer").is_dir() and (name := known_name(path.name)) is not None
     }
     _log_profiles(directory, present)
-    if profiles := offered(present):
+    if profiles := catalog.offered(present):
         return _family(settings.profile, profiles, present, dtype)
     found = [path.parent for path in sorted(directory.glob(f"*/{_INDEX}"))]
     if len(found) != 1:
@@ -84,17 +75,12 @@ def _directory(model_path: str) -> Path | None:
 
 def _log_profiles(directory: Path, present: Mapping[str, Path]) -> None:
     for profile in Profile:
-        absent = missing(profile, present)
+        absent = ", ".join(missing(profile, present))
+        command = f"hunyuan download-weights {profile} --to {directory}"
         if not absent:
             log.info("profile %s: all checkpoints are present", profile)
         elif present:
-            log.info(
-                "profile %s: missing %s; run `hunyuan download-weights %s --to %s` to offer it",
-                profile,
-                ", ".join(absent),
-                profile,
-                directory,
-            )
+            log.info("profile %s: missing %s; run `%s` to offer it", profile, absent, command)
 
 
 def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -> Parts:
@@ -116,7 +102,7 @@ def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -
 def single_parts(checkpoint: Checkpoint, pipeline: HunyuanVideo15Pipeline) -> Parts:
     """One checkpoint for every resolution."""
     bases = {checkpoint.name: Base(checkpoint, pipeline)}
-    return Parts(checkpoint.name, bases, single_routes(checkpoint.name), {})
+    return Parts(checkpoint.name, bases, catalog.single_routes(checkpoint.name), {})
 
 
 def _family(
@@ -129,7 +115,7 @@ def _family(
         raise ModelLoadError(f"HUNYUAN_PROFILE: {preferred} lacks {absent} in HUNYUAN_MODEL_PATH")
     default = preferred or profiles[0]
     models = {DEFAULT_MODEL: default} | {profile.model: profile for profile in profiles}
-    from_text, from_image = text_routes(models), image_routes(models, present)
+    from_text, from_image = catalog.text_routes(models), catalog.image_routes(models, present)
     # 2. The components that all bases share.
     shared = _shared_components(present, dtype)
     # 3. The bases and the super-resolution stages.
@@ -139,10 +125,8 @@ def _family(
     }
     for name in sorted({route.base for route in from_image.values()}):
         bases[name] = Base(CHECKPOINTS[name], _image_pipeline(shared, present[name], dtype))
-    upscalers = {
-        name: _upscaler(CHECKPOINTS[name], present[name], dtype)
-        for name in sorted({name for route in from_text.values() for name in route.super_resolution})
-    }
+    stages = sorted({name for route in from_text.values() for name in route.super_resolution})
+    upscalers = {name: _upscaler(CHECKPOINTS[name], present[name], dtype) for name in stages}
     return Parts(f"{DEFAULT_MODEL}-{default}", bases, from_text, upscalers, from_image)
 
 

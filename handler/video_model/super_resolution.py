@@ -136,9 +136,9 @@ class SRTo1080pUpsampler(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffu
         return refined
 
 
+#: By the `_class_name` of a published configuration.
 UPSAMPLERS: Final[Mapping[str, type[nn.Module]]] = {
-    "SRTo720pUpsampler": SRTo720pUpsampler,
-    "SRTo1080pUpsampler": SRTo1080pUpsampler,
+    upsampler.__name__: upsampler for upsampler in (SRTo720pUpsampler, SRTo1080pUpsampler)
 }
 
 
@@ -189,21 +189,20 @@ class SuperResolution:
     ) -> torch.Tensor:
         """Latents (1, C, T, H, W) for `size`, which is (height, width) in latents.
 
-        `image` is the first frame at this size. `prompt` holds the transformer's `encoder_*` arguments. An exception
-        from `after_step` ends the stage.
+        `image` is the first frame at this size, `prompt` has the transformer's `encoder_*` arguments.
         """
         # 1. Noise, and the low resolution with noise added: (1, C, T, H, W) each.
         device, dtype = latents.device, self.transformer.dtype
         shape = (*latents.shape[:3], *size)
         current = torch.randn(shape, generator=generator).to(device, dtype)
-        low = self._low_resolution(latents, size).to(dtype)
-        low = (1 - _NOISE) * low + _NOISE * torch.randn(shape, generator=generator).to(device, dtype)
+        low = (1 - _NOISE) * self._low_resolution(latents, size).to(dtype)
+        low = low + _NOISE * torch.randn(shape, generator=generator).to(device, dtype)
         low = torch.cat([low, torch.ones_like(low[:, :1])], dim=1)  # (1, C + 1, T, H, W) with its mask
-        # 2. The image condition: (1, C + 1, T, H, W) with its mask, and (1, 0 or 729, D).
+        # 2. The image: (1, C + 1, T, H, W) with its mask, and (1, 0 or 729, D).
         condition, states = self._condition(current, image)
         # 3. Denoise.
-        steps = self.sampling.num_inference_steps
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1], device=device)
+        sigmas = np.linspace(1.0, 0.0, self.sampling.num_inference_steps + 1)[:-1]
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         timesteps = self.scheduler.timesteps
         for timestep, following in pairwise([*timesteps, torch.zeros_like(timesteps[0])]):
             # Below the noise level of the low resolution, the low resolution would only hold back details.

@@ -20,7 +20,7 @@ def test_it_measures_passes_stages_and_the_stock_pipeline(tmp_path: Path) -> Non
     (cell,) = measured["cells"]
     assert cell["problem"] == ""
     assert (cell["profile"], cell["resolution"], cell["duration"]) == ("fast", "1080p", 5)
-    assert [(each["width"], each["height"]) for each in cell["passes"]] == [(80, 48), (128, 72), (184, 104)]
+    assert [(each["width"], each["height"]) for each in cell["passes"]] == [(40, 24), (56, 32), (88, 56)]
     for each in cell["passes"]:
         assert each["seconds"] > 0
         assert each["stock_seconds"] > 0

@@ -1,4 +1,4 @@
-"""A directory with several checkpoints: what is offered, what stands for what, and what is shared."""
+"""A directory with several checkpoints decides which models are offered; they share text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.small_models import image_pipeline, single, sr_transformer, u
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the balanced profile needs, small, in the published layout, and the transformer of the fast one."""
+    """Small checkpoints of the balanced profile in the published layout, and the transformer of the fast one."""
     directory = tmp_path_factory.mktemp("weights")
     pipeline = demo.build_pipeline()
     pipeline.save_pretrained(directory / "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled")
@@ -84,7 +84,7 @@ def test_text_encoders_and_vae_are_loaded_once_and_each_base_has_its_own_setting
 
 
 def test_image_weights_are_taken_where_they_are(weights: Path, tmp_path: Path) -> None:
-    """Of two profiles one has its image-to-video base: both start from images through that one."""
+    """Only one of two profiles has its image-to-video base: both use it."""
     assert not load(weights).takes_images
     shutil.copytree(weights, tmp_path / "weights")
     image_pipeline().save_pretrained(tmp_path / "weights" / "480p_i2v_distilled")
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_is_cut_short_is_named(weights: Path, tmp_path: Path) 
 
 
 def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
-    """On a CPU there is nothing to stream to, but every hook runs."""
+    """A CPU has no device to stream to, but every hook runs."""
     job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
     videos = []
     for placement in Placement:
@@ -132,7 +132,7 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
 
 
 class Meeting(torch.nn.Linear):
-    """Moves only together with the other one."""
+    """Moves only while the other one moves."""
 
     def __init__(self, barrier: Barrier) -> None:
         super().__init__(2, 2)
@@ -162,7 +162,7 @@ def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
 
 
 def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> None:
-    """No vision tower, no head of a language model, no half of the VAE that only images go through."""
+    """The model has no vision tower, no language model head and no VAE encoder, which only images need."""
     model = load(weights)
     for base in model.parts.bases.values():
         components = base.pipeline.components
@@ -189,7 +189,7 @@ def video(model: PipelineModel) -> Frames:
 def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
     pipeline = demo.build_pipeline()
-    # So high a threshold that each step but the first takes the rest from the one before.
+    # With this threshold each step but the first reuses the output of the step before.
     approximate([pipeline.transformer], {approximation}, many_steps=[pipeline.transformer], cache_threshold=10.0)
     model = single(pipeline, steps=4)
     first, second = video(model), video(model)
@@ -246,7 +246,7 @@ def test_the_two_ways_to_skip_steps_are_not_taken_together() -> None:
 
 
 def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
-    """A matrix of 2048 x 512 as small as a transformer's: without scales, most of it would round to nothing."""
+    """The weights are as small as a transformer's: without scales, most of them round to zero."""
     linear = torch.nn.Linear(512, 2048, dtype=torch.bfloat16)
     torch.nn.init.normal_(linear.weight, std=0.002)
     x = torch.randn(4, 512, dtype=torch.bfloat16)

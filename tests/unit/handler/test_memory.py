@@ -71,7 +71,7 @@ def test_a_plan_reads_as_a_sentence() -> None:
     assert "transformers streamed" in str(SMALLEST)
 
 
-#: What `Fp8Linear` leaves of them: blocks, which are nearly all of a transformer, in one byte a number.
+#: The weights with `Fp8Linear`: the blocks, nearly all of a transformer, take one byte a number.
 IN_8_BITS = Weights(
     text_encoders=REAL.text_encoders,
     transformers=[size // 2 for size in REAL.transformers],
