@@ -43,32 +43,26 @@ class VideoModel(Protocol):
     @property
     def name(self) -> str:
         """The name in manifests and in /health, for example "demo"."""
-        ...
 
     @property
     def models(self) -> Sequence[str]:
         """The values of a request's `model` that it can render."""
-        ...
 
     @property
     def takes_images(self) -> bool:
         """Whether a video may start from an image."""
-        ...
 
     @property
     def approximations(self) -> Sequence[str]:
         """Names of the approximations in use."""
-        ...
 
     @property
     def load_seconds(self) -> Mapping[str, float]:
         """Seconds of each phase of loading."""
-        ...
 
     @property
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
-        ...
 
     def render(
         self,
@@ -91,12 +85,9 @@ class VideoModel(Protocol):
             RenderCancelledError: within one denoising step, or one decoded tile, after `cancelled` is set.
             ModelOutOfMemoryError: call `release_memory` before the next render.
         """
-        ...
 
     def gpu(self) -> Gpu | None:
         """The GPU in use and its current memory; None on a CPU. Any thread may call it."""
-        ...
 
     def release_memory(self) -> None:
         """Frees what a failed or cancelled render has left in memory."""
-        ...

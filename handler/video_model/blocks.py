@@ -30,7 +30,6 @@ class Attend(Protocol):
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: int) -> torch.Tensor:
         """Returns the attended tokens in the query's shape."""
-        ...
 
 
 class ChunkedBlock:

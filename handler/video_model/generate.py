@@ -123,12 +123,7 @@ class PipelineModel:
             raise ModelOutOfMemoryError(str(exc)) from exc
 
     def _latents(
-        self,
-        job_input: JobInput,
-        image: Image.Image | None,
-        seed: int,
-        on_progress: OnProgress,
-        cancelled: Event,
+        self, job_input: JobInput, image: Image.Image | None, seed: int, on_progress: OnProgress, cancelled: Event
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
         # 1. Choose the route.
@@ -220,12 +215,7 @@ class _DenoisingProgress:
     """
 
     def __init__(
-        self,
-        job_input: JobInput,
-        base: Base,
-        upscalers: Sequence[Upscaler],
-        on_progress: OnProgress,
-        cancelled: Event,
+        self, job_input: JobInput, base: Base, upscalers: Sequence[Upscaler], on_progress: OnProgress, cancelled: Event
     ) -> None:
         def cost(checkpoint: Checkpoint) -> float:
             width, height = _render_size(checkpoint, job_input, base.pipeline)

@@ -6,54 +6,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from contract.job import Profile
+import typer
 
-
-class LaunchError(Exception):
-    """The program failed; the message says why, in one line. `exit_code` is for the command."""
-
-    def __init__(self, text: str, exit_code: int = 1) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
+from contract.job import Profile
 
 
 def download_weights(profile: Profile, to: Path, *, images: bool) -> None:
-    """Downloads the checkpoints that a profile needs into `to`.
-
-    Raises:
-        LaunchError: the worker's packages are not installed, or the download failed.
-    """
-    with _weights_errors():
+    """Downloads the checkpoints that a profile needs into `to`. An error ends the command with one line."""
+    with _errors_end_the_command():
         from handler.weights.download import download
 
         download(profile, to, images=images)
 
 
 def convert_weights(source: Path, target: Path, name: str | None) -> None:
-    """Converts a checkpoint of the original layout to `target`; None takes its name from the directories.
-
-    Raises:
-        LaunchError: the worker's packages are not installed, or the conversion failed.
-    """
-    with _weights_errors():
+    """Converts a checkpoint to `target`; None takes its name from the directories. An error ends the command."""
+    with _errors_end_the_command():
         from handler.weights.convert import checkpoint_name, convert_checkpoint
 
         convert_checkpoint(source, target, name or checkpoint_name(source, target))
 
 
 @contextmanager
-def _weights_errors() -> Iterator[None]:
-    """Checks that the worker's packages are installed, and raises what goes wrong as LaunchError."""
+def _errors_end_the_command() -> Iterator[None]:
+    """Exit code 1 for a failure, 2 for a wrong argument, 130 for an interrupt, as a shell reports it."""
     if find_spec("torch") is None or find_spec("huggingface_hub") is None:
-        raise LaunchError("This command needs PyTorch: run pip install 'hunyuan-video-service[worker]'")
+        _fail("This command needs PyTorch: run pip install 'hunyuan-video-service[worker]'", 1)
     from handler.weights.errors import UnknownNameError, WeightsError, one_line
 
     try:
         yield
+    except KeyboardInterrupt:
+        _fail("Interrupted; run the same command again to resume", 130)
     except UnknownNameError as exc:
-        raise LaunchError(one_line(exc), exit_code=2) from exc
+        _fail(one_line(exc), 2)
     except (WeightsError, OSError) as exc:
-        raise LaunchError(one_line(exc)) from exc
+        _fail(one_line(exc), 1)
+
+
+def _fail(text: str, exit_code: int) -> NoReturn:
+    typer.echo(text, err=True)
+    raise typer.Exit(exit_code)

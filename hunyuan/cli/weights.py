@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,9 +14,6 @@ LICENCE: Final = """\
 The weights of HunyuanVideo-1.5 come under the Tencent Hunyuan Community License Agreement. It does not cover the
 European Union, the United Kingdom and South Korea: there, it permits no use.
 https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5/blob/main/LICENSE"""
-
-_USAGE: Final = 2
-_INTERRUPTED: Final = 130  # as a shell reports SIGINT
 
 
 def download_weights(
@@ -35,9 +30,8 @@ def download_weights(
     typer.echo(LICENCE)
     if not accept_licence:
         typer.echo("Pass --accept-licence to accept this licence.", err=True)
-        raise typer.Exit(_USAGE)
-    with _errors_end_the_command():
-        launch.download_weights(profile, to, images=images)
+        raise typer.Exit(2)
+    launch.download_weights(profile, to, images=images)
 
 
 def convert_weights(
@@ -48,17 +42,4 @@ def convert_weights(
     ] = None,
 ) -> None:
     """Convert a checkpoint from the original layout to diffusers' layout."""
-    with _errors_end_the_command():
-        launch.convert_weights(source, target, name)
-
-
-@contextmanager
-def _errors_end_the_command() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; run the same command again to resume.", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
-    except launch.LaunchError as exc:
-        typer.echo(str(exc), err=True)
-        raise typer.Exit(exc.exit_code) from exc
+    launch.convert_weights(source, target, name)
