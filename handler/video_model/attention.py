@@ -9,9 +9,9 @@ Source of the stock processor: diffusers, models/transformers/transformer_hunyua
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -143,17 +143,13 @@ def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
             )
         return NATIVE
     if sage:
-        if _installed("sageattention"):
+        if find_spec("sageattention"):
             return "sage"
         log.warning("HUNYUAN_ENABLE_SAGE_ATTN has no effect: install the package sageattention, or set it to false")
     if not flash:
         return "_native_efficient"
     for module, backend in (("flash_attn_interface", "_flash_3"), ("flash_attn", "flash")):
-        if _installed(module):
+        if find_spec(module):
             return backend
     log.warning("HUNYUAN_ENABLE_FLASH_ATTN: flash-attn is not installed; using PyTorch's own flash attention")
     return NATIVE
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

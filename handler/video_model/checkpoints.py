@@ -112,7 +112,9 @@ def _family(
     # 1. The route of a video for each model and resolution.
     if preferred is not None and preferred not in profiles:
         absent = ", ".join(missing(preferred, present))
-        raise ModelLoadError(f"HUNYUAN_PROFILE: {preferred} lacks {absent} in HUNYUAN_MODEL_PATH")
+        raise ModelLoadError(
+            f"HUNYUAN_PROFILE: {preferred} lacks {absent} in HUNYUAN_MODEL_PATH; download it or unset it"
+        )
     default = preferred or profiles[0]
     models = {DEFAULT_MODEL: default} | {profile.model: profile for profile in profiles}
     from_text, from_image = catalog.text_routes(models), catalog.image_routes(models, present)
@@ -133,7 +135,7 @@ def _family(
 def _shared_components(present: Mapping[str, Path], dtype: torch.dtype) -> dict[str, Any]:
     whole = next((path for path in present.values() if (path / _INDEX).exists()), None)
     if whole is None:
-        raise ModelLoadError("HUNYUAN_MODEL_PATH: none of its checkpoints has the text encoders and the VAE")
+        raise ModelLoadError("HUNYUAN_MODEL_PATH: no checkpoint in it has text encoders and VAE; download one again")
     shared = HunyuanVideo15Pipeline.from_pretrained(whole, transformer=None, dtype=dtype)
     shared.vae.enable_tiling()
     components: dict[str, Any] = shared.components

@@ -60,8 +60,9 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         compile_blocks(parts.transformers, settings.cache_dir)
         seconds["compilation"] = time.monotonic() - placed
     log.info("loaded model %s on %s with attention kernel %s", parts.name, device, attention)
-    approximations = settings.approximations
-    return PipelineModel(parts, attention=attention, memory=memory, approximations=approximations, load_seconds=seconds)
+    return PipelineModel(
+        parts, attention=attention, memory=memory, approximations=settings.approximations, load_seconds=seconds
+    )
 
 
 def _read(settings: WorkerSettings, device: str) -> Parts:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu import main
 
 
-def test_it_measures_passes_stages_and_the_stock_pipeline(tmp_path: Path) -> None:
+def test_the_benchmark_measures_passes_stages_and_the_stock_pipeline(tmp_path: Path) -> None:
     wanted = ("--profiles", "fast", "--resolutions", "1080p", "--durations", "5", "--steps", "1")
     main(["--tiny", "--stock", *wanted, "--output", str(tmp_path)])
     (result,) = tmp_path.glob("*-tiny-*.json")
@@ -31,7 +31,7 @@ def test_it_measures_passes_stages_and_the_stock_pipeline(tmp_path: Path) -> Non
     assert "| fast | 1080p 5 s |" in next(tmp_path.glob("*.md")).read_text()
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_the_benchmark_names_the_tiny_option() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--tiny"):
             main([])

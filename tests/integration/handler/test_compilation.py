@@ -88,7 +88,7 @@ def test_compiled_blocks_compute_the_same_at_every_size_and_are_kept_in_the_cach
 
 
 @pytest.mark.parametrize("approximation", Approximation)
-def test_it_goes_with_each_approximation(approximation: Approximation) -> None:
+def test_compilation_works_with_each_approximation(approximation: Approximation) -> None:
     results = []
     for compiled in (False, True):
         base, upscaler = transformers()
@@ -101,7 +101,7 @@ def test_it_goes_with_each_approximation(approximation: Approximation) -> None:
         assert torch.allclose(plain, compiled_one, atol=1e-5)
 
 
-def test_it_goes_with_streaming_even_if_nobody_asks_for_both() -> None:
+def test_compilation_works_with_streamed_blocks() -> None:
     (base, _), (plain, _) = transformers(), transformers()
     place(base, Placement.STREAMED, "block_level", torch.device("cpu"))
     assert compile_blocks([base], backend="aot_eager")

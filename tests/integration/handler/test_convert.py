@@ -190,14 +190,14 @@ def test_unknown_and_missing_keys_are_named() -> None:
         ("img_in.proj.weight", "img_in.proj.weight"),
     ],
 )
-def test_what_is_missing_as_a_whole_is_named_too(dropped: str, named: str) -> None:
+def test_missing_modules_are_named(dropped: str, named: str) -> None:
     state = original(meanflow_98_channels().state_dict() if "time_r" in dropped else small().state_dict())
     left = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
     with pytest.raises(ConvertError, match=re.escape(named)):
         convert_transformer(left)
 
 
-def test_another_model_is_refused_in_few_words() -> None:
+def test_another_model_is_refused_in_a_short_message() -> None:
     with pytest.raises(ConvertError, match=r"unknown decoder\.0, .* and 96 more") as error:
         convert_transformer({f"decoder.{index}": torch.zeros(1) for index in range(100)})
     assert len(str(error.value)) < 600
@@ -306,7 +306,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, name: str, sta
     assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
 
 
-def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
+def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConvertError, match="already exists"):
         convert_checkpoint(tmp_path / "one.safetensors", tmp_path / "out", "480p_t2v")
@@ -469,13 +469,13 @@ def test_what_a_profile_needs_is_downloaded_and_loads(tmp_path: Path, hub: Local
         assert equal(load_file(to / "480p_t2v_4step" / TRANSFORMER), state)
 
 
-def test_image_to_video_weights_come_on_demand(tmp_path: Path, hub: LocalHub) -> None:
+def test_image_to_video_weights_are_downloaded_on_request(tmp_path: Path, hub: LocalHub) -> None:
     download(Profile.BALANCED, tmp_path, hub, images=True)
     assert {path.name for path in tmp_path.iterdir()} == needed(Profile.BALANCED) | {"480p_i2v_distilled"}
     assert load_model(WorkerSettings(model_path=str(tmp_path))).takes_images
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: LocalHub) -> None:
+def test_complete_checkpoints_are_not_downloaded_again(tmp_path: Path, hub: LocalHub) -> None:
     download(Profile.FAST, tmp_path, hub)
     asked = len(hub.asked)
     download(Profile.FAST, tmp_path, hub)
@@ -489,7 +489,9 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: LocalHub) -> No
 
 
 @pytest.mark.parametrize("breaks_at", [1, 2, 3, 4])
-def test_a_download_that_broke_off_leaves_no_half_and_goes_on(tmp_path: Path, hub: LocalHub, breaks_at: int) -> None:
+def test_an_interrupted_download_leaves_no_partial_checkpoint_and_resumes(
+    tmp_path: Path, hub: LocalHub, breaks_at: int
+) -> None:
     hub.breaks_at = breaks_at
     with pytest.raises(WeightsError, match="connection lost"):
         download(Profile.FAST, tmp_path, hub)
@@ -502,7 +504,7 @@ def test_a_download_that_broke_off_leaves_no_half_and_goes_on(tmp_path: Path, hu
     assert untouched == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
 
 
-def test_what_is_there_in_part_is_left_alone_and_named(tmp_path: Path, hub: LocalHub) -> None:
+def test_an_incomplete_checkpoint_is_left_alone_and_named(tmp_path: Path, hub: LocalHub) -> None:
     download(Profile.QUALITY, tmp_path, hub)
     asked = len(hub.asked)
     index = tmp_path / "720p_t2v" / "transformer" / "diffusion_pytorch_model.safetensors.index.json"

@@ -355,7 +355,7 @@ def test_what_can_not_be_loaded_names_the_setting_and_what_is_wrong(tmp_path: Pa
         assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_that_can_not_be_had_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_hub_id_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = WorkerSettings(model_path="nobody/no-such-checkpoint", cache_dir=tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match=r"HUNYUAN_MODEL_PATH: nobody/no-such-checkpoint can't be loaded"):

@@ -48,7 +48,7 @@ def load(directory: Path, profile: Profile | None = None) -> PipelineModel:
     return model
 
 
-def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
+def test_the_checkpoints_present_decide_what_is_offered_and_the_fastest_is_the_default(
     weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="handler")
@@ -62,7 +62,7 @@ def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
     assert "download" in caplog.text
 
 
-def test_a_profile_can_be_preferred_and_one_that_is_missing_is_said_so(weights: Path) -> None:
+def test_a_profile_can_be_preferred_and_a_missing_one_is_named(weights: Path) -> None:
     model = load(weights, Profile.BALANCED)
     assert model.name == "HunyuanVideo-1.5-balanced"
     assert model.parts.routes["HunyuanVideo-1.5", Resolution.P720].base == "480p_t2v_distilled"
@@ -83,7 +83,7 @@ def test_text_encoders_and_vae_are_loaded_once_and_each_base_has_its_own_setting
     ] == [8, 6]
 
 
-def test_image_weights_are_taken_where_they_are(weights: Path, tmp_path: Path) -> None:
+def test_image_weights_are_used_if_present(weights: Path, tmp_path: Path) -> None:
     """Only one of two profiles has its image-to-video base: both use it."""
     assert not load(weights).takes_images
     shutil.copytree(weights, tmp_path / "weights")
@@ -151,7 +151,7 @@ def test_parts_are_read_and_placed_at_the_same_time() -> None:
     assert [module.weight.device.type for module in modules] == ["meta", "meta"]
 
 
-def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
+def test_an_error_while_placing_a_part_is_raised() -> None:
     class Full(torch.nn.Linear):
         def _apply(self, fn: Any, recurse: bool = True) -> Full:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -161,7 +161,7 @@ def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
         place_all([(module, Placement.RESIDENT, "leaf_level") for module in modules], torch.device("cpu"))
 
 
-def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> None:
+def test_only_what_videos_from_text_use_is_loaded(weights: Path) -> None:
     """The model has no vision tower, no language model head and no VAE encoder, which only images need."""
     model = load(weights)
     for base in model.parts.bases.values():
@@ -198,7 +198,7 @@ def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(ap
 
 
 @pytest.mark.parametrize("cache", [Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER])
-def test_what_is_asked_for_is_applied_and_named(cache: Approximation) -> None:
+def test_requested_approximations_are_applied_and_named(cache: Approximation) -> None:
     model = load_model(WorkerSettings(model_path="demo", approximations=(Approximation.FP8_WEIGHTS, cache)))
     assert isinstance(model, PipelineModel)
     assert tuple(model.approximations) == ("fp8-weights", cache)
@@ -240,7 +240,7 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
 
 
-def test_the_two_ways_to_skip_steps_are_not_taken_together() -> None:
+def test_the_two_step_caches_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="name one of them"):
         WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER))
 

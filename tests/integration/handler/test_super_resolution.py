@@ -83,7 +83,7 @@ def straight_1080p(x: torch.Tensor, weights: State, levels: int, blocks: int) ->
 
 
 @pytest.mark.parametrize("kind", ["720p", "1080p"])
-def test_the_upsamplers_do_what_the_source_does(kind: str) -> None:
+def test_the_upsamplers_compute_what_the_source_computes(kind: str) -> None:
     upsampler: nn.Module = upsampler_720p() if kind == "720p" else upsampler_1080p()
     with torch.no_grad():
         for parameter in upsampler.parameters():
@@ -132,7 +132,7 @@ def test_an_upsampler_is_built_from_its_configuration_and_not_from_constants(tmp
 
 @pytest.mark.parametrize("steps", [6, 8])
 @pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN"'])
-def test_the_stage_does_what_the_source_does(steps: int, prompt: str) -> None:
+def test_the_stage_computes_what_the_source_computes(steps: int, prompt: str) -> None:
     """Repeats the source step by step, with the stock attention and its masks."""
     pipeline = demo.build_pipeline()
     pipeline.tokenizer_max_length = 200
