@@ -1,13 +1,13 @@
-"""What the model's real dimensions cost on this GPU, with random weights made on the spot: nothing is downloaded.
+"""Measures the model at its real dimensions on this GPU, with random weights. Downloads nothing.
 
     python -m benchmarks.gpu                      every profile, resolution and duration
     python -m benchmarks.gpu --vram-limit 12      the same in 12 GB
-    python -m benchmarks.gpu --tiny               small models, on a CPU too: shows that the benchmark itself works
+    python -m benchmarks.gpu --tiny               small models, also on a CPU: shows that the benchmark works
 
-For each cell: seconds of one transformer pass at each size it goes through, its share of the matmul peak measured in
-the same run (operations counted from shapes), seconds of the whole job by stage, and peak memory. `--stock` times a
-pass of diffusers' own pipeline beside it, with its dense mask. Long profiles are not run to their end: `--steps` of
-them are timed and the rest is reckoned; the result says so.
+For each kind of job: the seconds of one transformer pass at each of its sizes, its share of the matmul peak measured in
+the same run (operations counted from shapes), the seconds of the whole job by stage, and peak memory. `--stock` also
+times a pass of diffusers' own transformer with its dense mask. Long profiles run only `--steps` of their steps, and the
+others are extrapolated; the result says so.
 """
 
 from __future__ import annotations
@@ -26,55 +26,22 @@ from typing import Any, Final
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLHunyuanVideo15,
-    ClassifierFreeGuidance,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideo15Pipeline,
-    HunyuanVideo15Transformer3DModel,
-)
-from torch import nn
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
 
+from benchmarks.gpu_models import REAL, TINY, RandomModels, Scale
 from contract.job import DEFAULT_MODEL, JobInput, Profile, Resolution, num_frames
 from contract.result import Stage
 from handler.settings import WorkerSettings
-from handler.video_model import demo
 from handler.video_model.attention import choose_backend, use_mask_free_attention
-from handler.video_model.catalog import CHECKPOINTS, ROUTES, Checkpoint, bucket_size
-from handler.video_model.compilation import compile_blocks
-from handler.video_model.generate import Base, PipelineModel, Upscaler
-from handler.video_model.loader import compiles
-from handler.video_model.placement import Parts, put_on_gpu
-from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
+from handler.video_model.catalog import Checkpoint, trained_size
+from handler.video_model.compilation import compile_blocks, should_compile
+from handler.video_model.generate import PipelineModel
+from handler.video_model.parts import Parts
+from handler.video_model.placement import put_on_gpu
 
 RESULTS: Final = Path(__file__).parent / "results"
 PROMPT: Final = "A paper boat drifts along a rainy street at night, neon signs mirrored in the puddles, cinematic"
-#: The reference's table, in seconds: what a job of each kind should take.
+#: Seconds that a job should take, from the API reference's table.
 REFERENCE: Final = {("720p", 5): "20-30", ("720p", 10): "40-60", ("1080p", 5): "30-45", ("1080p", 10): "60-90"}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The dimensions of the models: those of the published checkpoints, or small ones."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    rope: tuple[int, int, int]
-    latent_channels: int
-    text_dim: int
-    text_2_dim: int
-    text_layers: int
-    shrink: int
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-
-REAL: Final = Scale(54, 16, 128, (16, 56, 56), 32, 3584, 1472, 28, 1)
-TINY: Final = Scale(2, 2, 16, (4, 6, 6), 8, 32, 16, 3, 10)
 
 
 @dataclass(frozen=True)
@@ -107,29 +74,29 @@ class Cell:
     problem: str = ""
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(given: Sequence[str] | None = None) -> None:
+    arguments = _arguments(given)
     diffusers.utils.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.tiny:
-        raise SystemExit("There is no GPU here. `--tiny` shows on a CPU that the benchmark works.")
+        raise SystemExit("This machine has no GPU. Pass --tiny to run small models on the CPU.")
     bench = Bench(arguments, TINY if arguments.tiny else REAL, device)
     cells = [bench.cell(*cell) for cell in _wanted(arguments)]
     _write(arguments, bench, cells)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--profiles", nargs="+", type=Profile, default=list(Profile))
     parser.add_argument("--resolutions", nargs="+", type=Resolution, default=list(Resolution))
     parser.add_argument("--durations", nargs="+", type=int, default=[5, 10])
     parser.add_argument("--steps", type=int, default=4, help="steps of a base model that are timed")
     parser.add_argument("--vram-limit", type=float, help="GPU memory in GB that may be used")
-    parser.add_argument("--stock", action="store_true", help="time a pass of the stock pipeline, too")
+    parser.add_argument("--stock", action="store_true", help="also time a pass of diffusers' transformer")
     parser.add_argument("--no-compile", action="store_true", help="leave the blocks uncompiled")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Profile, Resolution, int]]:
@@ -140,26 +107,27 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Profile, Resolution
 
 
 class Bench:
-    """The models of one profile at a time, and the clock."""
+    """Builds the models of one profile at a time and measures them."""
 
     def __init__(self, arguments: argparse.Namespace, scale: Scale, device: str) -> None:
         self.arguments = arguments
         self.scale = scale
+        self.models = RandomModels(scale, device)
         self.device = device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.dtype = self.models.dtype
         self.peak = self._matmul_peak()
         self.compiled = False
         self._profile: Profile | None = None
         self._model: PipelineModel | None = None
 
     def cell(self, profile: Profile, resolution: Resolution, duration: int) -> Cell:
-        """Measure one kind of job. One that does not fit says so in its `problem`."""
+        """Measures one kind of job. `problem` says why if it does not fit."""
         reference = REFERENCE.get((resolution, duration), "")
         empty = Cell(profile, resolution, duration, False, [], {}, "", 0.0, reference, 0.0)
         try:
             model = self._loaded(profile)
             self._reset_peak()
-            passes = [self._pass(part, duration) for part in self._parts(model, resolution)]
+            passes = [self._pass(*each, duration) for each in self._transformers(model.parts, resolution)]
             stages, timed = self._job(model, resolution, duration)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as exc:
             self._release()
@@ -186,42 +154,27 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _build(self, profile: Profile) -> PipelineModel:
-        routes = {(DEFAULT_MODEL, resolution): ROUTES[profile, resolution] for resolution in Resolution}
-        names = {name for route in routes.values() for name in route.checkpoints}
-        bases, upscalers = {}, {}
-        for name in sorted(names):
-            checkpoint = self._scaled(CHECKPOINTS[name])
-            if "_sr_" in name:
-                upscalers[name] = Upscaler(checkpoint, self._stage(checkpoint))
-            else:
-                bases[name] = Base(checkpoint, self._pipeline())
+        parts = self.models.parts(profile)
         backend = choose_backend(self.device, flash=True, sage=False)
-        parts = Parts(f"random {profile}", bases, routes, upscalers)
         for transformer in parts.transformers:
             use_mask_free_attention(transformer, backend)
         settings = WorkerSettings(
             vram_limit=self.arguments.vram_limit, compile=False if self.arguments.no_compile else None
         )
         memory = put_on_gpu(parts, settings) if self.device == "cuda" else None
-        self.compiled = compiles(settings, self.device, memory) and compile_blocks(parts.transformers)
-        return PipelineModel(
-            name=parts.name, bases=bases, routes=routes, upscalers=upscalers, attention=backend, memory=memory
-        )
+        self.compiled = should_compile(settings.compile, self.device, memory) and compile_blocks(parts.transformers)
+        return PipelineModel(parts, attention=backend, memory=memory)
 
-    def _scaled(self, checkpoint: Checkpoint) -> Checkpoint:
-        return replace(checkpoint, base_size=checkpoint.base_size // self.scale.shrink)
-
-    def _parts(self, model: PipelineModel, resolution: Resolution) -> Iterator[tuple[Any, Checkpoint]]:
-        route = model._routes[DEFAULT_MODEL, resolution]
-        base = model._bases[route.base]
+    def _transformers(self, parts: Parts, resolution: Resolution) -> Iterator[tuple[Any, Checkpoint]]:
+        route = parts.routes[DEFAULT_MODEL, resolution]
+        base = parts.bases[route.base]
         yield base.pipeline.transformer, base.checkpoint
         for name in route.super_resolution:
-            yield model._upscalers[name].stage.transformer, model._upscalers[name].checkpoint
+            yield parts.upscalers[name].stage.transformer, parts.upscalers[name].checkpoint
 
-    def _pass(self, part: tuple[Any, Checkpoint], duration: int) -> Pass:
-        transformer, checkpoint = part
+    def _pass(self, transformer: Any, checkpoint: Checkpoint, duration: int) -> Pass:
         ratio = 8 if self.scale is TINY else 16
-        width, height = bucket_size(checkpoint.base_size, 16, 9, ratio)
+        width, height = trained_size(checkpoint.base_size, 16, 9, ratio)
         frames = (num_frames(duration) - 1) // 4 + 1
         named = self._inputs(transformer, frames, height // ratio, width // ratio)
         seconds = self._timed(lambda: transformer(**named))
@@ -251,13 +204,13 @@ class Bench:
         return named
 
     def _operations(self, tokens: int, text: int) -> float:
-        """Multiplications and additions of a pass: projections and feed-forward 24 D^2 a token, attention 4 S^2 D."""
+        """Operations of a pass: 24 D^2 a token for projections and feed-forward, 4 S^2 D for attention."""
         width, both = self.scale.width, tokens + text
         return self.scale.layers * (24.0 * both * width**2 + 4.0 * both**2 * width)
 
     def _stock_pass(self, transformer: Any, named: dict[str, Any]) -> float | None:
-        """The same pass with diffusers' own processor and its dense mask; None where that does not fit."""
-        stock = self._transformer(transformer.config.in_channels, meanflow=transformer.config.use_meanflow)
+        """Seconds of the same pass with diffusers' processor and its dense mask; None if that does not fit."""
+        stock = self.models.transformer(transformer.config.in_channels, meanflow=transformer.config.use_meanflow)
         try:
             stock.to(self.device)
             return self._timed(partial(stock, **named))
@@ -265,8 +218,8 @@ class Bench:
             return None
 
     def _job(self, model: PipelineModel, resolution: Resolution, duration: int) -> tuple[dict[str, float], str]:
-        """Seconds by stage of a whole job; of a long base model `--steps` are run and the rest reckoned."""
-        base = model._bases[model._routes[DEFAULT_MODEL, resolution].base]
+        """Seconds of a whole job by stage. Runs at most `--steps` base steps and extrapolates the others."""
+        base = model.parts.bases[model.parts.routes[DEFAULT_MODEL, resolution].base]
         steps = base.checkpoint.sampling.num_inference_steps
         timed = min(steps, self.arguments.steps)
         seconds: dict[str, float] = {}
@@ -286,97 +239,15 @@ class Bench:
         seconds[Stage.DENOISING] *= steps / timed
         return {str(name): round(value, 3) for name, value in seconds.items()}, f"{timed} of {steps}"
 
-    def _transformer(self, channels: int, *, meanflow: bool) -> Any:
-        scale = self.scale
-        return self._made(
-            lambda: HunyuanVideo15Transformer3DModel(
-                in_channels=channels,
-                out_channels=scale.latent_channels,
-                num_attention_heads=scale.heads,
-                attention_head_dim=scale.head_dim,
-                num_layers=scale.layers,
-                text_embed_dim=scale.text_dim,
-                text_embed_2_dim=scale.text_2_dim,
-                rope_axes_dim=scale.rope,
-                task_type="t2v",
-                use_meanflow=meanflow,
-            )
-        )
-
-    def _pipeline(self) -> HunyuanVideo15Pipeline:
-        built = demo.build_pipeline()
-        components: dict[str, Any] = {
-            **built.components,
-            "transformer": self._transformer(2 * self.scale.latent_channels + 1, meanflow=False),
-            "scheduler": FlowMatchEulerDiscreteScheduler(),
-            "guider": ClassifierFreeGuidance(),
-        }
-        if self.scale is REAL:
-            components |= {
-                "vae": self._made(AutoencoderKLHunyuanVideo15),
-                "text_encoder": self._made(self._qwen),
-                "text_encoder_2": self._made(
-                    lambda: T5EncoderModel(
-                        T5Config(vocab_size=384, d_model=1472, d_kv=64, d_ff=3584, num_layers=12, num_heads=6)
-                    )
-                ),
-                "tokenizer_2": ByT5Tokenizer(),
-            }
-        pipeline = HunyuanVideo15Pipeline(**components)
-        for name in ("system_message", "prompt_template_encode_start_idx"):
-            setattr(pipeline, name, getattr(built, name))
-        return pipeline
-
-    def _qwen(self) -> nn.Module:
-        model: nn.Module = Qwen2_5_VLTextModel(
-            Qwen2_5_VLTextConfig(
-                vocab_size=152_064,
-                hidden_size=3584,
-                intermediate_size=18_944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            )
-        )
-        return model
-
-    def _stage(self, checkpoint: Checkpoint) -> SuperResolution:
-        channels = self.scale.latent_channels
-        small: nn.Module = (
-            SRTo720pUpsampler(channels, channels, global_residual=True)
-            if checkpoint.name.startswith("720p")
-            else SRTo1080pUpsampler(channels, channels, block_out_channels=(4 * channels, 2 * channels))
-        )
-        return SuperResolution(
-            transformer=self._transformer(3 * channels + 2, meanflow=True),
-            upsampler=small.eval().to(self.device),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=checkpoint.sampling.shift or 1.0),
-            sampling=checkpoint.sampling,
-        )
-
-    def _made(self, build: Callable[[], Any]) -> Any:
-        """A module with random weights in our dtype, in host memory, its numbers made on the GPU where there is one."""
-        with torch.device("meta"):
-            module = build()
-        module = module.to(self.dtype).to_empty(device="cpu").eval()
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                tensor.data.copy_(torch.randn(tensor.shape, device=self.device, dtype=self.dtype) * 0.02)
-        for part in module.modules():
-            if hasattr(part, "inv_freq"):  # a buffer that is computed, not learned
-                part.inv_freq.copy_(torch.logspace(0, -6, part.inv_freq.numel()))
-        return module
-
     def _matmul_peak(self) -> float:
-        """TFLOP/s of a large matrix product: what this chip gives at most."""
+        """TFLOP/s of a large matrix product: the most that this chip reaches."""
         size = 8192 if self.device == "cuda" else 512
         left, right = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
         return 2 * size**3 / self._timed(lambda: left @ right, repeat=10) / 1e12
 
     @torch.no_grad()
     def _timed(self, run: Callable[[], Any], repeat: int = 2) -> float:
-        """Seconds of one run, after one that warms up."""
+        """Seconds of one run, after a warm-up."""
         run()
         self._wait()
         started = time.perf_counter()

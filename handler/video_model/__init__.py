@@ -1,1 +1,1 @@
-"""The model: torch, diffusers and transformers live here and nowhere else."""
+"""The model: torch, diffusers and transformers are imported here and in `handler.weights` only."""

@@ -1,4 +1,4 @@
-"""Faster or smaller, and not quite the same: what an operator may ask for by name. Each is off unless asked for."""
+"""Approximations: faster or smaller renders with slightly different numbers. All are off by default."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import nn
 from handler.settings import Approximation
 from handler.video_model.attention import use_window_attention
 
-#: Mean change of the first block's output under which a step takes over the rest from the one before.
+#: A step reuses the other blocks' output if the first block's output changed by less than this, on average.
 CACHE_THRESHOLD: Final = 0.05
-#: Of so many steps one is computed, the rest extrapolated from the two computed last, after so many that are computed
-#: all. diffusers' defaults, not tuned for this model.
+#: TaylorSeer computes one of so many steps and extrapolates the others from the last two computed ones. It computes all
+#: of the first steps. diffusers' defaults, not tuned for this model.
 TAYLORSEER_INTERVAL: Final = 5
 TAYLORSEER_FIRST_STEPS: Final = 3
-#: Latent frames before and after its own that a latent token of super-resolution attends to; a second has six.
+#: Latent frames before and after its own that a latent token of super-resolution attends to. A second has six frames.
 WINDOW_RADIUS: Final = 4
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weight is kept in 8 bits, each row with a scale, and computed with as its input comes.
+    """A linear layer that stores its weight in 8 bits with a scale for each row, and computes in its input's dtype.
 
-    diffusers' layerwise casting has no scales, and the weights of a transformer lie where 8 bits are coarsest; it also
-    writes each weight back after each use, which can't be compiled.
+    diffusers' layerwise casting has no scales, although 8-bit floats are coarsest where a transformer's weights are. It
+    also writes each weight back after each use, which cannot be compiled.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -42,51 +42,51 @@ class Fp8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` times the weight, plus the bias."""
+        """(..., in) to (..., out)."""
         return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
-def _keep_in_8_bits(module: nn.Module) -> None:
+def _store_in_8_bits(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, Fp8Linear(child))
         else:
-            _keep_in_8_bits(child)
+            _store_in_8_bits(child)
 
 
 def approximate(
     transformers: Sequence[HunyuanVideo15Transformer3DModel],
-    wanted: Collection[Approximation],
+    enabled: Collection[Approximation],
     *,
     many_steps: Sequence[HunyuanVideo15Transformer3DModel] = (),
     upscalers: Sequence[HunyuanVideo15Transformer3DModel] = (),
     cache_threshold: float = CACHE_THRESHOLD,
 ) -> None:
-    """Apply what is wanted to `transformers`, before they go to their device.
+    """Applies the enabled approximations to `transformers`, before they are moved to their device.
 
-    Those of `many_steps` are the ones whose steps may be cached: where there are few, no two are alike. `upscalers` are
-    those of super-resolution. Source: https://huggingface.co/docs/diffusers/optimization/cache
+    Step caching applies only to `many_steps`: with few steps, no two are alike. Window attention applies only to
+    `upscalers`. Source: https://huggingface.co/docs/diffusers/optimization/cache
     """
-    if Approximation.FP8_WEIGHTS in wanted:
+    if Approximation.FP8_WEIGHTS in enabled:
         for transformer in transformers:
-            _keep_in_8_bits(transformer.transformer_blocks)
-    if Approximation.FIRST_BLOCK_CACHE in wanted:
+            _store_in_8_bits(transformer.transformer_blocks)
+    if Approximation.FIRST_BLOCK_CACHE in enabled:
         TransformerBlockRegistry.register(
             HunyuanVideo15TransformerBlock,
             TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
         )
         for transformer in many_steps:
             transformer.enable_cache(FirstBlockCacheConfig(threshold=cache_threshold))
-    if Approximation.TAYLORSEER in wanted:
+    if Approximation.TAYLORSEER in enabled:
         for transformer in many_steps:
             transformer.enable_cache(
                 TaylorSeerCacheConfig(
                     cache_interval=TAYLORSEER_INTERVAL,
                     disable_cache_before_step=TAYLORSEER_FIRST_STEPS,
                     taylor_factors_dtype=transformer.dtype,
-                    use_lite_mode=True,  # keeps what the transformer puts out, not what each block does: 50 GB at 720p
+                    use_lite_mode=True,  # caches the transformer's output, not each block's, which takes 50 GB at 720p
                 )
             )
-    if Approximation.SR_WINDOW_ATTENTION in wanted:
+    if Approximation.SR_WINDOW_ATTENTION in enabled:
         for transformer in upscalers:
             use_window_attention(transformer, WINDOW_RADIUS)

@@ -1,15 +1,17 @@
-"""Exact attention with no mask, and the choice of its kernel.
+"""Exact attention without a mask, and the choice of its kernel.
 
-diffusers' own processor builds a dense boolean mask of S x S in each block: 12.9 GB for five seconds at 720p. At
-batch size 1 the mask is only there to hide padded text tokens: text that is trimmed to its valid tokens needs none,
-and every kernel that takes no mask can be used.
+diffusers' own processor builds a dense boolean mask of S x S in each block: 12.9 GB for five seconds at 720p. At batch
+size 1 the mask only hides padded text tokens. Text that is trimmed to its valid tokens needs no mask, and kernels that
+support no mask can be used.
+
+Source of the stock processor: diffusers, models/transformers/transformer_hunyuan_video15.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -21,12 +23,12 @@ from handler.video_model.blocks import CHUNK, Attend, chunked_blocks, use_chunks
 
 log = logging.getLogger(__name__)
 
-#: PyTorch's scaled_dot_product_attention, which picks its kernel itself.
+#: PyTorch's scaled_dot_product_attention, which chooses its own kernel.
 NATIVE: Final = "native"
 
 
 class FullAttention:
-    """Each token attends to all: latent and text, all of them valid, by one of diffusers' kernels."""
+    """Each token attends to all latent and text tokens, with one of diffusers' kernels. All tokens must be valid."""
 
     def __init__(self, backend: str = NATIVE) -> None:
         self._backend = AttentionBackendName(backend)
@@ -37,7 +39,7 @@ class FullAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         *,
-        text: int,  # noqa: ARG002 - how many of them are text makes no difference
+        text: int,  # noqa: ARG002 - full attention treats text and latent tokens alike
     ) -> torch.Tensor:
         """See `Attend`."""
         attended: torch.Tensor = dispatch_attention_fn(query, key, value, attn_mask=None, backend=self._backend)
@@ -45,19 +47,19 @@ class FullAttention:
 
 
 def use_mask_free_attention(transformer: HunyuanVideo15Transformer3DModel, backend: str, *, chunk: int = CHUNK) -> None:
-    """Trim the text that comes in, and let each block attend with no mask and compute in chunks.
+    """Trims incoming text, and makes each block attend without a mask and compute in chunks. The batch must be 1.
 
-    The text refiner keeps its own processor: its sequence is short. The batch must be 1.
+    The text refiner keeps its own processor: its sequence is short.
     """
     transformer.register_forward_pre_hook(_trim_text, with_kwargs=True)
     use_chunks(transformer, FullAttention(backend), chunk)
 
 
 class WindowAttention:
-    """Latent tokens attend to the frames around their own and to the text, text tokens to all: an approximation.
+    """Latent tokens attend to the frames near their own and to all text, text tokens to everything. Approximate.
 
-    A frame at a time, with its keys cut out, so any kernel will do and nothing is masked. Work and time grow with the
-    frames, not with their square. Near the ends the window is as wide as elsewhere. `attend` does the attending.
+    Calls `attend` for each frame with the keys of its window, so that any kernel works without a mask. Time grows with
+    the number of frames, not with its square. Windows at the ends are as wide as the others.
     """
 
     def __init__(self, attend: Attend, radius: int) -> None:
@@ -66,7 +68,7 @@ class WindowAttention:
         self._frames = 1
 
     def note_frames(self, _: torch.nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """A pre-forward hook of the transformer: how many latent frames there are."""
+        """A pre-forward hook of the transformer that notes the number of latent frames."""
         self._frames = named["hidden_states"].shape[2]
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: int) -> torch.Tensor:
@@ -80,15 +82,15 @@ class WindowAttention:
         for frame in range(self._frames):
             first = min(max(frame - self._radius, 0), self._frames - width)
             window = slice(first * size, (first + width) * size)
-            seen = [torch.cat([whole[:, window], whole[:, latent:]], dim=1) for whole in (key, value)]
+            visible = [torch.cat([whole[:, window], whole[:, latent:]], dim=1) for whole in (key, value)]
             own = slice(frame * size, (frame + 1) * size)
-            attended[:, own] = self._attend(query[:, own], *seen, text=text)
+            attended[:, own] = self._attend(query[:, own], *visible, text=text)
         attended[:, latent:] = self._attend(query[:, latent:], key, value, text=text)
         return attended
 
 
 def use_window_attention(transformer: HunyuanVideo15Transformer3DModel, radius: int) -> None:
-    """Let latent tokens attend to `radius` frames before and after their own; after `use_mask_free_attention`."""
+    """Makes latent tokens attend to `radius` frames before and after theirs. Call after `use_mask_free_attention`."""
     blocks = list(chunked_blocks(transformer))
     window = WindowAttention(blocks[0].attend, radius)
     transformer.register_forward_pre_hook(window.note_frames, with_kwargs=True)
@@ -97,9 +99,9 @@ def use_window_attention(transformer: HunyuanVideo15Transformer3DModel, radius: 
 
 
 def use_fast_causal_mask(vae: AutoencoderKLHunyuanVideo15) -> None:
-    """Make the VAE's frame-causal mask in one go and once for all tiles: the stock one is filled row by row.
+    """Makes the VAE build its frame-causal mask in one operation, once for all tiles. diffusers fills it row by row.
 
-    A tile of 256 pixels and 121 frames has 7,936 rows, each a kernel launch, and a 720p video has 28 tiles.
+    A tile of 256 pixels and 121 frames has 7,936 rows with a kernel launch each, and a 720p video has 28 tiles.
     """
     for module in vae.modules():
         if isinstance(module, HunyuanVideo15AttnBlock):
@@ -120,7 +122,7 @@ def causal_mask(
 def _trim_text(
     _: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Both texts and their masks cut to what is valid: tokenizers pad on the right, so that is a prefix."""
+    """Cuts both texts and their masks to the valid tokens. Tokenizers pad on the right, so these are a prefix."""
     trimmed = dict(named)
     for suffix in ("", "_2"):
         states, mask = f"encoder_hidden_states{suffix}", f"encoder_attention_mask{suffix}"
@@ -130,26 +132,24 @@ def _trim_text(
 
 
 def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
-    """The kernel for these settings on this device, in diffusers' names; what can't be had is said once, loudly.
+    """The kernel for these settings on this device, in diffusers' names. Logs a warning if a setting cannot be met.
 
     Source: https://huggingface.co/docs/diffusers/optimization/attention_backends
     """
     if device != "cuda":
         if sage:
-            log.warning("HUNYUAN_ENABLE_SAGE_ATTN: sageattention needs a CUDA GPU; using PyTorch's attention")
+            log.warning(
+                "HUNYUAN_ENABLE_SAGE_ATTN has no effect: sageattention needs a CUDA GPU; using PyTorch's attention"
+            )
         return NATIVE
     if sage:
-        if _installed("sageattention"):
+        if find_spec("sageattention"):
             return "sage"
-        log.warning("HUNYUAN_ENABLE_SAGE_ATTN: sageattention is not installed; doing without")
+        log.warning("HUNYUAN_ENABLE_SAGE_ATTN has no effect: install the package sageattention, or set it to false")
     if not flash:
         return "_native_efficient"
     for module, backend in (("flash_attn_interface", "_flash_3"), ("flash_attn", "flash")):
-        if _installed(module):
+        if find_spec(module):
             return backend
     log.warning("HUNYUAN_ENABLE_FLASH_ATTN: flash-attn is not installed; using PyTorch's own flash attention")
     return NATIVE
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

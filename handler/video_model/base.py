@@ -1,4 +1,4 @@
-"""What the worker asks of a model, whatever it is made of. Imports nothing heavy."""
+"""The protocol between the worker and a model. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from contract.worker import Gpu
 #: RGB frames, uint8 of shape (frames, height, width, 3).
 Frames: TypeAlias = npt.NDArray[np.uint8]
 
-#: Called with a stage and how much of it is done, from 0.0 to 1.0.
+#: Called with a stage and the fraction of it that is done, from 0.0 to 1.0.
 OnProgress = Callable[[Stage, float], None]
 
 
 class ModelError(Exception):
-    """The model could not do what was asked."""
+    """The model cannot be loaded, or cannot render a job."""
 
 
 class ModelLoadError(ModelError):
-    """The checkpoint can't be loaded; the message names the setting and what it takes."""
+    """The checkpoint cannot be loaded; the message names the setting and its valid values."""
 
 
 class ModelOutOfMemoryError(ModelError):
-    """The render needs more memory than there is."""
+    """The render needs more memory than the machine has."""
 
 
 class RenderCancelledError(ModelError):
-    """The render was asked to stop, and did."""
+    """The render stopped because it was cancelled."""
 
 
 class VideoModel(Protocol):
@@ -42,33 +42,27 @@ class VideoModel(Protocol):
 
     @property
     def name(self) -> str:
-        """What stands in manifests and in /health, for example "demo"."""
-        ...
+        """The name in manifests and in /health, for example "demo"."""
 
     @property
     def models(self) -> Sequence[str]:
-        """The `model` values of a request that it can render."""
-        ...
+        """The values of a request's `model` that it can render."""
 
     @property
     def takes_images(self) -> bool:
-        """Whether it can start from an image."""
-        ...
+        """Whether a video may start from an image."""
 
     @property
     def approximations(self) -> Sequence[str]:
-        """What it does that is not exact, by name."""
-        ...
+        """Names of the approximations in use."""
 
     @property
     def load_seconds(self) -> Mapping[str, float]:
-        """Seconds that each phase of loading took."""
-        ...
+        """Seconds of each phase of loading."""
 
     @property
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
-        ...
 
     def render(
         self,
@@ -79,24 +73,21 @@ class VideoModel(Protocol):
         cancelled: Event,
         image: Image.Image | None = None,
     ) -> Iterator[Frames]:
-        """The video's frames in order, a few at a time; `num_frames(job_input.duration)` of them in all.
+        """Yields the `num_frames(job_input.duration)` frames of the video in order, a few at a time.
 
-        `image` (RGB, any size) is what the first frame shows; only for a model that `takes_images`.
+        `image` (RGB, any size) becomes the first frame; pass it only if the model `takes_images`.
 
-        The frames' size is the model's own; whoever encodes them fits them to `job_input.resolution`. The same
-        `seed` gives the same frames on the same machine. `on_progress` is told of the stages up to DECODING;
-        DENOISING and UPSCALING share one fraction, of the work of both.
+        The model chooses the size of the frames; the encoder scales them to `job_input.size`. The same `seed` gives the
+        same frames on the same machine. Calls `on_progress` for the stages up to DECODING. DENOISING and UPSCALING
+        share one fraction, which covers the steps of both.
 
         Raises:
-            RenderCancelledError: within one denoising step, or one decoded tile, of `cancelled` being set.
-            ModelOutOfMemoryError: call `release_memory` and the next render can go on.
+            RenderCancelledError: within one denoising step, or one decoded tile, after `cancelled` is set.
+            ModelOutOfMemoryError: call `release_memory` before the next render.
         """
-        ...
 
     def gpu(self) -> Gpu | None:
-        """The GPU in use and its memory as of now; None on a CPU. Safe to call from any thread."""
-        ...
+        """The GPU in use and its current memory; None on a CPU. Any thread may call it."""
 
     def release_memory(self) -> None:
-        """Give back what a render that failed or was cancelled has left behind."""
-        ...
+        """Frees what a failed or cancelled render has left in memory."""

@@ -1,9 +1,11 @@
-"""The transformer's repeated block, computed in chunks of tokens, and compiled where that pays.
+"""The transformer's repeated block, computed in chunks of tokens, and compiled on a GPU.
 
-All but attention works on each token by itself: what lies before it (norm, projection, rotation) and what lies after
-it (projection, norm, feed-forward, both residuals) are two functions, called for `chunk` tokens at a time. At 1080p
-each full-size temporary of theirs is 1 to 8 GB. The loops over chunks stay in Python, so that a compiled function
-sees tokens as one dynamic dimension, and one compilation serves every size and length of video.
+Everything but attention computes each token alone. The part before attention (norm, projection, rotation) and the part
+after it (projection, norm, feed-forward, both residuals) are therefore two functions, called for `chunk` tokens at a
+time: at 1080p each of their full-size temporaries would take 1 to 8 GB. The loops over chunks stay in Python. Thus a
+compiled function sees tokens as one dynamic dimension, and one compilation serves every size and length of video.
+
+Source of the arithmetic: diffusers, models/transformers/transformer_hunyuan_video15.py.
 """
 
 from __future__ import annotations
@@ -16,32 +18,31 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.embeddings import apply_rotary_emb
 
-#: Tokens that are computed at once: enough to fill a GPU, 256 MB a temporary at the model's width.
+#: Tokens computed at once: enough to fill a GPU; a temporary takes 256 MB at the model's width.
 CHUNK: Final = 65_536
 
-#: Cosines and sines of the positions: (tokens, head size) each.
+#: Cosines and sines of the positions, each (tokens, head size).
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attend(Protocol):
-    """Attention over (1, tokens, heads, head size) each, latent tokens first and `text` text tokens after them."""
+    """Attention over (1, tokens, heads, head size): latent tokens first, then `text` text tokens."""
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, text: int) -> torch.Tensor:
-        """The attended tokens, of the query's shape."""
-        ...
+        """Returns the attended tokens in the query's shape."""
 
 
 class ChunkedBlock:
-    """Stands for the forward of one `HunyuanVideo15TransformerBlock`, whose batch is 1 and whose text is all valid."""
+    """Replaces `forward` of a `HunyuanVideo15TransformerBlock`. The batch must be 1, and all text tokens valid."""
 
     def __init__(self, block: Any, attend: Attend, chunk: int = CHUNK) -> None:
         self._block = block
         self.attend = attend
         self._chunk = chunk
-        self.use(before_attention, after_attention)
+        self.set_functions(before_attention, after_attention)
 
-    def use(self, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-        """Compute with these, which are the functions below, compiled or not."""
+    def set_functions(self, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        """Sets `before_attention` and `after_attention`, compiled or not."""
         self._before, self._after = before, after
 
     def __call__(
@@ -52,30 +53,33 @@ class ChunkedBlock:
         attention_mask: torch.Tensor | None = None,  # noqa: ARG002 - diffusers passes it
         freqs_cis: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latent and text tokens, of the shapes that came in."""
+        """Returns latent and text tokens in the shapes of the inputs."""
         block, attn = self._block, self._block.attn
-        hidden_states = hidden_states.contiguous()  # the first block is given a transposed view
+        hidden_states = hidden_states.contiguous()  # the first block gets a transposed view
         tokens, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
         chunks = [slice(begin, min(begin + self._chunk, tokens)) for begin in range(0, tokens, self._chunk)]
+        # 1. Query, key and value of all tokens: (1, latent + text tokens, heads, head size) each.
         joint = [hidden_states.new_empty(1, tokens + text, attn.heads, attn.inner_dim // attn.heads) for _ in range(3)]
         for chunk in chunks:
             rotation = None if freqs_cis is None else (freqs_cis[0][chunk].detach(), freqs_cis[1][chunk].detach())
             _write(joint, chunk, self._before(block, _part(hidden_states, chunk), temb, rotation, text=False))
         _write(joint, slice(tokens, None), self._before(block, encoder_hidden_states, temb, None, text=True))
+        # 2. Attention over all tokens.
         attended = self.attend(*joint, text=text).flatten(2)  # (1, latent + text tokens, D)
         del joint
+        # 3. Projection, feed-forward and residuals.
         latent = torch.empty_like(hidden_states)
         for chunk in chunks:
-            states, seen = _part(hidden_states, chunk), _part(attended, chunk)
-            latent[:, chunk] = self._after(block, states, seen, temb, text=False)
-        seen = _part(attended, slice(tokens, None))
-        return latent, self._after(block, encoder_hidden_states, seen, temb, text=True)
+            states, attended_part = _part(hidden_states, chunk), _part(attended, chunk)
+            latent[:, chunk] = self._after(block, states, attended_part, temb, text=False)
+        attended_text = _part(attended, slice(tokens, None))
+        return latent, self._after(block, encoder_hidden_states, attended_text, temb, text=True)
 
 
 def _part(states: torch.Tensor, chunk: slice) -> torch.Tensor:
-    """Some tokens of (1, tokens, D) that pass for a tensor of their own.
+    """Some tokens of (1, tokens, D), as a view that a compiled function accepts like a whole tensor.
 
-    Compiled functions are bound to strides, and to whether a view is as long as what it looks into.
+    Indexing `[0]` and `[None]` gives every chunk the same strides. `detach` hides its base from the compiler's guards.
     """
     return states[0, chunk][None].detach()
 
@@ -88,7 +92,7 @@ def _write(joint: list[torch.Tensor], chunk: slice, parts: tuple[torch.Tensor, .
 def before_attention(
     block: Any, states: torch.Tensor, temb: torch.Tensor, rotation: Rotation | None, *, text: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value of some tokens: (1, tokens, heads, head size) each."""
+    """Query, key and value of some tokens, each (1, tokens, heads, head size)."""
     attn = block.attn
     if text:
         norm, project = block.norm1_context, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -107,7 +111,7 @@ def before_attention(
 def after_attention(
     block: Any, states: torch.Tensor, attended: torch.Tensor, temb: torch.Tensor, *, text: bool
 ) -> torch.Tensor:
-    """Some tokens as the block leaves them: (1, tokens, D)."""
+    """The block's output for some tokens: (1, tokens, D)."""
     if text:
         first, project = block.norm1_context, block.attn.to_add_out
         norm, feed_forward = block.norm2_context, block.ff_context
@@ -122,13 +126,13 @@ def after_attention(
 
 
 def use_chunks(transformer: HunyuanVideo15Transformer3DModel, attend: Attend, chunk: int = CHUNK) -> None:
-    """Let each block of `transformer` compute in chunks, with `attend` for its attention."""
+    """Makes each block of `transformer` compute in chunks, with `attend` as its attention."""
     for block in transformer.transformer_blocks:
         block.forward = ChunkedBlock(block, attend, chunk)
 
 
 def chunked_blocks(transformer: HunyuanVideo15Transformer3DModel) -> Iterator[ChunkedBlock]:
-    """What `use_chunks` has put there, whatever hooks are around it by now: those of step caching and of streaming."""
+    """The `ChunkedBlock` of each block, under the hooks that step caching and streaming may have added."""
     for block in transformer.transformer_blocks:
         forward = inspect.unwrap(block.forward)
         assert isinstance(forward, ChunkedBlock)  # noqa: S101

@@ -1,21 +1,23 @@
-"""What is known of the checkpoints, and which of them make a video: data, and the few lines that read it.
+"""The checkpoints, their sampling and sizes, and the route of a video through them.
 
-Source: https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5 (README, "Inference", recommended settings), and for the
-four-step base https://huggingface.co/lightx2v/Hy1.5-Distill-Models.
+A new resolution needs its `ROUTES` here, and nothing else of the model changes.
+
+Source of the numbers: https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5 (README, "Inference", recommended
+settings), and for the four-step base https://huggingface.co/lightx2v/Hy1.5-Distill-Models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from contract.job import Profile, Resolution
+from contract.job import DEFAULT_MODEL, Profile, Resolution
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a checkpoint is sampled. None: as the checkpoint's own scheduler and guider say."""
+    """How a checkpoint is sampled. None stands for the value of the checkpoint's own scheduler or guider."""
 
     num_inference_steps: int = 50
     shift: float | None = None
@@ -24,11 +26,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`base_size` is the side, in pixels, of the square whose area its videos have: 640 for 480p, 960, 1440."""
+    """`base_size` is the side, in pixels, of a square with the area of its videos: 640 for 480p, 960, 1440."""
 
     name: str
     base_size: int
     sampling: Sampling
+
+    @property
+    def is_super_resolution(self) -> bool:
+        """Whether it upscales the latents of another checkpoint."""
+        return "_sr_" in self.name
 
 
 CHECKPOINTS: Final[Mapping[str, Checkpoint]] = {
@@ -52,16 +59,19 @@ CHECKPOINTS: Final[Mapping[str, Checkpoint]] = {
 
 @dataclass(frozen=True)
 class Route:
-    """The checkpoints that a video goes through, by name: a base model, then super-resolution stages in order."""
+    """Names of the checkpoints that render a video: a base model, then super-resolution stages in order."""
 
     base: str
     super_resolution: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """Every checkpoint on the way."""
+        """All of them, in order."""
         return (self.base, *self.super_resolution)
 
+
+#: The route for each `model` of a request and each resolution.
+Routes = Mapping[tuple[str, Resolution], Route]
 
 _SR_720P: Final = "720p_sr_distilled"
 _SR_1080P: Final = "1080p_sr_distilled"
@@ -75,7 +85,7 @@ ROUTES: Final[Mapping[tuple[Profile, Resolution], Route]] = {
     (Profile.QUALITY, Resolution.P1080): Route("720p_t2v", (_SR_1080P,)),
 }
 
-#: Where a video starts from an image, another base takes the place of the text-to-video one.
+#: The base model of a route whose video starts from an image.
 IMAGE_BASES: Final[Mapping[Profile, str]] = {
     Profile.FAST: "480p_i2v_step_distilled",
     Profile.BALANCED: "480p_i2v_distilled",
@@ -84,27 +94,55 @@ IMAGE_BASES: Final[Mapping[Profile, str]] = {
 
 
 def needed(profile: Profile) -> frozenset[str]:
-    """The checkpoints that a profile takes for all that may be asked of it."""
+    """The checkpoints that a profile needs for all resolutions."""
     return frozenset(name for (of, _), route in ROUTES.items() if of is profile for name in route.checkpoints)
 
 
+def missing(profile: Profile, present: Collection[str]) -> list[str]:
+    """The checkpoints that a profile needs and that are not present."""
+    return sorted(needed(profile) - set(present))
+
+
 def offered(present: Collection[str]) -> list[Profile]:
-    """The profiles whose checkpoints are all there, fastest first."""
-    return [profile for profile in Profile if needed(profile) <= frozenset(present)]
+    """The profiles whose checkpoints are all present, fastest first."""
+    return [profile for profile in Profile if not missing(profile, present)]
+
+
+def text_routes(models: Mapping[str, Profile]) -> Routes:
+    """The routes of videos from text, for the profile behind each `model`."""
+    return {(model, size): ROUTES[profile, size] for model, profile in models.items() for size in Resolution}
+
+
+def image_routes(models: Mapping[str, Profile], present: Collection[str]) -> Routes:
+    """The routes of videos from an image; none if no image-to-video base is present.
+
+    A profile whose own base is absent takes the fastest profile that has one.
+    """
+    able = [profile for profile in Profile if profile in models.values() and IMAGE_BASES[profile] in present]
+    if not able:
+        return {}
+    taken = {model: profile if profile in able else able[0] for model, profile in models.items()}
+    return {key: replace(route, base=IMAGE_BASES[taken[key[0]]]) for key, route in text_routes(taken).items()}
+
+
+def single_routes(checkpoint: str) -> Routes:
+    """One checkpoint renders every resolution; the encoder scales its videos."""
+    return {(DEFAULT_MODEL, resolution): Route(checkpoint) for resolution in Resolution}
 
 
 def known_name(directory_name: str) -> str | None:
-    """The checkpoint that a directory's name tells of: `HunyuanVideo-1.5-Diffusers-480p_t2v` is `480p_t2v`."""
+    """The checkpoint that a directory name ends with: `HunyuanVideo-1.5-Diffusers-480p_t2v` is `480p_t2v`."""
     return next((name for name in sorted(CHECKPOINTS, key=len, reverse=True) if directory_name.endswith(name)), None)
 
 
-def bucket_size(base_size: int, width: int, height: int, patch: int = 16) -> tuple[int, int]:
-    """(width, height) that a model of `base_size` renders for this aspect ratio, in pixels, multiples of `patch`.
+def trained_size(base_size: int, width: int, height: int, patch: int = 16) -> tuple[int, int]:
+    """(width, height) in pixels, multiples of `patch`, that a model of `base_size` renders for an aspect ratio.
 
-    The sizes that the models were trained on: as many patches as a square of `base_size` has, or just fewer; of those
-    the one whose aspect ratio is nearest, on the square's side where there is no exact one. Source:
+    The models were trained on these sizes: at most as many patches as a square of `base_size` has, in sides of up to
+    4:1. Of them this is the nearest aspect ratio, or the nearest towards the square if none is exact. Source:
     hyvideo/utils/data_utils.py in the repository above.
     """
+    # 1. All sizes, from the widest to the highest.
     patches = round((base_size / patch) ** 2)
     wide, high = patches, 1
     sizes: list[tuple[int, int]] = []
@@ -115,8 +153,9 @@ def bucket_size(base_size: int, width: int, height: int, patch: int = 16) -> tup
             high += 1
         else:
             wide -= 1
+    # 2. Those towards the square. As the source does, round ratios to five digits.
     ratio = height / width
-    # Upstream rounds ratios to five digits, and takes the nearest from the square's side.
     side = [size for size in sizes if (round(size[1] / size[0], 5) - ratio) * (1 if ratio < 1 else -1) >= 0]
+    # 3. The nearest.
     wide, high = min(side, key=lambda size: abs(round(size[1] / size[0], 5) - ratio))
     return patch * wide, patch * high

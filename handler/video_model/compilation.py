@@ -1,9 +1,9 @@
-"""torch.compile for the transformers' repeated block, done before the first job.
+"""torch.compile for the transformers' repeated block, before the first job.
 
-What is compiled are the two functions of `blocks.py`, once for all blocks, all transformers of the same width and all
-sizes of videos: their tokens are a dynamic dimension. diffusers' own `compile_repeated_blocks` takes the whole block,
-whose loop over chunks makes each of our twelve sizes a compilation of its own, and PyTorch gives up after eight.
-Streamed blocks are left alone: they wait for the bus, not for the arithmetic.
+Compiles the two functions of `blocks.py`, once for all blocks, all transformers of the same width and all sizes of
+videos: their tokens are a dynamic dimension. diffusers' own `compile_repeated_blocks` compiles the whole block with its
+loop over chunks. Each of our twelve sizes would be its own compilation, and PyTorch stops after eight. Streamed blocks
+are not compiled: they wait for the bus, not for the arithmetic.
 """
 
 from __future__ import annotations
@@ -18,52 +18,63 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 
 from handler.video_model.blocks import after_attention, before_attention, chunked_blocks
+from handler.video_model.memory import Budget, Placement
 
-#: Latent frames, height and width, and tokens of both texts, of the pass that compiles. None of the numbers of tokens
-#: that they make is a size of the model: PyTorch would take the two for one.
+#: Latent frames, height and width, and tokens of both texts, for the pass that compiles. No number of tokens equals a
+#: size of the model: PyTorch would compile the two as one dimension.
 _WARM_UP: Final = (3, 5, 7)
 _WARM_UP_TEXT: Final = (11, 3)
 
 log = logging.getLogger(__name__)
 
 
+def should_compile(setting: bool | None, device: str, memory: Budget | None) -> bool:
+    """Whether to compile: if the blocks stay on a GPU, unless HUNYUAN_COMPILE (`setting`) says otherwise."""
+    streamed = memory is not None and memory.plan.transformers is Placement.STREAMED
+    if setting and streamed:
+        log.warning("HUNYUAN_COMPILE has no effect: GPU memory is too small, so the transformers are streamed")
+    return not streamed and (device == "cuda" if setting is None else setting)
+
+
 def compile_blocks(
     transformers: Sequence[HunyuanVideo15Transformer3DModel], cache_dir: Path | None = None, backend: str = "inductor"
 ) -> bool:
-    """Compile, and run each transformer once, so that no job waits for the compiler.
+    """Compiles, and runs each transformer once, so that no job waits for the compiler.
 
-    What is compiled is kept in `cache_dir` for the next start; None leaves that to PyTorch. False where there is no
-    compiler that works: that is said once, and the blocks go on as they were.
+    Keeps compiled kernels in `cache_dir` for the next start; None takes PyTorch's default. Returns False and logs a
+    warning if no compiler works; the blocks then run uncompiled.
     """
     if cache_dir is not None:
-        # PyTorch takes it from nowhere else, and puts its own default there as soon as it is imported.
+        # PyTorch reads it only from here, and sets its own default on import.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir.absolute() / "torchinductor")
     compiled = [torch.compile(part, dynamic=True, backend=backend) for part in (before_attention, after_attention)]
-    _use(transformers, *compiled)
+    _set_functions(transformers, *compiled)
     try:
         for transformer in transformers:
             warm_up(transformer)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, OSError) as exc:  # of the compiler: PyTorch's are RuntimeErrors
+    except (RuntimeError, OSError) as exc:  # the compiler's errors: PyTorch raises RuntimeError
         reason = str(exc).strip().partition("\n")[0]
-        log.warning("HUNYUAN_COMPILE: nothing can be compiled here, going on without, slower: %s", reason)
-        _use(transformers, before_attention, after_attention)
+        log.warning(
+            "HUNYUAN_COMPILE: compilation failed, renders are slower; set it to false to skip the attempt: %s", reason
+        )
+        _set_functions(transformers, before_attention, after_attention)
         return False
     return True
 
 
-def _use(
+def _set_functions(
     transformers: Sequence[HunyuanVideo15Transformer3DModel], before: Callable[..., Any], after: Callable[..., Any]
 ) -> None:
     for transformer in transformers:
         for block in chunked_blocks(transformer):
-            block.use(before, after)
+            block.set_functions(before, after)
 
 
 @torch.no_grad()
 def warm_up(transformer: HunyuanVideo15Transformer3DModel) -> None:
-    """One pass over a small video of random numbers."""
+    """Runs one pass over a small video of random numbers."""
     config, dtype = transformer.config, transformer.dtype
     device = next(transformer.parameters()).device
 

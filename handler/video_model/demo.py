@@ -1,8 +1,7 @@
-"""The demo model: a complete HunyuanVideo15Pipeline, small enough for any CPU and made on the spot with no download.
+"""The demo model: a complete HunyuanVideo15Pipeline, small enough for any CPU, built without a download.
 
-Every part is of the class that the real checkpoint uses; only the sizes differ, and the weights are random. They are
-drawn such that the decoder blurs instead of making noise: what comes out is slowly moving colour, another one for
-each prompt and seed.
+Every component has the class of the real checkpoint, with smaller sizes and random weights. The decoder's weights blur,
+so that the video shows slowly moving colours, different ones for each prompt and seed, instead of noise.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from transformers import (
 from contract.job import MAX_PROMPT_LENGTH
 from handler.video_model.catalog import Checkpoint, Sampling
 
-#: It renders 128x72 for 16:9, which is a square of 96 pixels in area.
+#: Renders 128x72 for 16:9, which has the area of a square of 96 pixels.
 CHECKPOINT: Final = Checkpoint("demo", 96, Sampling(num_inference_steps=16, shift=5.0, guidance_scale=6.0))
 
 _WEIGHTS_SEED: Final = 2
@@ -47,7 +46,7 @@ _SYSTEM_MESSAGE: Final = "Describe the video."
 
 
 def build_pipeline() -> HunyuanVideo15Pipeline:
-    """The pipeline, the same each time."""
+    """Builds the pipeline, with the same weights each time."""
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_WEIGHTS_SEED)
@@ -65,16 +64,16 @@ def build_pipeline() -> HunyuanVideo15Pipeline:
         )
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
-            component.eval()  # as `from_pretrained` does: T5 has dropout
+            component.eval()  # as `from_pretrained` does; T5 has dropout
     pipeline.system_message = _SYSTEM_MESSAGE
     prefix = tokenizer.apply_chat_template([{"role": "system", "content": _SYSTEM_MESSAGE}], tokenize=True)["input_ids"]
     pipeline.prompt_template_encode_start_idx = len(prefix)
-    pipeline.tokenizer_max_length = 4 * MAX_PROMPT_LENGTH + 32  # a token is a byte, a character up to four
+    pipeline.tokenizer_max_length = 4 * MAX_PROMPT_LENGTH + 32  # a token is a byte, and a character has up to four
     return pipeline
 
 
 def _tokenizer() -> Qwen2Tokenizer:
-    """Qwen's, with bytes for its whole vocabulary."""
+    """Qwen's tokenizer with the 256 bytes as its vocabulary."""
     symbols = [*sorted(ByteLevel.alphabet()), _ENDOFTEXT, *_CHAT_TOKENS]
     tokenizer = Qwen2Tokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": _CHAT_TOKENS})
@@ -137,11 +136,11 @@ def _vae() -> AutoencoderKLHunyuanVideo15:
 
 @torch.no_grad()
 def _blur(vae: AutoencoderKLHunyuanVideo15) -> None:
-    """Make each of the decoder's convolutions a box blur that mixes channels.
+    """Makes each convolution of the decoder a box blur that mixes channels.
 
-    An upsampler unpacks groups of channels into neighbouring pixels, and its shortcut does the same with the channels
-    that come in: where all groups are equal, neighbours are, too. Up to the last level, where nothing is unpacked any
-    more, the output channels therefore repeat with an eighth of their number.
+    An upsampler unpacks groups of channels into neighbouring pixels, and its shortcut does the same with its input
+    channels. Equal groups therefore give equal neighbours, so the output channels repeat after an eighth of them. The
+    last level unpacks nothing and needs no repetition.
     """
     decoder = vae.decoder
     last_level = (f"up_blocks.{len(decoder.up_blocks) - 1}.", "conv_out.")
@@ -151,12 +150,12 @@ def _blur(vae: AutoencoderKLHunyuanVideo15) -> None:
         channels_out, channels_in, *taps = conv.weight.shape
         period = channels_out if name.startswith(last_level) else channels_out // 8
         mix = torch.randn(period, channels_in, 1, 1, 1)
-        mix -= mix.mean(dim=1, keepdim=True)  # SiLU's positive mean would drown all colour in one
+        mix -= mix.mean(dim=1, keepdim=True)  # without this, SiLU's positive mean gives every pixel the same colour
         box = mix.expand(-1, -1, *taps) / (channels_in**0.5 * torch.Size(taps).numel())
         conv.weight.copy_(box.repeat(channels_out // period, 1, 1, 1, 1))
         if conv.bias is not None:
             conv.bias.zero_()
-    # The first shortcut repeats each latent channel for several neighbouring ones: take that out again.
+    # The first shortcut repeats each latent channel over several neighbours; subtract it again.
     first = decoder.conv_in.conv.weight
     for channel in range(first.shape[0]):
         first[channel, channel * first.shape[1] // first.shape[0], -1, 1, 1] -= 1

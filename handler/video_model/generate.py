@@ -1,7 +1,7 @@
-"""Prompt to frames: diffusers' HunyuanVideo15Pipeline, super-resolution in latents, decode, uint8 frames out.
+"""A prompt to frames: diffusers' HunyuanVideo15Pipeline, super-resolution in latents, decode to uint8.
 
-The pipeline has no step callback and takes no guidance scale. Both are done from outside: its scheduler's `step` is
-watched, its guider is replaced.
+The pipeline has no step callback and no argument for the guidance scale. This module therefore wraps its scheduler's
+`step` and replaces its guider. Source: diffusers, pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Event
 from typing import Any, Final
 
@@ -19,82 +18,48 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from PIL import Image, ImageOps
 
-from contract.job import JobInput, Resolution, num_frames
+from contract.job import JobInput, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
-from handler.video_model.catalog import Checkpoint, Route, bucket_size
+from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.decode import decode
 from handler.video_model.memory import Budget, DoesNotFitError, Workload
-from handler.video_model.super_resolution import ImageCondition, SuperResolution, stage_arguments
+from handler.video_model.parts import Base, Parts, Upscaler
+from handler.video_model.super_resolution import ImageCondition, stage_arguments
 
-#: Frames that are handed on at once: 8 of 1280x720 are 22 MB.
-_CHUNK: Final = 8
-#: Encoded prompts that are kept, each some 10 MB at real size.
-_KEPT_PROMPTS: Final = 16
+#: Frames that `render` yields at once: 8 of 1280x720 are 22 MB.
+_FRAMES_PER_CHUNK: Final = 8
+#: Encoded prompts that stay in memory, about 10 MB each at real size.
+_CACHED_PROMPTS: Final = 16
 
 #: Both text encoders' states of a text and their masks, under the names of the pipeline's arguments.
-Prompt = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Base:
-    """A pipeline, from text or from an image, and what its checkpoint needs."""
-
-    checkpoint: Checkpoint
-    pipeline: HunyuanVideo15Pipeline  # or its image-to-video twin, which has an image encoder beside
-
-    @property
-    def image_encoder(self) -> torch.nn.Module | None:
-        """The vision tower; None where videos are made from text alone."""
-        encoder: torch.nn.Module | None = self.pipeline.components.get("image_encoder")
-        return encoder
-
-
-@dataclass(frozen=True)
-class Upscaler:
-    """A super-resolution stage and the size that its checkpoint renders."""
-
-    checkpoint: Checkpoint
-    stage: SuperResolution
+EncodedPrompt = Mapping[str, torch.Tensor]
 
 
 class PipelineModel:
-    """A `VideoModel` over loaded checkpoints.
-
-    `routes` says for each `model` a client may name, and each resolution, which checkpoints a video goes through, and
-    `image_routes` the same where it starts from an image; `bases` and `upscalers` hold them by name. All bases share
-    their text encoders and their VAE. A job that does not fit into `memory` is refused before it starts.
-    """
+    """A `VideoModel` of loaded checkpoints. Refuses a job that does not fit into `memory` before it starts."""
 
     def __init__(
         self,
+        parts: Parts,
         *,
-        name: str,
-        bases: Mapping[str, Base],
-        routes: Mapping[tuple[str, Resolution], Route],
-        image_routes: Mapping[tuple[str, Resolution], Route] | None = None,
-        upscalers: Mapping[str, Upscaler] | None = None,
         attention: str = "",
         memory: Budget | None = None,
         approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
     ) -> None:
+        self.parts = parts
+        self.name = parts.name
+        self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in parts.routes))
+        self.takes_images = bool(parts.image_routes)
+        self.attention = attention
         self.approximations = approximations
-        self.name = name
         self.load_seconds = load_seconds or {}
         self._memory = memory
-        self.attention = attention
-        self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in routes))
-        self._bases = bases
-        self._upscalers = upscalers or {}
-        self._routes = routes
-        self._image_routes = image_routes or {}
-        self.takes_images = bool(self._image_routes)
-        self._shared = next(iter(bases.values())).pipeline
-        self._prompts: OrderedDict[str, Prompt] = OrderedDict()
-        for base in bases.values():
-            _prepare(base)
+        self._prompts: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        for base in parts.bases.values():
+            _configure(base)
 
     def render(
         self,
@@ -111,39 +76,43 @@ class PipelineModel:
             latents = self._latents(job_input, image, seed, on_progress, cancelled)
             video = self._decode(latents, on_progress, cancelled)
             del latents
-            for first in range(0, len(video), _CHUNK):
-                _stop_if(cancelled)
-                yield video[first : first + _CHUNK]
+            for first in range(0, len(video), _FRAMES_PER_CHUNK):
+                _raise_if(cancelled)
+                yield video[first : first + _FRAMES_PER_CHUNK]
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
                 raise
-            # The tensors of the calls that failed live on in their frames for as long as the exception does.
+            # The exception holds its frames, and these hold the tensors of the calls that failed.
             traceback.clear_frames(exc.__traceback__)
             raise ModelOutOfMemoryError(str(exc).partition("\n")[0] or "out of memory") from None
         finally:
-            for base in self._bases.values():
+            for base in self.parts.bases.values():
                 base.pipeline.maybe_free_model_hooks()
 
     def gpu(self) -> Gpu | None:
-        """The GPU that the pipelines run on."""
-        device = self._shared._execution_device
+        """The GPU that the pipelines run on; None on a CPU."""
+        device = self.parts.shared._execution_device
         if device.type != "cuda":
             return None
         free, total = torch.cuda.mem_get_info(device)
         return Gpu(name=torch.cuda.get_device_name(device), memory_total=total, memory_free=free)
 
     def release_memory(self) -> None:
-        """Give PyTorch's cached blocks back to the GPU."""
+        """Returns PyTorch's cached blocks to the GPU."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def workload(self, job_input: JobInput) -> Workload:
-        """What the job's largest stage comes to."""
-        route = self._routes[job_input.model, job_input.resolution]
-        checkpoints = [self._bases[route.base].checkpoint]
-        checkpoints += [self._upscalers[name].checkpoint for name in route.super_resolution]
-        sizes = [_render_size(checkpoint, job_input, self._shared) for checkpoint in checkpoints]
+        """The job's frames and the size of its largest stage."""
+        base, upscalers = self._route(job_input, from_image=False)
+        checkpoints = [base.checkpoint, *(upscaler.checkpoint for upscaler in upscalers)]
+        sizes = [_render_size(checkpoint, job_input, self.parts.shared) for checkpoint in checkpoints]
         return Workload(num_frames(job_input.duration), max(sizes, key=math.prod))
+
+    def _route(self, job_input: JobInput, *, from_image: bool) -> tuple[Base, list[Upscaler]]:
+        routes = self.parts.image_routes if from_image else self.parts.routes
+        route = routes[job_input.model, job_input.resolution]
+        return self.parts.bases[route.base], [self.parts.upscalers[name] for name in route.super_resolution]
 
     def _check_memory(self, job_input: JobInput) -> None:
         if self._memory is None:
@@ -154,39 +123,34 @@ class PipelineModel:
             raise ModelOutOfMemoryError(str(exc)) from exc
 
     def _latents(
-        self,
-        job_input: JobInput,
-        image: Image.Image | None,
-        seed: int,
-        on_progress: OnProgress,
-        cancelled: Event,
+        self, job_input: JobInput, image: Image.Image | None, seed: int, on_progress: OnProgress, cancelled: Event
     ) -> torch.Tensor:
-        """Final latents (1, C, T, H / 16, W / 16), scaled as the VAE takes them."""
-        routes = self._routes if image is None else self._image_routes
-        route = routes[job_input.model, job_input.resolution]
-        base = self._bases[route.base]
-        upscalers = [self._upscalers[name] for name in route.super_resolution]
-        work = _Work(job_input, base, upscalers, on_progress, cancelled)
+        """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
+        # 1. Choose the route.
+        base, upscalers = self._route(job_input, from_image=image is not None)
+        progress = _DenoisingProgress(job_input, base, upscalers, on_progress, cancelled)
+        # 2. Encode the prompt.
         on_progress(Stage.ENCODING_PROMPT, 0.0)
-        _stop_if(cancelled)
-        prompt = self._encoded(job_input.prompt)
-        # On the CPU, so that a seed means the same noise on every GPU.
+        _raise_if(cancelled)
+        prompt = self._encode(job_input.prompt)
+        # 3. Denoise with the base model. The noise comes from the CPU: there a seed gives the same on every machine.
         generator = torch.Generator("cpu").manual_seed(seed)
         if image is not None:
-            image = _fitted(image, job_input)
-        latents = self._denoise(job_input, image, base, prompt, generator, work)
+            image = _crop(image, job_input)
+        latents = self._denoise(job_input, image, base, prompt, generator, progress)
+        # 4. Upscale the latents, stage by stage.
+        ratio = base.pipeline.vae_scale_factor_spatial
         for upscaler in upscalers:
             width, height = _render_size(upscaler.checkpoint, job_input, base.pipeline)
-            ratio = base.pipeline.vae_scale_factor_spatial
             latents = upscaler.stage(
                 latents,
                 (height // ratio, width // ratio),
                 stage_arguments(prompt),
                 generator,
-                work.after_upscaling,
-                _condition(base.pipeline, image, width, height) if image is not None else None,
+                progress.after_upscaling,
+                _encode_image(base.pipeline, image, width, height) if image is not None else None,
             )
-            work.next_upscaler()
+            progress.next_upscaler()
         scaled: torch.Tensor = latents / base.pipeline.vae.config.scaling_factor
         return scaled
 
@@ -195,26 +159,23 @@ class PipelineModel:
         job_input: JobInput,
         image: Image.Image | None,
         base: Base,
-        prompt: Prompt,
+        prompt: EncodedPrompt,
         generator: torch.Generator,
-        work: _Work,
+        progress: _DenoisingProgress,
     ) -> torch.Tensor:
         """The base model's latents (1, C, T, h, w)."""
         pipeline = base.pipeline
-        guider = pipeline.guider
-        if job_input.guidance_scale is not None:
-            pipeline.guider = guider.new(guidance_scale=job_input.guidance_scale)
-        try:
+        with _guidance(pipeline, job_input.guidance_scale):
             arguments: dict[str, Any] = dict(prompt)
             if pipeline.guider.num_conditions > 1:
-                negative = self._encoded(job_input.negative_prompt or "")
+                negative = self._encode(job_input.negative_prompt or "")
                 arguments |= {f"negative_{name}": state for name, state in negative.items()}
-            work.start()
             if image is not None:
-                arguments["image"] = image  # which decides the size
+                arguments["image"] = image  # the pipeline takes its size from the image
             else:
                 arguments["width"], arguments["height"] = _render_size(base.checkpoint, job_input, pipeline)
-            with _watched(pipeline.scheduler, work.after_denoising):
+            progress.start()
+            with _step_callback(pipeline.scheduler, progress.after_denoising):
                 latents: torch.Tensor = pipeline(
                     num_frames=num_frames(job_input.duration),
                     num_inference_steps=_steps(base, job_input),
@@ -222,92 +183,86 @@ class PipelineModel:
                     output_type="latent",
                     **arguments,
                 ).frames
-        finally:
-            pipeline.guider = guider
         return latents
 
-    def _encoded(self, text: str) -> Prompt:
-        """The text's states, from memory if it was encoded lately: they depend on nothing else."""
+    def _encode(self, text: str) -> EncodedPrompt:
+        """The text's states. They depend on the text alone, so the last `_CACHED_PROMPTS` stay in memory."""
         if text not in self._prompts:
+            pipeline = self.parts.shared
             names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
             with torch.no_grad():
-                states = self._shared.encode_prompt(prompt=text, dtype=self._shared.transformer.dtype)
+                states = pipeline.encode_prompt(prompt=text, dtype=pipeline.transformer.dtype)
             self._prompts[text] = dict(zip(names, states, strict=True))
-            if len(self._prompts) > _KEPT_PROMPTS:
+            if len(self._prompts) > _CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(text)
         return self._prompts[text]
 
     def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Frames:
-        def tell(done: float) -> None:
-            _stop_if(cancelled)
+        def on_tile(done: float) -> None:
+            _raise_if(cancelled)
             on_progress(Stage.DECODING, done)
 
-        video = decode(self._shared.vae, latents, tell)
-        tell(1.0)
+        video = decode(self.parts.shared.vae, latents, on_tile)
+        on_tile(1.0)
         return video
 
 
-class _Work:
-    """How much of all denoising is done, over the base model and its upscalers.
+class _DenoisingProgress:
+    """The fraction of all denoising that is done, over the base model and its upscalers.
 
-    A step counts with the square of its tokens, as attention does: a step at 1080p is worth 25 at 480p.
+    A step counts with the square of its tokens, as attention does: a step at 1080p counts as 25 at 480p.
     """
 
     def __init__(
-        self,
-        job_input: JobInput,
-        base: Base,
-        upscalers: Sequence[Upscaler],
-        on_progress: OnProgress,
-        cancelled: Event,
+        self, job_input: JobInput, base: Base, upscalers: Sequence[Upscaler], on_progress: OnProgress, cancelled: Event
     ) -> None:
-        def weight(checkpoint: Checkpoint) -> float:
+        def cost(checkpoint: Checkpoint) -> float:
             width, height = _render_size(checkpoint, job_input, base.pipeline)
             return float((width * height) ** 2)
 
         guidance = job_input.guidance_scale or base.pipeline.guider.guidance_scale
         passes = 2 if guidance > 1 else 1
-        self._base_step = passes * weight(base.checkpoint)
-        self._upscaler_steps = [weight(upscaler.checkpoint) for upscaler in upscalers]
-        steps = [upscaler.stage.sampling.num_inference_steps for upscaler in upscalers]
-        self._total = self._base_step * _steps(base, job_input) + sum(
-            count * step for count, step in zip(steps, self._upscaler_steps, strict=True)
-        )
+        self._base_step = passes * cost(base.checkpoint)
+        self._upscaler_steps = [cost(upscaler.checkpoint) for upscaler in upscalers]
+        counts = [upscaler.stage.sampling.num_inference_steps for upscaler in upscalers]
+        upscaling = sum(count * step for count, step in zip(counts, self._upscaler_steps, strict=True))
+        self._total = _steps(base, job_input) * self._base_step + upscaling
         self._done = 0.0
         self._on_progress = on_progress
         self._cancelled = cancelled
 
     def start(self) -> None:
-        """The prompt is encoded."""
-        _stop_if(self._cancelled)
+        """Call before the first step."""
+        _raise_if(self._cancelled)
         self._on_progress(Stage.DENOISING, 0.0)
 
     def after_denoising(self) -> None:
-        """One step of the base model is done."""
+        """Call after each step of the base model."""
         self._advance(Stage.DENOISING, self._base_step)
 
     def after_upscaling(self) -> None:
-        """One step of the upscaler that is at work is done."""
+        """Call after each step of the current upscaler."""
         self._advance(Stage.UPSCALING, self._upscaler_steps[0])
 
     def next_upscaler(self) -> None:
-        """The one that was at work is done."""
+        """Call after the last step of an upscaler."""
         self._upscaler_steps.pop(0)
 
-    def _advance(self, stage: Stage, step: float) -> None:
-        _stop_if(self._cancelled)
-        self._done += step
+    def _advance(self, stage: Stage, cost: float) -> None:
+        _raise_if(self._cancelled)
+        self._done += cost
         self._on_progress(stage, self._done / self._total)
 
 
-def _prepare(base: Base) -> None:
+def _configure(base: Base) -> None:
+    """Sets what the checkpoint's numbers say, once."""
     pipeline, sampling = base.pipeline, base.checkpoint.sampling
     pipeline.set_progress_bar_config(disable=True)
     if base.image_encoder is not None:
         pipeline.target_size = base.checkpoint.base_size
     else:
-        pipeline.vision_num_semantic_tokens = 0  # text to video attends to no image: 729 masked tokens less
+        pipeline.vision_num_semantic_tokens = 0  # text-to-video has no image: leaves out 729 masked tokens
     if sampling.shift is not None:
         pipeline.scheduler.set_shift(sampling.shift)
     if sampling.guidance_scale is not None:
@@ -318,22 +273,27 @@ def _steps(base: Base, job_input: JobInput) -> int:
     return job_input.num_inference_steps or base.checkpoint.sampling.num_inference_steps
 
 
+def _ratio(job_input: JobInput) -> tuple[int, int]:
+    """The aspect ratio as (width, height): (16, 9)."""
+    width, height = job_input.aspect_ratio.split(":")
+    return int(width), int(height)
+
+
 def _render_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanVideo15Pipeline) -> tuple[int, int]:
     """(width, height) in pixels that the checkpoint renders for this job."""
-    width, height = (int(side) for side in job_input.aspect_ratio.split(":"))
-    return bucket_size(checkpoint.base_size, width, height, pipeline.vae_scale_factor_spatial)
+    return trained_size(checkpoint.base_size, *_ratio(job_input), pipeline.vae_scale_factor_spatial)
 
 
-def _fitted(image: Image.Image, job_input: JobInput) -> Image.Image:
-    """The image, cropped evenly to the video's aspect ratio: the pipeline takes its size from it."""
-    width, height = (int(side) for side in job_input.aspect_ratio.split(":"))
+def _crop(image: Image.Image, job_input: JobInput) -> Image.Image:
+    """The image, cropped around its centre to the video's aspect ratio."""
+    width, height = _ratio(job_input)
     scale = max(job_input.size) // max(width, height)
     return ImageOps.fit(image, (width * scale, height * scale), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
-def _condition(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: int, height: int) -> ImageCondition:
-    """The image at the size of a super-resolution stage, encoded as the base pipeline encodes it at its own."""
+def _encode_image(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: int, height: int) -> ImageCondition:
+    """The image at the size of a super-resolution stage, encoded as the base pipeline does at its own size."""
     device, dtype = pipeline._execution_device, pipeline.transformer.dtype
     sized = pipeline.video_processor.resize(image, height=height, width=width, resize_mode="crop")
     return ImageCondition(
@@ -345,27 +305,39 @@ def _condition(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: int,
 
 
 @contextmanager
-def _watched(scheduler: Any, after_step: Callable[[], None]) -> Iterator[None]:
-    """Call `after_step` after each of the scheduler's steps; what it raises ends the pipeline's loop."""
+def _guidance(pipeline: HunyuanVideo15Pipeline, scale: float | None) -> Iterator[None]:
+    """Replaces the pipeline's guidance scale inside the block; None leaves it."""
+    guider = pipeline.guider
+    if scale is not None:
+        pipeline.guider = guider.new(guidance_scale=scale)
+    try:
+        yield
+    finally:
+        pipeline.guider = guider
+
+
+@contextmanager
+def _step_callback(scheduler: Any, after_step: Callable[[], None]) -> Iterator[None]:
+    """Calls `after_step` after each step of the scheduler. An exception from it ends the pipeline's loop."""
     step = scheduler.step
 
-    def watched_step(*arguments: Any, **named: Any) -> Any:
+    def step_and_call(*arguments: Any, **named: Any) -> Any:
         result = step(*arguments, **named)
         after_step()
         return result
 
-    scheduler.step = watched_step
+    scheduler.step = step_and_call
     try:
         yield
     finally:
         del scheduler.step
 
 
-def _stop_if(cancelled: Event) -> None:
+def _raise_if(cancelled: Event) -> None:
     if cancelled.is_set():
         raise RenderCancelledError("the render was cancelled")
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
-    """On a CPU, PyTorch has no class of its own for it: c10/core/impl/alloc_cpu.cpp."""
+    """On a CPU, PyTorch raises a plain RuntimeError. Source of its text: c10/core/impl/alloc_cpu.cpp."""
     return isinstance(exc, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(exc)

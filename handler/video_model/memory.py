@@ -1,11 +1,11 @@
-"""Where each part of a model lives, from the GPU memory that is free: arithmetic, and nothing but.
+"""Plans where each part of a model is kept, from the free GPU memory. Pure arithmetic.
 
-Parts are RESIDENT on the GPU, or STREAMED: kept in host memory and brought over block by block, the next one while
-this one computes. At real size a transformer pass takes seconds, its 17 GB less than one over PCIe 4 x16, so streaming
-hides behind the arithmetic; the text encoders run once for each prompt.
+A part is RESIDENT on the GPU, or STREAMED: kept in host memory and copied block by block, the next block while this one
+computes. At real size a transformer pass takes seconds, but the copy of its 17 GB takes less than a second over PCIe 4
+x16, so the copy costs no time. The text encoders run once per prompt.
 
-The figures for activations are calculated from shapes, not measured; `benchmarks/gpu.py --vram-limit` holds them
-against a GPU.
+The sizes of activations are calculated from shapes, not measured; `benchmarks/gpu.py --vram-limit` compares them with a
+GPU.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from enum import StrEnum
 from typing import Final
 
 _GB: Final = 1e9
-#: What CUDA, its libraries' workspaces and PyTorch's fragmentation take.
+#: Bytes for CUDA, its libraries' workspaces and PyTorch's fragmentation.
 _OVERHEAD: Final = 1.0 * _GB
-#: Tensors of one activation's size that a block has alive at its peak: stream, joint query, key and value, attention's
-#: output, and room for chunks of what lies between (`blocks.CHUNK`) and for what step caching keeps.
+#: Tensors of one activation's size that a block holds at its peak: hidden states, joint query, key and value, attention
+#: output, chunks of temporaries (`blocks.CHUNK`) and the step cache.
 _BLOCK_TENSORS: Final = 8
-#: The same in the VAE decoder's widest level: input, its padded copy, output, residual.
+#: The same for the VAE decoder's widest level: input, its padded copy, output, residual.
 _DECODER_TENSORS: Final = 4
-#: The part of a tile that is blended with each of its neighbours.
+#: The fraction of a tile that is blended with each neighbour.
 _SEAM: Final = 0.25
-#: Sides in pixels of the VAE's tiles, from fast to small.
+#: Sides of the VAE's tiles in pixels, fastest first.
 TILES: Final = (256, 192, 128)
 
 
 class Placement(StrEnum):
-    """Where a part's weights are."""
+    """Where a part's weights are kept."""
 
     RESIDENT = "resident"
     STREAMED = "streamed"
 
 
 class DoesNotFitError(Exception):
-    """Not even with everything streamed and the smallest tiles."""
+    """A video does not fit, even with all parts streamed and the smallest tiles."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's parts. `block` is the largest of a transformer's repeated blocks."""
+    """Bytes of a model's parts. `block` is the largest repeated block of a transformer."""
 
     text_encoders: int
     transformers: Sequence[int]
@@ -52,7 +52,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a video comes to: frames, and (width, height) in pixels of its largest stage.
+    """The size of a video: its frames, and (width, height) in pixels of its largest stage.
 
     `width` is the transformer's (heads x head size), `channels` the VAE decoder's at full resolution, `itemsize` the
     bytes of a number.
@@ -66,7 +66,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Latent tokens of the largest stage: 16 x 16 pixels and four frames each, the first frame on its own."""
+        """Latent tokens of the largest stage: 16 x 16 pixels of four frames each, and of the first frame alone."""
         return ((self.num_frames - 1) // 4 + 1) * (self.size[0] // 16) * (self.size[1] // 16)
 
     @property
@@ -75,7 +75,7 @@ class Workload:
         return self.tokens * self.width * self.itemsize * _BLOCK_TENSORS
 
     def decoding(self, tile: int) -> int:
-        """Bytes of activations in a tiled decode: a tile, its pixels on their way to uint8, seams of a row of tiles."""
+        """Bytes of activations in a tiled decode: a tile, its pixels before uint8, the seams of a row of tiles."""
         in_tile = tile * tile * self.num_frames * self.channels * self.itemsize * _DECODER_TENSORS
         pixels = tile * tile * self.num_frames * 3 * (self.itemsize + 2 * 4)  # and two copies in float32
         seams = int(_SEAM * tile * (self.size[0] + tile) * 2) * self.num_frames * 3 * self.itemsize  # of two rows
@@ -83,8 +83,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where each part is, and the side of the VAE's tiles in pixels."""
+class PlacementPlan:
+    """Where each part is kept, and the side of the VAE's tiles in pixels."""
 
     text_encoders: Placement
     transformers: Placement
@@ -98,9 +98,9 @@ class Plan:
         )
 
 
-#: From fast to small. The text encoders run once a prompt; smaller tiles cost less than streaming a transformer.
+#: Fastest first. The text encoders run once per prompt, and smaller tiles cost less time than a streamed transformer.
 PLANS: Final = tuple(
-    Plan(text, transformers, vae, tile)
+    PlacementPlan(text, transformers, vae, tile)
     for text, transformers, vae in (
         (Placement.RESIDENT, Placement.RESIDENT, Placement.RESIDENT),
         (Placement.STREAMED, Placement.RESIDENT, Placement.RESIDENT),
@@ -109,12 +109,12 @@ PLANS: Final = tuple(
     )
     for tile in TILES
 )
-#: No other takes less, whatever is rendered.
+#: The plan that takes the least memory for every video.
 SMALLEST: Final = PLANS[-1]
 
 
-def peak(plan: Plan, weights: Weights, workload: Workload) -> int:
-    """Bytes at the stage that takes most. A streamed part takes two of its blocks while it runs, else none."""
+def peak(plan: PlacementPlan, weights: Weights, workload: Workload) -> int:
+    """Bytes at the largest stage. A streamed part takes two of its blocks while it runs, and nothing otherwise."""
     held = sum(
         size
         for size, placement in (
@@ -132,28 +132,24 @@ def peak(plan: Plan, weights: Weights, workload: Workload) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """A plan that was carried out, and the bytes that it was made for."""
+    """A plan, and the numbers of bytes that it was made for."""
 
     free: int
     weights: Weights
-    plan: Plan
+    plan: PlacementPlan
 
     def check(self, workload: Workload) -> None:
-        """Whether a job fits.
-
-        Raises:
-            DoesNotFitError: it does not.
-        """
-        takes = peak(self.plan, self.weights, workload)
-        if takes > self.free:
-            raise DoesNotFitError(f"it takes {takes / _GB:.1f} GB of GPU memory, {self.free / _GB:.1f} GB are free")
+        """Raises DoesNotFitError if a video does not fit."""
+        needed = peak(self.plan, self.weights, workload)
+        if needed > self.free:
+            raise DoesNotFitError(f"it takes {needed / _GB:.1f} GB of GPU memory, {self.free / _GB:.1f} GB are free")
 
 
 def budget(free: int, weights: Weights, workloads: Iterable[Workload], *, offload: bool = False) -> Budget:
-    """The fastest plan for every one of `workloads` that fits into `free` bytes at all; with `offload` the smallest.
+    """The fastest plan for all `workloads` that fit into `free` bytes with some plan. With `offload` the smallest plan.
 
     Raises:
-        DoesNotFitError: none of them fits.
+        DoesNotFitError: no workload fits.
     """
     smallest = Budget(free, weights, SMALLEST)
     in_order = sorted(workloads, key=lambda workload: peak(SMALLEST, weights, workload))

@@ -1,8 +1,8 @@
-"""Super-resolution in latent space: 480p to 720p, 720p to 1080p, with no decode in between.
+"""Super-resolution in latent space: 480p to 720p and 720p to 1080p, without decoding in between.
 
 diffusers has no such stage. Source: https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5,
-hyvideo/pipelines/hunyuan_video_sr_pipeline.py and hyvideo/models/transformers/modules/upsample.py. Parameter names are
-those of the published weights, so that they load as they are.
+hyvideo/pipelines/hunyuan_video_sr_pipeline.py and hyvideo/models/transformers/modules/upsample.py. Parameters have the
+names of the published weights, so that these load unchanged.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideo15Transformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
-    HunyuanVideo15CausalConv3d as CausalConv3d,
-)
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15CausalConv3d as CausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15RMS_norm as RMSNorm
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
@@ -29,7 +27,7 @@ from torch import nn
 
 from handler.video_model.catalog import Sampling
 
-#: How much of the low-resolution latents is noise.
+#: Fraction of noise in the low-resolution latents. Source: `hyvideo/pipelines/hunyuan_video_sr_pipeline.py`.
 _NOISE: Final = 0.7
 _TIMESTEPS: Final = 1000
 
@@ -70,7 +68,7 @@ class SRTo720pUpsampler(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
         self.adds_input = global_residual and in_channels == out_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` refined."""
+        """(B, C, T, H, W) to the same shape."""
         hidden = self.in_conv(x)
         for block in self.blocks:
             hidden = block(hidden)
@@ -116,7 +114,7 @@ class SRTo1080pUpsampler(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffu
         out_channels: int,
         block_out_channels: tuple[int, ...],
         num_res_blocks: int = 2,
-        is_residual: bool = False,  # noqa: ARG002 - in the published configuration, and without effect
+        is_residual: bool = False,  # noqa: ARG002 - the published configuration has it; it has no effect
     ) -> None:
         super().__init__()
         first = block_out_channels[0]
@@ -128,7 +126,7 @@ class SRTo1080pUpsampler(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffu
         self.conv_out = CausalConv3d(widths[-1], out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` refined."""
+        """(B, z_channels, T, H, W) to (B, out_channels, T, H, W)."""
         hidden = self.conv_in(x) + x.repeat_interleave(self.repeats, dim=1)
         for level in self.up:
             hidden = level(hidden)
@@ -136,21 +134,21 @@ class SRTo1080pUpsampler(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffu
         return refined
 
 
+#: By the `_class_name` of a published configuration.
 UPSAMPLERS: Final[Mapping[str, type[nn.Module]]] = {
-    "SRTo720pUpsampler": SRTo720pUpsampler,
-    "SRTo1080pUpsampler": SRTo1080pUpsampler,
+    upsampler.__name__: upsampler for upsampler in (SRTo720pUpsampler, SRTo1080pUpsampler)
 }
 
 
 def load_upsampler(directory: Path) -> nn.Module:
-    """The upsampler that `config.json` describes, with each of its weights, in float32 on the CPU.
+    """The upsampler that `config.json` describes, with all of its weights, in float32 on the CPU.
 
     Raises:
-        OSError, ValueError, KeyError, RuntimeError: a file is missing, or the weights are those of another model.
+        OSError, ValueError, KeyError, RuntimeError: a file is missing, or the weights belong to another model.
     """
     config = json.loads((directory / "config.json").read_text())
-    kind = UPSAMPLERS[config["_class_name"]]
-    upsampler = kind(**{name: value for name, value in config.items() if not name.startswith("_")})
+    upsampler_class = UPSAMPLERS[config["_class_name"]]
+    upsampler = upsampler_class(**{name: value for name, value in config.items() if not name.startswith("_")})
     (weights,) = sorted(directory.glob("*.safetensors"))
     upsampler.load_state_dict(load_file(weights), strict=True)
     return upsampler.float().eval()
@@ -158,7 +156,7 @@ def load_upsampler(directory: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """An image as latents (1, C, 1, H, W), scaled, and as the vision tower's states (1, 729, D)."""
+    """An image as scaled latents (1, C, 1, H, W) and as the vision tower's states (1, 729, D)."""
 
     latents: torch.Tensor
     states: torch.Tensor
@@ -166,10 +164,10 @@ class ImageCondition:
 
 @dataclass(frozen=True)
 class SuperResolution:
-    """One stage: from latents of one size to those of the next.
+    """One stage: from latents of one size to latents of the next.
 
-    `transformer` takes 98 channels (latents 32, condition 32 and its mask 1, low resolution 32 and its mask 1) and is a
-    meanflow model; it has no guidance. `upsampler` runs in float32.
+    `transformer` is a meanflow model without guidance. It takes 98 channels: latents 32, condition 32 and its mask 1,
+    low resolution 32 and its mask 1. `upsampler` runs in float32.
     """
 
     transformer: HunyuanVideo15Transformer3DModel
@@ -180,7 +178,7 @@ class SuperResolution:
     @torch.no_grad()
     def __call__(
         self,
-        latents: torch.Tensor,  # (1, C, T, h, w), scaled as the base stage left them
+        latents: torch.Tensor,  # (1, C, T, h, w), scaled, from the previous stage
         size: tuple[int, int],
         prompt: Mapping[str, torch.Tensor],
         generator: torch.Generator,
@@ -189,33 +187,28 @@ class SuperResolution:
     ) -> torch.Tensor:
         """Latents (1, C, T, H, W) for `size`, which is (height, width) in latents.
 
-        `image` is what the first frame shows, at this size. `prompt` holds the transformer's `encoder_*`
-        arguments. What `after_step` raises ends the stage.
+        `image` is the first frame at this size, `prompt` has the transformer's `encoder_*` arguments.
         """
+        # 1. Noise, and the low resolution with noise added: (1, C, T, H, W) each.
         device, dtype = latents.device, self.transformer.dtype
-        batch, channels, frames = latents.shape[:3]
-        shape = (batch, channels, frames, *size)
-        noise = torch.randn(shape, generator=generator).to(device, dtype)
-        low = self._low_resolution(latents, size).to(dtype)
-        low = (1 - _NOISE) * low + _NOISE * torch.randn(shape, generator=generator).to(device, dtype)
-        one = torch.ones(batch, 1, frames, *size, device=device, dtype=dtype)
-        condition = torch.zeros(batch, channels + 1, frames, *size, device=device, dtype=dtype)
-        states = torch.zeros(batch, 0, self.transformer.config.image_embed_dim, device=device, dtype=dtype)
-        if image is not None:
-            condition[:, :channels, :1], condition[:, channels:, :1] = image.latents, 1
-            states = image.states.to(device, dtype)
-        steps = self.sampling.num_inference_steps
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1], device=device)
+        shape = (*latents.shape[:3], *size)
+        current = torch.randn(shape, generator=generator).to(device, dtype)
+        low = (1 - _NOISE) * self._low_resolution(latents, size).to(dtype)
+        low = low + _NOISE * torch.randn(shape, generator=generator).to(device, dtype)
+        low = torch.cat([low, torch.ones_like(low[:, :1])], dim=1)  # (1, C + 1, T, H, W) with its mask
+        # 2. The image: (1, C + 1, T, H, W) with its mask, and (1, 0 or 729, D).
+        condition, states = self._condition(current, image)
+        # 3. Denoise.
+        sigmas = np.linspace(1.0, 0.0, self.sampling.num_inference_steps + 1)[:-1]
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         timesteps = self.scheduler.timesteps
-        current = noise
-        for step, timestep in enumerate(timesteps):
-            # Below the noise that the low resolution was given it would only hold details back.
-            guide = torch.cat([low, one], dim=1) * float(timestep >= _TIMESTEPS * _NOISE)
-            following = timesteps[step + 1] if step + 1 < steps else torch.zeros_like(timestep)
+        for timestep, following in pairwise([*timesteps, torch.zeros_like(timesteps[0])]):
+            # Below the noise level of the low resolution, the low resolution would only hold back details.
+            guide = low * float(timestep >= _TIMESTEPS * _NOISE)
             velocity = self.transformer(
                 hidden_states=torch.cat([current, condition, guide], dim=1),
-                timestep=timestep.expand(batch).to(dtype),
-                timestep_r=following.expand(batch).to(dtype),
+                timestep=timestep.expand(shape[0]).to(dtype),
+                timestep_r=following.expand(shape[0]).to(dtype),
                 image_embeds=states,
                 return_dict=False,
                 **prompt,
@@ -224,9 +217,19 @@ class SuperResolution:
             after_step()
         return current
 
+    def _condition(self, current: torch.Tensor, image: ImageCondition | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image's latents and mask in the first frame, zeros elsewhere, and the vision tower's states."""
+        batch, channels, *rest = current.shape
+        condition = current.new_zeros(batch, channels + 1, *rest)
+        if image is None:
+            return condition, current.new_zeros(batch, 0, self.transformer.config.image_embed_dim)
+        condition[:, :channels, :1], condition[:, channels:, :1] = image.latents, 1
+        return condition, image.states.to(current)
+
     def _low_resolution(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Each latent frame resized, then refined by the upsampler."""
+        """(1, C, T, h, w) to (1, C, T, H, W): each latent frame resized, then all refined by the upsampler."""
         batch, channels, frames, height, width = latents.shape
+        # (T, C, h, w)
         flat = latents.float().transpose(1, 2).reshape(batch * frames, channels, height, width)
         resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
         refined: torch.Tensor = self.upsampler(resized.reshape(batch, frames, channels, *size).transpose(1, 2))
@@ -234,7 +237,7 @@ class SuperResolution:
 
 
 def stage_arguments(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline's `prompt_embeds…` arguments under the transformer's names."""
+    """The pipeline's `prompt_embeds*` arguments under the transformer's names."""
     names = {
         "prompt_embeds": "encoder_hidden_states",
         "prompt_embeds_mask": "encoder_attention_mask",

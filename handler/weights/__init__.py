@@ -1,1 +1,1 @@
-"""Offline: get and convert checkpoints."""
+"""Offline: download and convert checkpoints."""

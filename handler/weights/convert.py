@@ -1,8 +1,8 @@
-"""Checkpoints of the original layout, as Tencent publishes them, to what `loader.py` reads: diffusers' layout.
+"""Converts checkpoints from the original layout, which Tencent publishes, to diffusers' layout.
 
-Names on the left of the tables: hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py and its modules in
-https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5. Which becomes which, and what is split or swapped: diffusers,
-scripts/convert_hunyuan_video1_5_to_diffusers.py. No value is changed, and no tensor is dropped.
+Source of the original names: hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py and its modules in
+https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5. Source of the mapping, the splits and the swap: diffusers,
+scripts/convert_hunyuan_video1_5_to_diffusers.py. The conversion changes no value and drops no tensor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from handler.video_model.base import ModelError
-from handler.video_model.catalog import CHECKPOINTS
+from handler.video_model.catalog import CHECKPOINTS, Checkpoint, known_name
 from handler.video_model.super_resolution import load_upsampler
+from handler.weights.errors import ConvertError, UnknownNameError, one_line
+from handler.weights.layout import CONFIG_FILE, INDEX_FILES, TRANSFORMER, UPSAMPLER, shards
 
 State = Mapping[str, torch.Tensor]
 
-#: What a module of the original is called in diffusers. Several names: its rows are split evenly among them.
+#: A module's name in the original to its name in diffusers. With several names, they split its rows evenly.
 _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "img_in.proj": ("x_embedder.proj",),
     "time_in.mlp.0": ("time_embed.timestep_embedder.linear_1",),
@@ -83,7 +84,7 @@ _DOUBLE_BLOCK: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _REFINER: Final = "txt_in.individual_token_refiner.blocks"
 _DOUBLE: Final = "double_blocks"
-#: A list of blocks: its name in the original, its name in diffusers, and what is in each block.
+#: Lists of blocks: name in the original, name in diffusers, modules of each block.
 _BLOCK_LISTS: Final = (
     (_REFINER, "context_embedder.token_refiner.refiner_blocks", _REFINER_BLOCK),
     (_DOUBLE, "transformer_blocks", _DOUBLE_BLOCK),
@@ -92,33 +93,27 @@ _BLOCK_LISTS: Final = (
 _SWAPPED: Final = "final_layer.adaLN_modulation.1."
 #: All other modules have a bias.
 _WEIGHT_ONLY: Final = ("_q_norm", "_k_norm", "cond_type_embedding")
-#: There in each checkpoint: whatever stands before it stands before all names.
+#: Every checkpoint has this key. A prefix before it is a prefix of all names.
 _FIRST_KEY: Final = "img_in.proj.weight"
 
-#: What no tensor's shape tells of the configuration.
+#: The part of the configuration that cannot be read from the shapes.
 _CONFIG: Final[Mapping[str, object]] = {"qk_norm": "rms_norm", "rope_theta": 256.0, "task_type": "t2v"}
 _ROPE_AXES: Final = (16, 56, 56)
 
-_TRANSFORMER: Final = "transformer"
-_UPSAMPLER: Final = "upsampler"
-_CONFIG_FILE: Final = "config.json"
 _WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
-_SHOWN: Final = 4
-
-
-class ConvertError(ModelError):
-    """The checkpoint can't be converted; the message says what is wrong with it."""
+#: Keys that an error names before it only counts them.
+_SHOWN_KEYS: Final = 4
 
 
 def convert_transformer(state: State) -> dict[str, torch.Tensor]:
     """The state dict of a `HunyuanVideo15Transformer3DModel` from that of an original DiT.
 
-    A prefix that all of the names share (`model.`, `diffusion_model.`) is taken off. The number of blocks, and whether
-    it is a meanflow model, are read from the names. The tensors are views of those given wherever they can be, so that
-    a `state` that reads lazily from disk costs no memory.
+    Removes a prefix that all names share (`model.`, `diffusion_model.`). Reads the number of blocks, and whether it is
+    a meanflow model, from the names. Returns views of the given tensors where possible, so that a `state` that reads
+    lazily from disk takes no memory.
 
     Raises:
-        ConvertError: naming the keys that are not the original's, and those that are missing.
+        ConvertError: names the unknown and the missing keys.
     """
     prefix = _prefix(state)
     names = [name.removeprefix(prefix) for name in state]
@@ -127,7 +122,7 @@ def convert_transformer(state: State) -> dict[str, torch.Tensor]:
     missing = [prefix + name for name in targets if prefix + name not in state]
     if unknown or missing:
         wrong = [f"{what} {_some(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys]
-        raise ConvertError(f"no HunyuanVideo-1.5 transformer of the original layout: {'; '.join(wrong)}")
+        raise ConvertError(f"not a HunyuanVideo-1.5 transformer in the original layout: {'; '.join(wrong)}")
     converted: dict[str, torch.Tensor] = {}
     for name, becomes in targets.items():
         tensor = state[prefix + name]
@@ -139,25 +134,25 @@ def convert_transformer(state: State) -> dict[str, torch.Tensor]:
 
 
 def transformer_config(state: State, name: str, rope_axes: tuple[int, ...] = _ROPE_AXES) -> dict[str, object]:
-    """Arguments of `HunyuanVideo15Transformer3DModel` for an original DiT, all sizes from its tensors' shapes.
+    """Arguments of `HunyuanVideo15Transformer3DModel` for an original DiT. Reads all sizes from its tensors' shapes.
 
-    `state` is one that `convert_transformer` takes; `name` is its name in the catalog.
+    `state` is as for `convert_transformer`; `name` is the checkpoint's name in the catalog.
 
     Raises:
-        ConvertError: the shapes make no transformer.
+        ConvertError: a tensor has the wrong number of dimensions, or `rope_axes` do not fit the heads.
     """
     prefix = _prefix(state)
 
     def shape(key: str, rank: int) -> tuple[int, ...]:
         found = tuple(state[prefix + key].shape)
         if len(found) != rank or 0 in found:
-            raise ConvertError(f"{prefix}{key} has shape {found}, {rank} dimensions are needed")
+            raise ConvertError(f"{prefix}{key} has shape {found}, but needs {rank} dimensions")
         return found
 
     inner, in_channels, patch_size_t, patch_size, _ = shape(_FIRST_KEY, 5)
     (head_dim,) = shape(f"{_DOUBLE}.0.img_attn_q_norm.weight", 1)
     if sum(rope_axes) != head_dim:
-        raise ConvertError(f"heads of {head_dim} channels need a rope_dim_list of that sum in {_CONFIG_FILE}")
+        raise ConvertError(f"heads of {head_dim} channels need a rope_dim_list with that sum in {CONFIG_FILE}")
     names = [key.removeprefix(prefix) for key in state]
     return {
         **_CONFIG,
@@ -174,40 +169,55 @@ def transformer_config(state: State, name: str, rope_axes: tuple[int, ...] = _RO
         "text_embed_2_dim": shape("byt5_in.fc1.weight", 2)[1],
         "image_embed_dim": shape("vision_in.proj.1.weight", 2)[1],
         "rope_axes_dim": rope_axes,
-        "target_size": _base_size(name),
+        "target_size": _checkpoint(name).base_size,
         "use_meanflow": _is_meanflow(names),
     }
 
 
-def convert_checkpoint(source: Path, target: Path, name: str) -> None:
-    """Write `target`/transformer, and `target`/upsampler for super-resolution, from an original checkpoint.
-
-    `source` is a file, a directory of one with its shards and `config.json`, or the root of the original repository.
-    An upsampler is where that repository has it: `upsampler/NAME` beside `transformer/NAME`. `name` is the
-    checkpoint's name in the catalog.
-
-    All or nothing: `target` appears when everything is in it and was checked. The weights are written from mapped
-    memory, so a checkpoint may be larger than the machine's memory.
+def checkpoint_name(source: Path, target: Path) -> str:
+    """The checkpoint's name in the catalog, from the name of the target or of the source.
 
     Raises:
-        ConvertError: `target` is there already, or the checkpoint is none, or another one.
-        OSError: a file can't be read or written.
+        UnknownNameError: neither name ends like a checkpoint's.
     """
-    _base_size(name)
+    name = known_name(target.name) or known_name(source.name)
+    if name is None:
+        raise UnknownNameError("Cannot tell the checkpoint from the directory name; pass --name")
+    return name
+
+
+def convert_checkpoint(source: Path, target: Path, name: str) -> None:
+    """Writes `target`/transformer, and `target`/upsampler for super-resolution, from an original checkpoint.
+
+    `source` is a file, a directory with one file or its shards and with `config.json`, or the root of the original
+    repository. The upsampler is read from where that repository has it: `upsampler/NAME` beside `transformer/NAME`.
+    `name` is the checkpoint's name in the catalog.
+
+    All or nothing: `target` appears when it is complete and checked. The weights are written from mapped memory, so a
+    checkpoint may be larger than the machine's memory.
+
+    Raises:
+        ConvertError: `target` exists, or `source` is not this checkpoint.
+        OSError: a file cannot be read or written.
+    """
+    # 1. Check the name and the target.
+    checkpoint = _checkpoint(name)
     if target.exists():
-        raise ConvertError(f"{target} is there already")
-    inside = source / _TRANSFORMER / name
+        raise ConvertError(f"{target} already exists; move it away or name another target")
+    # 2. Find the checkpoint in a repository.
+    inside = source / TRANSFORMER / name
     source = inside if inside.is_dir() else source
     directory = source if source.is_dir() else source.parent
+    # 3. Write a directory beside the target and rename it.
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
         partial.mkdir(parents=True)
-        meanflow = _write_transformer(source, partial / _TRANSFORMER, name)
-        if has_upsampler(name):
+        meanflow = _write_transformer(source, partial / TRANSFORMER, name)
+        if checkpoint.is_super_resolution:
             if not meanflow:
-                raise ConvertError(f"{source} is no meanflow model, as {name} must be: time_r_in is missing")
-            _copy_upsampler(directory.parent.parent / _UPSAMPLER / directory.name, partial / _UPSAMPLER)
+                raise ConvertError(f"{source} is not a meanflow model, as {name} must be: time_r_in is missing")
+            _copy_upsampler(directory.parent.parent / UPSAMPLER / directory.name, partial / UPSAMPLER)
         partial.rename(target)
     except SafetensorError as exc:
         raise ConvertError(f"{source}: {exc}") from exc
@@ -215,15 +225,10 @@ def convert_checkpoint(source: Path, target: Path, name: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def has_upsampler(name: str) -> bool:
-    """Whether a checkpoint is a super-resolution stage."""
-    return name.endswith("_sr_distilled")
-
-
-def _base_size(name: str) -> int:
+def _checkpoint(name: str) -> Checkpoint:
     if name not in CHECKPOINTS:
-        raise ConvertError(f"no checkpoint is called {name}; known are {', '.join(CHECKPOINTS)}")
-    return CHECKPOINTS[name].base_size
+        raise ConvertError(f"no checkpoint is called {name}; known names are {', '.join(CHECKPOINTS)}")
+    return CHECKPOINTS[name]
 
 
 def _prefix(state: State) -> str:
@@ -235,13 +240,13 @@ def _is_meanflow(names: list[str]) -> bool:
 
 
 def _depth(names: list[str], blocks: str) -> int:
-    """How many blocks there are; one at least, so that a list that is missing is missed."""
+    """The number of blocks, at least one, so that an absent list counts as missing keys."""
     numbered = re.compile(re.escape(blocks) + r"\.(\d+)\.")
     return len({match[1] for name in names if (match := numbered.match(name))}) or 1
 
 
 def _targets(names: list[str]) -> dict[str, tuple[str, ...]]:
-    """Each name that the original must have, given which blocks are there, and what becomes of it."""
+    """Each name that the original must have, with its names in diffusers."""
     modules = {**_MODULES, **(_MEANFLOW if _is_meanflow(names) else {})}
     for blocks, becomes, inside in _BLOCK_LISTS:
         for index in range(_depth(names, blocks)):
@@ -255,53 +260,64 @@ def _targets(names: list[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more
 
 
 def _write_transformer(source: Path, target: Path, name: str) -> bool:
-    """Whether it is a meanflow model."""
-    config_file = (source if source.is_dir() else source.parent) / _CONFIG_FILE
+    """Converts and checks the transformer. Returns whether it is a meanflow model."""
+    config_file = (source if source.is_dir() else source.parent) / CONFIG_FILE
     with _open(source) as state:
         converted = convert_transformer(state)
         config = transformer_config(state, name, _rope_axes(config_file))
-        with torch.device("meta"):
-            model = HunyuanVideo15Transformer3DModel(**config)
-        try:
-            model.load_state_dict(converted, strict=True, assign=True)
-        except RuntimeError as exc:
-            lines = str(exc).splitlines()
-            raise ConvertError(f"{source} is of another shape: {lines[min(1, len(lines) - 1)].strip()}") from exc
+        model = _check_shapes(converted, config, source)
         model.save_config(target)
-        try:
-            save_file(converted, target / _WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as exc:  # no OSError, though the disk may be full
-            raise ConvertError(f"{target / _WEIGHTS_FILE} can't be written: {exc}") from exc
-        # safetensors makes it its owner's alone; the worker may be another user.
-        (target / _WEIGHTS_FILE).chmod((target / _CONFIG_FILE).stat().st_mode)
+        _write_weights(converted, target)
     return bool(config["use_meanflow"])
 
 
+def _check_shapes(converted: State, config: dict[str, object], source: Path) -> HunyuanVideo15Transformer3DModel:
+    with torch.device("meta"):
+        model = HunyuanVideo15Transformer3DModel(**config)
+    try:
+        model.load_state_dict(converted, strict=True, assign=True)
+    except RuntimeError as exc:
+        lines = str(exc).splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()
+        raise ConvertError(f"{source} has the shapes of another model: {reason}") from exc
+    return model
+
+
+def _write_weights(converted: dict[str, torch.Tensor], target: Path) -> None:
+    path = target / _WEIGHTS_FILE
+    try:
+        save_file(converted, path, metadata={"format": "pt"})
+    except SafetensorError as exc:  # also where the disk is full, instead of OSError
+        raise ConvertError(f"{path} cannot be written: {exc}") from exc
+    # safetensors gives the file to its owner alone, but the worker may be another user.
+    path.chmod((target / CONFIG_FILE).stat().st_mode)
+
+
 def _rope_axes(config_file: Path) -> tuple[int, ...]:
-    """`rope_dim_list` of the original's configuration, where there is one."""
+    """`rope_dim_list` from the original's configuration, or the published default."""
     if not config_file.exists():
         return _ROPE_AXES
     try:
         axes = json.loads(config_file.read_text()).get("rope_dim_list", _ROPE_AXES)
         return tuple(int(axis) for axis in axes)
     except (ValueError, TypeError, AttributeError) as exc:
-        raise ConvertError(f"{config_file} is no configuration: {exc}") from exc
+        raise ConvertError(f"{config_file} is not a configuration: {exc}") from exc
 
 
 class _LazyState(Mapping[str, torch.Tensor]):
-    """The tensors of some files, mapped into memory one by one as they are asked for."""
+    """The tensors of several files. Each is mapped into memory on access."""
 
     def __init__(self, files: Mapping[Path, safe_open]) -> None:
         self._files: dict[str, safe_open] = {}
         for path, file in files.items():
-            for name in file.keys():  # type: ignore[no-untyped-call] # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # type: ignore[no-untyped-call] # noqa: SIM118 - not a mapping
                 if name in self._files:
-                    raise ConvertError(f"{path} has {name}, and another file has it, too")
+                    raise ConvertError(f"{path} has {name}, and another file has it too")
                 self._files[name] = file
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -322,29 +338,25 @@ def _open(source: Path) -> Iterator[State]:
 
 
 def _files(source: Path) -> list[Path]:
-    """The file; of a directory those that its index names, or all where it has none."""
+    """The file itself; of a directory the shards that its index names, or all files if it has no index."""
     if not source.is_dir():
         return [source]
-    indices = sorted(source.glob("*.safetensors.index.json"))
+    indices = sorted(source.glob(INDEX_FILES))
     if len(indices) > 1:
-        raise ConvertError(f"{source} holds several checkpoints: {_some([index.name for index in indices])}")
-    files = sorted(source.glob("*.safetensors"))
-    if indices:
-        try:
-            files = [source / file for file in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise ConvertError(f"{indices[0]} is no index of shards") from exc
+        names = _some([index.name for index in indices])
+        raise ConvertError(f"{source} holds several checkpoints: {names}; name one file")
+    files = shards(indices[0]) if indices else sorted(source.glob("*.safetensors"))
     if not files:
-        raise ConvertError(f"{source} holds no *.safetensors")
+        raise ConvertError(f"{source} has no *.safetensors")
     return files
 
 
 def _copy_upsampler(source: Path, target: Path) -> None:
-    """As it is, its names being those of our modules, once it has shown that it loads."""
+    """Copies the upsampler, whose names diffusers' layout keeps, and checks that it loads."""
     target.mkdir()
-    for path in (source / _CONFIG_FILE, *sorted(source.glob("*.safetensors"))):
+    for path in (source / CONFIG_FILE, *sorted(source.glob("*.safetensors"))):
         shutil.copyfile(path, target / path.name)
     try:
         load_upsampler(target)
     except (ValueError, TypeError, KeyError, RuntimeError) as exc:
-        raise ConvertError(f"{source} is no upsampler: {' '.join(str(exc).split())}") from exc
+        raise ConvertError(f"{source} is not an upsampler: {one_line(exc)}") from exc

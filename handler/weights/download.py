@@ -1,65 +1,30 @@
-"""`python -m handler.weights`: get the checkpoints that a profile needs, or convert one of the original layout.
-
-Exit codes: 0 done, 1 it failed, 2 a wrong argument or the licence not accepted.
-"""
+"""Where each checkpoint comes from, and the download of those that a profile needs."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from contract.job import Profile
-from handler.video_model.base import ModelError
-from handler.video_model.catalog import IMAGE_BASES, known_name, needed
+from handler.video_model.catalog import IMAGE_BASES, needed
+from handler.weights.errors import WeightsError
+from handler.weights.hub import Fetch, Files, fetch_from_hub
+from handler.weights.layout import CONFIG_FILE, INDEX_FILES, PIPELINE_FILE, TRANSFORMER, UPSAMPLER, shards
 
-LICENCE: Final = """\
-The weights of HunyuanVideo-1.5 come under the Tencent Hunyuan Community License Agreement. It does not cover the
-European Union, the United Kingdom and South Korea: there, it permits no use.
-https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5/blob/main/LICENSE"""
-
-_DONE: Final = 0
-_FAILED: Final = 1
-_USAGE: Final = 2
-_INTERRUPTED: Final = 130  # as a shell says it
-
-_TRANSFORMER: Final = "transformer"
-_INDEX: Final = "model_index.json"
-#: Beneath the target: what is under way. Kept when a download breaks off, so that the next one goes on from there.
-_UNDER_WAY: Final = ".download"
-
-
-class WeightsError(Exception):
-    """The weights can't be had; the message says why."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files of a hub repository: those that match a pattern of `allow` (all, if empty) and none of `ignore`."""
-
-    repository: str
-    allow: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-
-
-#: Puts files into a directory, under their paths in the repository; goes on where an earlier call broke off.
-#: Raises WeightsError unless each of them is there and whole.
-Fetch: TypeAlias = Callable[[Files, Path], None]
+#: The directory of unfinished checkpoints, inside the target. It stays after an interrupted download, to resume it.
+_UNFINISHED: Final = ".download"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Where a checkpoint comes from.
 
-    `pipeline` is a repository in diffusers' layout; super-resolution stages take none. `original` are files of the
-    original layout whose transformer goes in its transformer's place.
+    `pipeline` is a repository in diffusers' layout; super-resolution stages have none. `original` names files of the
+    original layout; their transformer replaces the pipeline's.
     """
 
     pipeline: str | None = None
@@ -75,7 +40,7 @@ def _super_resolution(name: str) -> Files:
     return Files("tencent/HunyuanVideo-1.5", (f"transformer/{name}/*", f"upsampler/{name}/*"))
 
 
-#: By the checkpoint's name in the catalog, which is its directory's name, too. Which a profile needs, the catalog says.
+#: By the checkpoint's name in the catalog, which is also the name of its directory.
 RECIPES: Final[Mapping[str, Recipe]] = {
     "480p_t2v_4step": Recipe(_480P_T2V_DISTILLED, _FOUR_STEPS),
     "480p_t2v_distilled": Recipe(_480P_T2V_DISTILLED),
@@ -86,112 +51,65 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 }
 
 
-def fetch_from_hub(files: Files, to: Path) -> None:
-    """Fetch from the Hugging Face hub, with its progress bars; HF_TOKEN and HF_ENDPOINT are heeded.
-
-    The hub's client looks at sizes alone, so each large file's SHA-256 is held against the hub's own.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError, XetDownloadError  # type: ignore[attr-defined] # the HTTP client's own
-
-    allow, ignore = list(files.allow) or None, list(files.ignore) or None
-    try:
-        # Listed beforehand: without a connection, the hub client takes what lies in `to` for the whole.
-        listed = snapshot_download(
-            files.repository, local_dir=to, allow_patterns=allow, ignore_patterns=ignore, dry_run=True
-        )
-        if not listed:
-            raise WeightsError(f"{files.repository} has no {', '.join(files.allow) or 'files'}")
-        _check_space(to, sum(file.file_size or 0 for file in listed if file.will_download))
-        snapshot_download(
-            files.repository,
-            revision=listed[0].commit_hash,
-            local_dir=to,
-            allow_patterns=allow,
-            ignore_patterns=ignore,
-        )
-        published = HfApi().model_info(files.repository, revision=listed[0].commit_hash, files_metadata=True)
-    except (OSError, ValueError, RuntimeError, HTTPError, XetDownloadError) as exc:
-        raise WeightsError(f"{files.repository}: {_one_line(exc.__cause__ or exc)}") from exc
-    for file in listed:
-        path = to / file.filename
-        if not path.is_file() or file.file_size not in (None, path.stat().st_size):
-            raise WeightsError(f"{files.repository}: {file.filename} did not come through whole, try again")
-    sums = {file.rfilename: file.lfs.sha256 for file in published.siblings or () if file.lfs is not None}
-    for file in listed:
-        if file.filename in sums:
-            _check_sum(to / file.filename, sums[file.filename], f"{files.repository}: {file.filename}")
-
-
-def _check_sum(path: Path, expected: str, name: str) -> None:
-    """A file with another SHA-256 is removed, so that the next call gets it again."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        path.unlink()
-        raise WeightsError(f"{name} came through changed: its SHA-256 is {found}, not {expected}; try again")
-
-
 def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub, *, images: bool = False) -> None:
-    """Make `to` hold every checkpoint that the profile needs. Those that are there already are left alone.
+    """Downloads every checkpoint that the profile needs into `to`, and skips those that are complete.
 
-    With `images` also the one for videos that start from an image.
-
-    Each appears under its name when it is complete. Where two share their text encoders and VAE, these are fetched
-    once and linked. While a checkpoint is converted, the disk holds it twice.
+    With `images` also the one for videos that start from an image. A checkpoint gets its name when it is complete.
+    Checkpoints with the same text encoders and VAE share them as hard links. A checkpoint that is converted needs its
+    disk space twice for that time.
 
     Raises:
-        WeightsError, ModelError, OSError: something can't be had, converted or written. Calling again goes on.
+        WeightsError, OSError: a file cannot be downloaded, converted or written. Another call resumes.
     """
     for name in sorted(needed(profile) | ({IMAGE_BASES[profile]} if images else set())):
         final = to / name
         if _is_complete(final):
-            print(f"{name}: is there")
+            print(f"{name}: already complete")
             continue
         if final.exists():
-            raise WeightsError(f"{final} is there, but not complete: move it away")
-        print(f"{name}: on its way", flush=True)
-        _make(name, to, fetch)
+            raise WeightsError(f"{final} exists but is incomplete: move it away and run the same command again")
+        print(f"{name}: downloading", flush=True)
+        _download_checkpoint(name, to, fetch)
         print(f"{name}: ready")
-    under_way = to / _UNDER_WAY
-    if under_way.is_dir() and not any(under_way.iterdir()):
-        under_way.rmdir()
+    unfinished = to / _UNFINISHED
+    if unfinished.is_dir() and not any(unfinished.iterdir()):
+        unfinished.rmdir()
 
 
-def _make(name: str, to: Path, fetch: Fetch) -> None:
+def _download_checkpoint(name: str, to: Path, fetch: Fetch) -> None:
     recipe, final = RECIPES[name], to / name
-    stage, original = to / _UNDER_WAY / name, to / _UNDER_WAY / f"{name}.original"
+    stage, original = to / _UNFINISHED / name, to / _UNFINISHED / f"{name}.original"
     stage.parent.mkdir(parents=True, exist_ok=True)
     if recipe.pipeline is None:
         assert recipe.original is not None  # noqa: S101
         fetch(recipe.original, original)
         _convert(original, final, name)
     else:
-        _add_components(recipe.pipeline, stage, to, fetch)
+        _add_shared_components(recipe.pipeline, stage, to, fetch)
         if recipe.original is None:
-            fetch(Files(recipe.pipeline, allow=(f"{_TRANSFORMER}/*",)), stage)
-        elif not (stage / _TRANSFORMER).exists():
+            fetch(Files(recipe.pipeline, allow=(f"{TRANSFORMER}/*",)), stage)
+        elif not (stage / TRANSFORMER).exists():
             fetch(recipe.original, original)
-            _add_converted(original, stage, name)
-        shutil.rmtree(stage / ".cache", ignore_errors=True)  # the hub client's notes
+            _add_converted_transformer(original, stage, name)
+        shutil.rmtree(stage / ".cache", ignore_errors=True)  # of the hub's client
         if not _is_complete(stage):
-            raise WeightsError(f"{recipe.pipeline} is not complete, or no pipeline")
+            raise WeightsError(f"the hub repository {recipe.pipeline} is incomplete or has no pipeline")
         stage.rename(final)
     shutil.rmtree(original, ignore_errors=True)
 
 
-def _add_components(pipeline: str, stage: Path, to: Path, fetch: Fetch) -> None:
-    """All but the transformer; from a neighbour that has the same."""
+def _add_shared_components(pipeline: str, stage: Path, to: Path, fetch: Fetch) -> None:
+    """Adds all components but the transformer. Links them if a complete checkpoint has the same pipeline."""
     for name, recipe in RECIPES.items():
         if recipe.pipeline == pipeline and _is_complete(to / name):
-            without = shutil.ignore_patterns(_TRANSFORMER)
+            without = shutil.ignore_patterns(TRANSFORMER)
             shutil.copytree(to / name, stage, ignore=without, copy_function=_link, dirs_exist_ok=True)
             return
-    fetch(Files(pipeline, ignore=(f"{_TRANSFORMER}/*",)), stage)
+    fetch(Files(pipeline, ignore=(f"{TRANSFORMER}/*",)), stage)
 
 
 def _link(source: str, target: str) -> None:
-    """Hard links cost no space; not each file system has them."""
+    """A hard link takes no space. Some file systems have none: there, copy."""
     if Path(target).exists():
         return
     try:
@@ -200,12 +118,12 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _add_converted(original: Path, stage: Path, name: str) -> None:
+def _add_converted_transformer(original: Path, stage: Path, name: str) -> None:
     (source,) = sorted(original.glob("*.safetensors"))
     converted = stage.with_name(f"{name}.converted")
     shutil.rmtree(converted, ignore_errors=True)
     _convert(source, converted, name)
-    (converted / _TRANSFORMER).rename(stage / _TRANSFORMER)
+    (converted / TRANSFORMER).rename(stage / TRANSFORMER)
     converted.rmdir()
 
 
@@ -216,73 +134,10 @@ def _convert(source: Path, target: Path, name: str) -> None:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether a checkpoint has all that its recipe and its own indices of shards tell of."""
+    """Whether a checkpoint has every file that its recipe and its shard indices name."""
     recipe = RECIPES.get(directory.name, Recipe())
-    wanted = [directory / _TRANSFORMER / "config.json"]
-    wanted.append(directory / (_INDEX if recipe.pipeline is not None else "upsampler/config.json"))
-    for index in directory.rglob("*.safetensors.index.json"):
-        wanted += _shards(index)
-    return all(path.is_file() for path in wanted) and any((directory / _TRANSFORMER).glob("*.safetensors"))
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        return [index.parent / shard for shard in set(json.loads(index.read_text())["weight_map"].values())]
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise WeightsError(f"{index} is no index of shards: remove it") from exc
-
-
-def _check_space(to: Path, size: int) -> None:
-    existing = next(path for path in (to, *to.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise WeightsError(f"{to} needs {size / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
-
-
-def main(arguments: Sequence[str] | None = None, fetch: Fetch = fetch_from_hub) -> int:
-    """Run the command; its exit code."""
-    given = _parser().parse_args(arguments)
-    if given.command == "download":
-        print(LICENCE)
-        if not given.accept_licence:
-            print("Say that you accept it with --accept-licence.", file=sys.stderr)
-            return _USAGE
-    try:
-        if given.command == "download":
-            download(given.profile, given.to, fetch, images=given.images)
-        else:
-            name = given.name or known_name(given.target.name) or known_name(given.source.name)
-            if name is None:
-                print("Neither directory is called like a checkpoint: give its --name.", file=sys.stderr)
-                return _USAGE
-            _convert(given.source, given.target, name)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return _INTERRUPTED
-    except (WeightsError, ModelError, OSError) as exc:
-        print(_one_line(exc), file=sys.stderr)
-        return _FAILED
-    return _DONE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m handler.weights", description="Get and convert checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    get = commands.add_parser("download", help="get every checkpoint that a profile needs")
-    get.add_argument("profile", type=Profile, choices=list(Profile), help="fast, balanced or quality")
-    get.add_argument("--to", type=Path, required=True, help="directory for them; HUNYUAN_MODEL_PATH later on")
-    get.add_argument("--images", action="store_true", help="and what videos that start from an image take")
-    get.add_argument("--accept-licence", action="store_true", help="you have read the licence, and accept it")
-    convert = commands.add_parser("convert", help="convert a checkpoint of the original layout")
-    convert.add_argument("source", type=Path, help="a .safetensors file, or a directory with one or with its shards")
-    convert.add_argument("target", type=Path, help="directory to make")
-    convert.add_argument("--name", help="its name in the catalog, where no directory's name tells")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    wanted = [directory / TRANSFORMER / CONFIG_FILE]
+    wanted.append(directory / PIPELINE_FILE if recipe.pipeline is not None else directory / UPSAMPLER / CONFIG_FILE)
+    for index in directory.rglob(INDEX_FILES):
+        wanted += shards(index)
+    return all(path.is_file() for path in wanted) and any((directory / TRANSFORMER).glob("*.safetensors"))

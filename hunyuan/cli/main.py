@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import socket
-import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from contract.job import DEFAULT_MODEL, AspectRatio, Profile, Resolution
 from contract.settings import explain
+from hunyuan.cli import weights
 from hunyuan.client import Answer, Client, ClientError, RefusedError, TaskFailedError, UnreachableError
 from hunyuan.settings import ClientSettings, DeploySettings, deployed_environment
 from shim.settings import RemoteWorkerSettings, ShimSettings, child_environment
@@ -187,25 +187,8 @@ def demo(
         _fail(str(exc), ExitCode.FAILED)
 
 
-_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
-def download_weights(context: typer.Context) -> None:
-    """Get the checkpoints that a profile needs: fast, balanced or quality."""
-    _weights("download", context.args)
-
-
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
-def convert_weights(context: typer.Context) -> None:
-    """Convert a checkpoint of the original layout to diffusers' layout."""
-    _weights("convert", context.args)
-
-
-def _weights(command: str, arguments: list[str]) -> NoReturn:
-    """A process of its own: the server's side of the package never loads torch."""
-    done = subprocess.run([sys.executable, "-m", "handler.weights.download", command, *arguments], check=False)
-    raise typer.Exit(done.returncode)
+app.command()(weights.download_weights)
+app.command()(weights.convert_weights)
 
 
 @deploy.command()

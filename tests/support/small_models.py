@@ -16,22 +16,21 @@ from contract.job import DEFAULT_MODEL, Resolution
 from handler.video_model import demo
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.catalog import Checkpoint, Route, Sampling
-from handler.video_model.generate import Base, PipelineModel, Upscaler
+from handler.video_model.checkpoints import single_parts
+from handler.video_model.generate import PipelineModel
+from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
 
 LATENTS = 8
 
 
 def single(pipeline: HunyuanVideo15Pipeline | None = None, *, steps: int = 2) -> PipelineModel:
-    """A model of one checkpoint that renders 64x32."""
-    checkpoint = Checkpoint("demo", 48, Sampling(steps))
-    base = Base(checkpoint, pipeline or demo.build_pipeline())
-    routes = {(DEFAULT_MODEL, resolution): Route("demo") for resolution in Resolution}
-    return PipelineModel(name="demo", bases={"demo": base}, routes=routes)
+    """A model of one checkpoint that renders 56x32."""
+    return PipelineModel(single_parts(Checkpoint("demo", 48, Sampling(steps)), pipeline or demo.build_pipeline()))
 
 
 def sr_transformer(seed: int = 0) -> HunyuanVideo15Transformer3DModel:
-    """As the published ones: latents, condition and its mask, low resolution and its mask; meanflow."""
+    """Has the published inputs: latents, condition and its mask, low resolution and its mask; meanflow."""
     torch.manual_seed(seed)
     model = HunyuanVideo15Transformer3DModel(
         in_channels=3 * LATENTS + 2,
@@ -77,7 +76,7 @@ def stage(upsampler: nn.Module, steps: int, seed: int = 0) -> SuperResolution:
 
 
 def image_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
-    """The demo model's parts with a vision tower of 729 tokens, as the published one has."""
+    """The demo model's components with a vision tower of 729 tokens, as in the published model."""
     built = demo.build_pipeline()
     torch.manual_seed(seed)
     tower = SiglipVisionConfig(
@@ -94,37 +93,41 @@ def image_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
 
 
 def image_family() -> PipelineModel:
-    """From an image, at 64x32, and through one stage to 88x56."""
+    """From an image, at 56x32, and through one stage to 88x56."""
     pipeline = image_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     first = stage(upsampler_720p(), 2)
     use_mask_free_attention(first.transformer, NATIVE)
     routes = {(DEFAULT_MODEL, resolution): Route("base", ("first",)) for resolution in Resolution}
     return PipelineModel(
-        name="image family",
-        bases={"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
-        routes=routes,
-        image_routes=routes,
-        upscalers={"first": Upscaler(Checkpoint("first", 72, first.sampling), first)},
+        Parts(
+            "image family",
+            {"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
+            routes,
+            {"first": Upscaler(Checkpoint("first", 72, first.sampling), first)},
+            routes,
+        )
     )
 
 
 def family() -> PipelineModel:
-    """480p, 720p and 1080p in small: 64x32, then 88x56, then 136x80; 720p takes one stage, 1080p two."""
+    """Small sizes for 480p, 720p and 1080p: 56x32, 88x56 and 136x80. 720p has one stage, 1080p has two."""
     pipeline = demo.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     first, second = stage(upsampler_720p(), 2), stage(upsampler_1080p(), 2, seed=1)
     for each in (first, second):
         use_mask_free_attention(each.transformer, NATIVE)
     return PipelineModel(
-        name="family",
-        bases={"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
-        routes={
-            (DEFAULT_MODEL, Resolution.P720): Route("base", ("first",)),
-            (DEFAULT_MODEL, Resolution.P1080): Route("base", ("first", "second")),
-        },
-        upscalers={
-            "first": Upscaler(Checkpoint("first", 72, first.sampling), first),
-            "second": Upscaler(Checkpoint("second", 108, second.sampling), second),
-        },
+        Parts(
+            "family",
+            {"base": Base(Checkpoint("base", 48, Sampling(2, guidance_scale=1.0)), pipeline)},
+            {
+                (DEFAULT_MODEL, Resolution.P720): Route("base", ("first",)),
+                (DEFAULT_MODEL, Resolution.P1080): Route("base", ("first", "second")),
+            },
+            {
+                "first": Upscaler(Checkpoint("first", 72, first.sampling), first),
+                "second": Upscaler(Checkpoint("second", 108, second.sampling), second),
+            },
+        )
     )

@@ -1,4 +1,4 @@
-"""torch.compile of the blocks: the same numbers, one compilation for every size, and a start without a compiler."""
+"""Compiled blocks give the same numbers, one compilation serves all sizes, and a compiler is not required."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from diffusers import HunyuanVideo15Transformer3DModel
 from torch._dynamo.utils import counters
 
@@ -25,13 +26,15 @@ from handler.video_model.memory import Placement
 from handler.video_model.placement import place
 from tests.support.small_models import sr_transformer
 
-#: Frames, height and width of latents: fewer tokens than a chunk, several chunks, and as many as a whole number.
+#: Frames, height and width of latents: less than one chunk of tokens, several chunks, and exactly one.
 SIZES = [(4, 5, 6), (7, 9, 16), (31, 9, 16), (5, 10, 10)]
 CHUNK = 500
+#: Several chunks, and more frames than a window of super-resolution.
+LONG = (12, 7, 8)
 
 
 def transformers() -> list[HunyuanVideo15Transformer3DModel]:
-    """A base model and a stage of super-resolution: blocks of one width."""
+    """A base model and a super-resolution stage, with blocks of the same width."""
     made = [demo.build_pipeline().transformer, sr_transformer()]
     for transformer in made:
         use_mask_free_attention(transformer, NATIVE, chunk=CHUNK)
@@ -66,12 +69,15 @@ def _nothing_compiled_before() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use of it
-def test_what_is_compiled_computes_the_same_at_every_size_without_a_further_compilation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_compiled_blocks_compute_the_same_at_every_size_and_are_kept_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # `compile_blocks` sets it; this restores it after the test
     made = transformers()
-    assert compile_blocks(made)
+    with torch._inductor.config.patch(compile_threads=1):  # without a pool of processes that import torch
+        assert compile_blocks(made, tmp_path)
+    assert any((tmp_path / "torchinductor").rglob("*.so"))
+    assert "HUNYUAN_COMPILE" not in caplog.text
     assert counters["stats"]["unique_graphs"] == 4, "before and after attention, for latent and for text tokens"
     for transformer, plain in zip(made, transformers(), strict=True):
         for text, size in enumerate(SIZES, start=6):
@@ -82,7 +88,7 @@ def test_what_is_compiled_computes_the_same_at_every_size_without_a_further_comp
 
 
 @pytest.mark.parametrize("approximation", Approximation)
-def test_it_goes_with_each_approximation(approximation: Approximation) -> None:
+def test_compilation_works_with_each_approximation(approximation: Approximation) -> None:
     results = []
     for compiled in (False, True):
         base, upscaler = transformers()
@@ -90,12 +96,12 @@ def test_it_goes_with_each_approximation(approximation: Approximation) -> None:
         if compiled:
             assert compile_blocks([base, upscaler], backend="aot_eager")
         with torch.compiler.set_stance("fail_on_recompile"):
-            results.append([video(each, size, 9) for each in (base, upscaler) for size in SIZES[2:3] * 5])
+            results.append([video(each, size, 9) for each in (base, upscaler) for size in [LONG] * 5])
     for plain, compiled_one in zip(*results, strict=True):
         assert torch.allclose(plain, compiled_one, atol=1e-5)
 
 
-def test_it_goes_with_streaming_even_if_nobody_asks_for_both() -> None:
+def test_compilation_works_with_streamed_blocks() -> None:
     (base, _), (plain, _) = transformers(), transformers()
     place(base, Placement.STREAMED, "block_level", torch.device("cpu"))
     assert compile_blocks([base], backend="aot_eager")
@@ -107,10 +113,10 @@ def test_on_a_cpu_nothing_is_compiled_unless_asked_for() -> None:
     assert counters["stats"]["unique_graphs"] == 0
 
 
-#: In a process of its own, as PyTorch looks for a compiler and for its cache once in each.
+#: Runs in its own process, because PyTorch looks for a compiler and for its cache only once.
 SCRIPT = """
 import json, logging, threading
-from handler.contract import JobInput
+from contract.job import JobInput
 from handler.settings import WorkerSettings
 from handler.video_model.loader import load_model
 
@@ -122,10 +128,9 @@ print(json.dumps({{"frames": sum(len(chunk) for chunk in chunks), "seconds": dic
 """
 
 
-@pytest.mark.parametrize("compiler", ["g++", "/no/such/compiler"])
-def test_the_cache_is_kept_and_a_missing_compiler_is_said_once_and_stops_nothing(compiler: str, tmp_path: Path) -> None:
+def test_without_a_compiler_the_worker_warns_once_and_renders(tmp_path: Path) -> None:
     job = JobInput(prompt="A paper boat", duration=5, num_inference_steps=1).model_dump_json()
-    own = {"HUNYUAN_COMPILE": "true", "HUNYUAN_CACHE_DIR": str(tmp_path), "CXX": compiler}
+    own = {"HUNYUAN_COMPILE": "true", "HUNYUAN_CACHE_DIR": str(tmp_path), "CXX": "/no/such/compiler"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")} | own
     script = SCRIPT.format(job=job)
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -134,6 +139,5 @@ def test_the_cache_is_kept_and_a_missing_compiler_is_said_once_and_stops_nothing
     assert told["frames"] == 121
     assert told["seconds"]["compilation"] > 0
     warnings = [line for line in run.stderr.splitlines() if line.startswith("WARNING HUNYUAN_COMPILE")]
-    assert len(warnings) == (0 if compiler == "g++" else 1), run.stderr
-    if compiler == "g++":
-        assert any((tmp_path / "torchinductor").rglob("*.so"))
+    assert len(warnings) == 1, run.stderr
+    assert (tmp_path / "torchinductor").is_dir(), "HUNYUAN_CACHE_DIR is used"

@@ -1,4 +1,4 @@
-"""Original checkpoints to ours and back again, and what `python -m handler.weights` makes of a hub."""
+"""Checkpoints are converted exactly, and downloaded from a hub as a profile needs them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -22,6 +23,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
 from contract.job import Profile
 from handler.settings import WorkerSettings
@@ -29,9 +31,11 @@ from handler.video_model import demo
 from handler.video_model.catalog import needed
 from handler.video_model.loader import load_model
 from handler.video_model.super_resolution import load_upsampler
-from handler.weights import download as weights
-from handler.weights.convert import ConvertError, convert_checkpoint, convert_transformer, transformer_config
-from handler.weights.download import Files, WeightsError, download
+from handler.weights.convert import convert_checkpoint, convert_transformer, transformer_config
+from handler.weights.download import download
+from handler.weights.errors import ConvertError, WeightsError
+from handler.weights.hub import Fetch, Files, fetch_from_hub
+from hunyuan.cli.main import app
 from tests.support.small_models import image_pipeline, sr_transformer, upsampler_720p, upsampler_1080p
 
 State = dict[str, torch.Tensor]
@@ -80,7 +84,7 @@ BACK = (
 
 
 def original(state: State) -> State:
-    """What Tencent would have published."""
+    """The state as Tencent would publish it."""
     renamed: State = {}
     for name, tensor in state.items():
         for pattern, replacement in BACK:
@@ -96,7 +100,7 @@ def original(state: State) -> State:
 
 
 def small(seed: int = 0, *, in_channels: int = 17, out_channels: int = 8) -> HunyuanVideo15Transformer3DModel:
-    """With heads of the published size, so that no configuration need tell of them."""
+    """Has heads of the published size, so that no configuration has to name it."""
     torch.manual_seed(seed)
     return HunyuanVideo15Transformer3DModel(
         in_channels=in_channels,
@@ -120,7 +124,7 @@ def meanflow_98_channels() -> HunyuanVideo15Transformer3DModel:
 
 
 def published(**changes: object) -> HunyuanVideo15Transformer3DModel:
-    """The model as it is published, with no memory behind it."""
+    """The model at its published size, on the meta device, which takes no memory."""
     with torch.device("meta"):
         return HunyuanVideo15Transformer3DModel(task_type="t2v", **changes)
 
@@ -186,14 +190,14 @@ def test_unknown_and_missing_keys_are_named() -> None:
         ("img_in.proj.weight", "img_in.proj.weight"),
     ],
 )
-def test_what_is_missing_as_a_whole_is_named_too(dropped: str, named: str) -> None:
+def test_missing_modules_are_named(dropped: str, named: str) -> None:
     state = original(meanflow_98_channels().state_dict() if "time_r" in dropped else small().state_dict())
     left = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
     with pytest.raises(ConvertError, match=re.escape(named)):
         convert_transformer(left)
 
 
-def test_another_model_is_refused_in_few_words() -> None:
+def test_another_model_is_refused_in_a_short_message() -> None:
     with pytest.raises(ConvertError, match=r"unknown decoder\.0, .* and 96 more") as error:
         convert_transformer({f"decoder.{index}": torch.zeros(1) for index in range(100)})
     assert len(str(error.value)) < 600
@@ -272,11 +276,11 @@ def test_a_super_resolution_stage_keeps_its_upsampler_as_it_is(tmp_path: Path, n
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """The transformer is written when the upsampler turns out to be another one."""
+    """The transformer is already written when the upsampler proves to be another one."""
     name = "720p_sr_distilled"
     write_stage(tmp_path / "source", name)
     save_file({"a": torch.zeros(1)}, tmp_path / "source" / "upsampler" / name / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ConvertError, match=r"is no upsampler: .*in_conv"):
+    with pytest.raises(ConvertError, match=r"is not an upsampler: .*in_conv"):
         convert_checkpoint(tmp_path / "source", tmp_path / name, name)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -302,15 +306,21 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, name: str, sta
     assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
 
 
-def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
+def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConvertError, match="is there already"):
+    with pytest.raises(ConvertError, match="already exists"):
         convert_checkpoint(tmp_path / "one.safetensors", tmp_path / "out", "480p_t2v")
 
 
-def command(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def command(*arguments: str | Path) -> Result:
+    """Runs `hunyuan` in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def started(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Runs `hunyuan` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "handler.weights.download", *map(str, arguments)],
+        [sys.executable, "-m", "hunyuan", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -322,8 +332,8 @@ def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_clea
     (tmp_path / "source").mkdir()
     save_file(original(small().state_dict()), tmp_path / "source" / "one.safetensors")
     config = tmp_path / "source" / "config.json"
-    os.mkfifo(config)  # who reads it waits
-    with command("convert", tmp_path / "source", tmp_path / "480p_t2v") as process:
+    os.mkfifo(config)  # a reader waits
+    with started("convert-weights", tmp_path / "source", tmp_path / "480p_t2v") as process:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) == 1:
             assert time.monotonic() < deadline
@@ -331,7 +341,7 @@ def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_clea
         process.kill()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".480p_t2v.partial", "source"]
     config.unlink()
-    assert weights.main(["convert", str(tmp_path / "source"), str(tmp_path / "480p_t2v")]) == 0
+    assert command("convert-weights", tmp_path / "source", tmp_path / "480p_t2v").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["480p_t2v", "source"]
 
 
@@ -341,8 +351,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         [
             sys.executable,
             "-m",
-            "handler.weights.download",
-            "convert",
+            "hunyuan",
+            "convert-weights",
             tmp_path / "one.safetensors",
             tmp_path / "480p_t2v",
         ],
@@ -353,34 +363,53 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert len(errors.splitlines()) == 1
-    assert "can't be written" in errors
+    assert "cannot be written" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
 
 
-def test_exit_codes_of_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_of_convert(tmp_path: Path) -> None:
     save_file(original(small().state_dict()), tmp_path / "one.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-1000])
-    source, nameless = str(tmp_path / "one.safetensors"), str(tmp_path / "out")
-    assert weights.main(["convert", source, nameless]) == 2
-    assert "--name" in capsys.readouterr().err
-    assert weights.main(["convert", source, nameless, "--name", "480p_t2v_4step"]) == 0
-    capsys.readouterr()
+    source, nameless = tmp_path / "one.safetensors", tmp_path / "out"
+    unnamed = command("convert-weights", source, nameless)
+    assert unnamed.exit_code == 2
+    assert "--name" in unnamed.stderr
+    assert command("convert-weights", source, nameless, "--name", "480p_t2v_4step").exit_code == 0
     for arguments in (
-        [source, nameless, "--name", "480p_t2v"],
-        [source, str(tmp_path / "other"), "--name", "540p"],
-        [str(tmp_path / "absent.safetensors"), str(tmp_path / "480p_t2v")],
-        [str(tmp_path / "cut.safetensors"), str(tmp_path / "480p_t2v")],
-        [str(tmp_path), str(tmp_path / "480p_t2v")],
+        (source, nameless, "--name", "480p_t2v"),
+        (source, tmp_path / "other", "--name", "540p"),
+        (tmp_path / "absent.safetensors", tmp_path / "480p_t2v"),
+        (tmp_path / "cut.safetensors", tmp_path / "480p_t2v"),
+        (tmp_path, tmp_path / "480p_t2v"),
     ):
-        assert weights.main(["convert", *arguments]) == 1, arguments
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    with pytest.raises(SystemExit) as ended:
-        weights.main(["convert", source])
-    assert ended.value.code == 2
+        failed = command("convert-weights", *arguments)
+        assert failed.exit_code == 1, arguments
+        assert len(failed.stderr.splitlines()) == 1
+    assert command("convert-weights", source).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["download-weights fast --to weights --accept-licence", "convert-weights one.safetensors 480p_t2v"],
+)
+def test_an_installation_without_pytorch_says_what_to_install(tmp_path: Path, arguments: str) -> None:
+    script = "import sys; sys.modules['torch'] = None; from hunyuan.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install 'hunyuan-video-service[worker]'" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 class LocalHub:
-    """Repositories below a directory; breaks off in the middle of the call of that number."""
+    """Repositories in a directory. The call with the number `breaks_at` fails in the middle."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -440,13 +469,13 @@ def test_what_a_profile_needs_is_downloaded_and_loads(tmp_path: Path, hub: Local
         assert equal(load_file(to / "480p_t2v_4step" / TRANSFORMER), state)
 
 
-def test_image_to_video_weights_come_on_demand(tmp_path: Path, hub: LocalHub) -> None:
+def test_image_to_video_weights_are_downloaded_on_request(tmp_path: Path, hub: LocalHub) -> None:
     download(Profile.BALANCED, tmp_path, hub, images=True)
     assert {path.name for path in tmp_path.iterdir()} == needed(Profile.BALANCED) | {"480p_i2v_distilled"}
     assert load_model(WorkerSettings(model_path=str(tmp_path))).takes_images
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: LocalHub) -> None:
+def test_complete_checkpoints_are_not_downloaded_again(tmp_path: Path, hub: LocalHub) -> None:
     download(Profile.FAST, tmp_path, hub)
     asked = len(hub.asked)
     download(Profile.FAST, tmp_path, hub)
@@ -460,7 +489,9 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: LocalHub) -> No
 
 
 @pytest.mark.parametrize("breaks_at", [1, 2, 3, 4])
-def test_a_download_that_broke_off_leaves_no_half_and_goes_on(tmp_path: Path, hub: LocalHub, breaks_at: int) -> None:
+def test_an_interrupted_download_leaves_no_partial_checkpoint_and_resumes(
+    tmp_path: Path, hub: LocalHub, breaks_at: int
+) -> None:
     hub.breaks_at = breaks_at
     with pytest.raises(WeightsError, match="connection lost"):
         download(Profile.FAST, tmp_path, hub)
@@ -473,43 +504,34 @@ def test_a_download_that_broke_off_leaves_no_half_and_goes_on(tmp_path: Path, hu
     assert untouched == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
 
 
-def test_what_is_there_in_part_is_left_alone_and_named(tmp_path: Path, hub: LocalHub) -> None:
+def test_an_incomplete_checkpoint_is_left_alone_and_named(tmp_path: Path, hub: LocalHub) -> None:
     download(Profile.QUALITY, tmp_path, hub)
     asked = len(hub.asked)
     index = tmp_path / "720p_t2v" / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}))
-    with pytest.raises(WeightsError, match="720p_t2v is there, but not complete"):
+    with pytest.raises(WeightsError, match="720p_t2v exists but is incomplete"):
         download(Profile.QUALITY, tmp_path, hub)
     assert index.exists()
     assert len(hub.asked) == asked
 
 
-def test_exit_codes_of_download(tmp_path: Path, hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["download", "quality", "--to", str(tmp_path / "weights")]
-    assert weights.main(arguments, hub) == 2
-    said = capsys.readouterr()
-    assert "European Union, the United Kingdom and South Korea" in said.out
-    assert "--accept-licence" in said.err
-    assert not hub.asked
-    hub.breaks_at = 1
-    assert weights.main([*arguments, "--accept-licence"], hub) == 1
-    assert capsys.readouterr().err.splitlines() == ["tencent/HunyuanVideo-1.5: connection lost"]
-    hub.breaks_at = None
-    assert weights.main([*arguments, "--accept-licence"], hub) == 0
-    assert "720p_t2v: ready" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        weights.main(["download", "fastest", "--to", str(tmp_path)], hub)
-    assert ended.value.code == 2
+def test_without_the_licence_or_a_known_profile_nothing_is_downloaded(tmp_path: Path) -> None:
+    refused = command("download-weights", "quality", "--to", tmp_path / "weights")
+    assert refused.exit_code == 2
+    assert "European Union, the United Kingdom and South Korea" in refused.stdout
+    assert "--accept-licence" in refused.stderr
+    assert command("download-weights", "fastest", "--to", tmp_path / "weights").exit_code == 2
+    assert not list(tmp_path.iterdir())
 
 
 class HubServer(ThreadingHTTPServer):
-    """Those repositories over HTTP: as much of the hub as its own client asks for."""
+    """Those repositories over HTTP: the part of the hub's API that its client uses."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _HubRequest)
         self.root = root
         self.received: list[str] = []
-        self.changes: set[str] = set()  # files that get another byte on their way, once
+        self.changes: set[str] = set()  # files that arrive with one byte changed, once
 
 
 class _HubRequest(BaseHTTPRequestHandler):
@@ -568,9 +590,11 @@ def hub_server(hub_root: Path) -> Iterator[HubServer]:
 
 def test_the_hubs_own_client_fetches_what_is_needed_and_no_more(tmp_path: Path, hub_server: HubServer) -> None:
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    with command("download", "fast", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:
-        _, errors = process.communicate(timeout=120)
+    with started("download-weights", "fast", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:
+        said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert "European Union, the United Kingdom and South Korea" in said
+    assert "480p_t2v_4step: ready" in said
     assert {path.name for path in (tmp_path / "weights").iterdir()} == needed(Profile.FAST)
     assert not list((tmp_path / "weights").rglob(".cache"))
     unwanted = {"another.safetensors", "transformer/480p_i2v/huge.safetensors", TRANSFORMER.as_posix()}
@@ -578,35 +602,32 @@ def test_the_hubs_own_client_fetches_what_is_needed_and_no_more(tmp_path: Path, 
     assert len(hub_server.received) == len(set(hub_server.received))
 
 
-def test_a_file_that_came_through_changed_is_named_and_fetched_again(tmp_path: Path, hub_server: HubServer) -> None:
+def test_a_damaged_file_is_named_and_fetched_again(tmp_path: Path, hub_server: HubServer) -> None:
     changed = "transformer/720p_sr_distilled/diffusion_pytorch_model.safetensors"
     hub_server.changes = {changed}
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_server.server_port}", "HF_HOME": str(tmp_path / "home")}
     to = tmp_path / "weights"
-    with command("download", "balanced", "--to", to, "--accept-licence", env=env) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith(f"tencent/HunyuanVideo-1.5: {changed} came through changed")
+    fetch: Fetch = partial(fetch_from_hub, endpoint=f"http://127.0.0.1:{hub_server.server_port}")
+    with pytest.raises(WeightsError) as error:
+        download(Profile.BALANCED, to, fetch)
+    assert str(error.value).startswith(f"tencent/HunyuanVideo-1.5: {changed} was damaged in its download")
     assert not list(to.rglob(f".download/**/{changed}")), "nothing of it is kept"
     assert not (to / "720p_sr_distilled").exists()
     before = list(hub_server.received)
-    with command("download", "balanced", "--to", to, "--accept-licence", env=env) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    download(Profile.BALANCED, to, fetch)
+    assert {path.name for path in to.iterdir()} == needed(Profile.BALANCED)
     again = hub_server.received[len(before) :]
     assert [file for file in again if file in before] == [changed]
 
 
-def test_without_a_connection_what_came_before_is_not_taken_for_the_whole(tmp_path: Path) -> None:
-    """The hub's client by itself would: it falls back on what lies in the directory."""
+def test_without_a_connection_an_unfinished_download_is_not_taken_as_complete(tmp_path: Path) -> None:
+    """The hub's client alone would: without a connection it accepts what is in the directory."""
     begun = tmp_path / "weights" / ".download" / "1080p_sr_distilled.original"
     write_stage(begun, "1080p_sr_distilled")
     (begun / "upsampler" / "1080p_sr_distilled" / "config.json").unlink()
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
-    with command("download", "quality", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:
+    with started("download-weights", "quality", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("tencent/HunyuanVideo-1.5: ")
+    assert [line.partition(": ")[0] for line in errors.splitlines()] == ["tencent/HunyuanVideo-1.5"]
     assert [path.name for path in (tmp_path / "weights").iterdir()] == [".download"]

@@ -1,4 +1,4 @@
-"""Decoding a tile at a time: the stock decoder's pixels, in a fraction of its memory."""
+"""Decoding one tile at a time gives the stock decoder's pixels with a fraction of its memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_each_pixel_is_the_stock_decoders(size: tuple[int, int], tile: int | Non
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that PyTorch makes inside it, for as long as they live."""
+    """Counts the bytes of all live storages that PyTorch allocates inside it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak(height: int, *, whole: bool) -> int:
-    """Of decoding a video so many latents high."""
+    """Peak bytes of decoding a video that is `height` latents high."""
     vae = demo.build_pipeline().vae
     vae.enable_tiling(32, 32, 4, 4)
     use_fast_causal_mask(vae)

@@ -1,9 +1,10 @@
-"""The demo model: diffusers' own classes at a small size, through our whole way from prompt to frames."""
+"""The demo model, which has diffusers' own classes at a small size, renders a prompt to frames."""
 
 from __future__ import annotations
 
 import gc
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -22,20 +23,23 @@ from handler.video_model import demo
 from handler.video_model.attention import NATIVE, causal_mask, use_fast_causal_mask, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.video_model.blocks import CHUNK, ChunkedBlock
-from handler.video_model.catalog import Route
-from handler.video_model.generate import Base, PipelineModel
+from handler.video_model.checkpoints import single_parts
+from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from tests.support.small_models import single
 
 PROMPT = "A paper boat on a rainy street"
 
 
-def job(prompt: str = PROMPT, duration: int = 5) -> JobInput:
-    return JobInput(prompt=prompt, duration=duration)
+def job(prompt: str = PROMPT, steps: int | None = None) -> JobInput:
+    return JobInput(prompt=prompt, duration=5, num_inference_steps=steps)
 
 
-def render(model: VideoModel, prompt: str = PROMPT, seed: int = 1, cancelled: Event | None = None) -> Frames:
-    chunks = model.render(job(prompt), seed=seed, on_progress=lambda *_: None, cancelled=cancelled or Event())
+def render(
+    model: VideoModel, prompt: str = PROMPT, seed: int = 1, cancelled: Event | None = None, steps: int | None = None
+) -> Frames:
+    """All frames; with the model's own number of steps by default."""
+    chunks = model.render(job(prompt, steps), seed=seed, on_progress=lambda *_: None, cancelled=cancelled or Event())
     return np.concatenate(list(chunks))
 
 
@@ -44,7 +48,7 @@ def model() -> VideoModel:
     return load_model(WorkerSettings(model_path="demo"))
 
 
-def test_it_gives_the_promised_frames_and_tells_of_each_stage(model: VideoModel) -> None:
+def test_it_yields_the_promised_frames_and_reports_each_stage(model: VideoModel) -> None:
     told: list[tuple[Stage, float]] = []
     chunks = list(
         model.render(job(), seed=1, on_progress=lambda stage, done: told.append((stage, done)), cancelled=Event())
@@ -60,14 +64,14 @@ def test_it_gives_the_promised_frames_and_tells_of_each_stage(model: VideoModel)
 
 
 def test_seed_and_prompt_decide_what_is_seen(model: VideoModel) -> None:
-    first = render(model)
-    assert np.array_equal(first, render(model))
-    assert not np.array_equal(first, render(model, seed=2))
-    assert not np.array_equal(first, render(model, prompt="A red fox walks through fresh snow"))
+    first = render(model, steps=2)
+    assert np.array_equal(first, render(model, steps=2))
+    assert not np.array_equal(first, render(model, steps=2, seed=2))
+    assert not np.array_equal(first, render(model, steps=2, prompt="A red fox walks through fresh snow"))
 
 
 def test_the_demo_is_worth_looking_at(model: VideoModel) -> None:
-    """Colour that moves slowly: no noise from pixel to pixel, no stills."""
+    """The video shows slowly moving colours: neighbouring pixels and frames differ, but little."""
     frames = render(model).astype(np.float32)
     assert frames.std() > 20
     assert np.abs(np.diff(frames, axis=2)).mean() < frames.std() / 4
@@ -80,7 +84,7 @@ def test_it_is_the_same_model_each_time_it_is_built() -> None:
 
 
 @pytest.mark.parametrize("after", [0.3, 1.0, 2.6])
-def test_a_render_ends_soon_after_it_is_cancelled_whatever_it_is_at(model: VideoModel, after: float) -> None:
+def test_a_render_ends_soon_after_it_is_cancelled_in_any_stage(model: VideoModel, after: float) -> None:
     cancelled = Event()
     cancelled_at: list[float] = []
 
@@ -92,9 +96,9 @@ def test_a_render_ends_soon_after_it_is_cancelled_whatever_it_is_at(model: Video
     Thread(target=cancel).start()
     with pytest.raises(RenderCancelledError):
         render(model, cancelled=cancelled)
-    # One denoising step takes a tenth of a second; the demo's decoder knows one tile, of a few seconds.
+    # One denoising step takes a tenth of a second. The demo's decoder has a single tile, which takes a few seconds.
     assert time.monotonic() - cancelled_at[0] < 15
-    assert len(render(model)) == 121
+    assert len(render(model, steps=1)) == 121
 
 
 def test_cancelled_between_two_steps_no_further_step_is_taken(model: VideoModel) -> None:
@@ -130,7 +134,9 @@ def held_by_tensors() -> int:
         ("text_encoder", MemoryError()),
     ],
 )
-def test_out_of_memory_is_told_from_other_errors_and_the_next_render_works(error: Exception, part: str) -> None:
+def test_out_of_memory_is_distinguished_from_other_errors_and_the_next_render_works(
+    error: Exception, part: str
+) -> None:
     pipeline = demo.build_pipeline()
     model = single(pipeline)
     module = pipeline
@@ -147,7 +153,7 @@ def test_out_of_memory_is_told_from_other_errors_and_the_next_render_works(error
     model.release_memory()
     assert held_by_tensors() - before < 2_000_000, "encoded prompts may stay, nothing else"
     hook.remove()
-    assert len(render(model)) == 121
+    assert len(render(model, steps=1)) == 121
 
 
 def test_another_error_is_left_as_it_is() -> None:
@@ -168,7 +174,7 @@ def test_another_error_is_left_as_it_is() -> None:
 )
 @pytest.mark.parametrize(("guidance_scale", "chunk"), [(6.0, CHUNK), (1.0, CHUNK), (6.0, 100)])
 def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk: int) -> None:
-    """The stock pipeline with its dense masks, and ours, from the same noise."""
+    """Compares the stock pipeline with its dense masks with ours, from the same noise."""
     latents = []
     for mask_free in (False, True):
         pipeline = demo.build_pipeline()
@@ -196,10 +202,8 @@ def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk:
 
 @pytest.mark.parametrize("guidance_scale", [None, 1.0])
 @pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN" in the rain', "a word " * 70 + "at its end"])
-def test_our_whole_way_from_prompt_to_latents_equals_the_stock_pipelines(
-    prompt: str, guidance_scale: float | None
-) -> None:
-    """`PipelineModel`, as a job meets it, against diffusers called as its documentation says."""
+def test_our_latents_for_a_prompt_equal_those_of_the_stock_pipeline(prompt: str, guidance_scale: float | None) -> None:
+    """Compares `PipelineModel` with diffusers, called as its documentation says."""
     stock = demo.build_pipeline()
     stock.set_progress_bar_config(disable=True)
     stock.scheduler.set_shift(5.0)
@@ -207,8 +211,8 @@ def test_our_whole_way_from_prompt_to_latents_equals_the_stock_pipelines(
     expected = stock(
         prompt=prompt,
         negative_prompt="blurry",
-        height=72,
-        width=128,
+        height=32,
+        width=56,
         num_frames=121,
         num_inference_steps=3,
         generator=torch.Generator().manual_seed(7),
@@ -217,11 +221,7 @@ def test_our_whole_way_from_prompt_to_latents_equals_the_stock_pipelines(
 
     pipeline = demo.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
-    model = PipelineModel(
-        name="demo",
-        bases={"demo": Base(demo.CHECKPOINT, pipeline)},
-        routes={("HunyuanVideo-1.5", Resolution.P720): Route("demo")},
-    )
+    model = PipelineModel(single_parts(replace(demo.CHECKPOINT, base_size=48), pipeline))
     job_input = JobInput(
         prompt=prompt,
         duration=5,
@@ -235,7 +235,7 @@ def test_our_whole_way_from_prompt_to_latents_equals_the_stock_pipelines(
 
 
 def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's kernel is watched: of the blocks' calls, the long ones, none has a mask."""
+    """Records the masks of the blocks' calls to PyTorch's kernel, which are the long ones."""
     masks: list[object] = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
@@ -246,8 +246,8 @@ def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = load_model(WorkerSettings(model_path="demo"))
-    render(model)
-    assert len(masks) == 16 * 2 * 2, "steps x guidance x blocks"
+    render(model, steps=2)
+    assert len(masks) == 2 * 2 * 2, "steps x guidance x blocks"
     assert set(masks) == {None}
 
 
@@ -264,7 +264,7 @@ def test_the_vaes_mask_is_the_stock_one_made_at_once() -> None:
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the largest result, in numbers, of all that PyTorch computes inside it."""
+    """Records the bytes of the largest result that PyTorch computes inside it."""
 
     largest = 0
 
@@ -293,12 +293,12 @@ def test_no_tensor_of_a_block_grows_with_the_square_of_its_tokens() -> None:
     small, large = (largest_in_a_block(tokens, stock=False) for tokens in (1000, 4000))
     assert large <= 4.2 * small
     assert large <= 4020 * 32 * 4, "in bytes: a joint tensor; the feed-forward's inside is twice as wide, and chunked"
-    assert largest_in_a_block(4000, stock=True) >= 4020**2, "the stock processor's mask is seen by the same means"
+    assert largest_in_a_block(4000, stock=True) >= 4020**2, "the same measurement sees the stock processor's mask"
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with one checkpoint, small but with the target size of a 480p model."""
+    """A directory with one small checkpoint that has the target size of a 480p model."""
     directory = tmp_path_factory.mktemp("checkpoints")
     pipeline = demo.build_pipeline()
     pipeline.save_pretrained(directory / "Tiny-480p_t2v")
@@ -311,7 +311,7 @@ def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints:
     assert model.name == "Tiny-480p_t2v"
     assert isinstance(model, PipelineModel)
     assert model.models == ["HunyuanVideo-1.5"]
-    (base,) = model._bases.values()
+    (base,) = model.parts.bases.values()
     assert (base.checkpoint.base_size, base.checkpoint.sampling.num_inference_steps) == (640, 50)
     assert base.pipeline.scheduler.shift == 5.0
     assert base.pipeline.guider.guidance_scale == 6.0
@@ -327,7 +327,7 @@ def test_a_loaded_checkpoint_renders_what_the_saved_one_does(checkpoints: Path) 
     loaded.prompt_template_encode_start_idx = built.prompt_template_encode_start_idx
     loaded.tokenizer_max_length = built.tokenizer_max_length
     first, second = (render(single(pipeline)) for pipeline in (built, loaded))
-    # Weights that are mapped from a file lie at another alignment: the last bit of a float may differ.
+    # Weights mapped from a file have another alignment, so the last bit of a float may differ.
     assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
 
 
@@ -355,7 +355,7 @@ def test_what_can_not_be_loaded_names_the_setting_and_what_is_wrong(tmp_path: Pa
         assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_that_can_not_be_had_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_hub_id_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = WorkerSettings(model_path="nobody/no-such-checkpoint", cache_dir=tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match=r"HUNYUAN_MODEL_PATH: nobody/no-such-checkpoint can't be loaded"):

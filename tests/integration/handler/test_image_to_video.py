@@ -1,4 +1,4 @@
-"""Videos that start from an image: the stock pipeline's numbers, super-resolution, and the worker's checks."""
+"""Videos from an image have the stock pipeline's numbers and pass super-resolution, and the worker checks the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames
 from handler.video_model.blocks import CHUNK
 from handler.video_model.catalog import Checkpoint, Route, Sampling
-from handler.video_model.generate import Base, PipelineModel
+from handler.video_model.generate import PipelineModel
+from handler.video_model.parts import Base, Parts
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
 from tests.support.queues import NOWHERE
@@ -62,10 +63,10 @@ def test_mask_free_attention_is_exact_from_an_image(prompt: str, guidance_scale:
     assert (stock - ours).abs().max() < 1e-4
 
 
-def test_our_whole_way_from_an_image_to_latents_equals_the_stock_pipelines() -> None:
+def test_our_latents_for_an_image_equal_those_of_the_stock_pipeline() -> None:
     stock = image_pipeline()
     stock.set_progress_bar_config(disable=True)
-    stock.target_size = 96
+    stock.target_size = 48
     stock.guider = stock.guider.new(guidance_scale=6.0)
     expected = stock(
         prompt=PROMPT,
@@ -78,12 +79,8 @@ def test_our_whole_way_from_an_image_to_latents_equals_the_stock_pipelines() -> 
     pipeline = image_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     routes = {("HunyuanVideo-1.5", Resolution.P720): Route("base")}
-    model = PipelineModel(
-        name="image",
-        bases={"base": Base(Checkpoint("base", 96, Sampling(2, guidance_scale=6.0)), pipeline)},
-        routes=routes,
-        image_routes=routes,
-    )
+    base = Base(Checkpoint("base", 48, Sampling(2, guidance_scale=6.0)), pipeline)
+    model = PipelineModel(Parts("image", {"base": base}, routes, image_routes=routes))
     job_input = JobInput(prompt=PROMPT, duration=5, resolution=Resolution.P720, image="https://example.com/x.png")
     latents = model._latents(job_input, picture(size=(1280, 720)), 7, lambda *_: None, Event())
     assert (latents * pipeline.vae.config.scaling_factor - expected).abs().max() < 1e-4

@@ -1,4 +1,4 @@
-"""A directory with several checkpoints: what is offered, what stands for what, and what is shared."""
+"""A directory with several checkpoints decides which models are offered; they share text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.small_models import image_pipeline, single, sr_transformer, u
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the balanced profile needs, small, in the published layout, and the transformer of the fast one."""
+    """Small checkpoints of the balanced profile in the published layout, and the transformer of the fast one."""
     directory = tmp_path_factory.mktemp("weights")
     pipeline = demo.build_pipeline()
     pipeline.save_pretrained(directory / "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled")
@@ -48,7 +48,7 @@ def load(directory: Path, profile: Profile | None = None) -> PipelineModel:
     return model
 
 
-def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
+def test_the_checkpoints_present_decide_what_is_offered_and_the_fastest_is_the_default(
     weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="handler")
@@ -56,44 +56,46 @@ def test_what_is_there_decides_what_is_offered_and_the_fastest_is_the_default(
     assert model.models == ["HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"]
     assert model.name == "HunyuanVideo-1.5-fast"
     for resolution in Resolution:
-        assert model._routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.FAST, resolution]
-        assert model._routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
+        assert model.parts.routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.FAST, resolution]
+        assert model.parts.routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
     assert "profile quality: missing 720p_t2v" in caplog.text
     assert "download" in caplog.text
 
 
-def test_a_profile_can_be_preferred_and_one_that_is_missing_is_said_so(weights: Path) -> None:
+def test_a_profile_can_be_preferred_and_a_missing_one_is_named(weights: Path) -> None:
     model = load(weights, Profile.BALANCED)
     assert model.name == "HunyuanVideo-1.5-balanced"
-    assert model._routes["HunyuanVideo-1.5", Resolution.P720].base == "480p_t2v_distilled"
+    assert model.parts.routes["HunyuanVideo-1.5", Resolution.P720].base == "480p_t2v_distilled"
     with pytest.raises(ModelLoadError, match="HUNYUAN_PROFILE: quality lacks 720p_t2v"):
         load(weights, Profile.QUALITY)
 
 
 def test_text_encoders_and_vae_are_loaded_once_and_each_base_has_its_own_settings(weights: Path) -> None:
     model = load(weights)
-    fast, balanced = (model._bases[name] for name in ("480p_t2v_4step", "480p_t2v_distilled"))
+    fast, balanced = (model.parts.bases[name] for name in ("480p_t2v_4step", "480p_t2v_distilled"))
     for part in ("text_encoder", "text_encoder_2", "vae", "tokenizer"):
         assert getattr(fast.pipeline, part) is getattr(balanced.pipeline, part)
     assert fast.pipeline.transformer is not balanced.pipeline.transformer
     assert (fast.pipeline.scheduler.shift, balanced.pipeline.scheduler.shift) == (9.0, 5.0)
     assert (fast.pipeline.guider.guidance_scale, balanced.pipeline.guider.guidance_scale) == (1.0, 1.0)
-    assert [model._upscalers[name].stage.sampling.num_inference_steps for name in sorted(model._upscalers)] == [8, 6]
+    assert [
+        model.parts.upscalers[name].stage.sampling.num_inference_steps for name in sorted(model.parts.upscalers)
+    ] == [8, 6]
 
 
-def test_image_weights_are_taken_where_they_are(weights: Path, tmp_path: Path) -> None:
-    """Of two profiles one has its image-to-video base: both start from images through that one."""
+def test_image_weights_are_used_if_present(weights: Path, tmp_path: Path) -> None:
+    """Only one of two profiles has its image-to-video base: both use it."""
     assert not load(weights).takes_images
     shutil.copytree(weights, tmp_path / "weights")
     image_pipeline().save_pretrained(tmp_path / "weights" / "480p_i2v_distilled")
     model = load(tmp_path / "weights")
     assert model.takes_images
     for name in ("HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"):
-        route = model._image_routes[name, Resolution.P1080]
+        route = model.parts.image_routes[name, Resolution.P1080]
         assert route.checkpoints == ("480p_i2v_distilled", "720p_sr_distilled", "1080p_sr_distilled")
-    base = model._bases["480p_i2v_distilled"].pipeline
+    base = model.parts.bases["480p_i2v_distilled"].pipeline
     assert isinstance(base, HunyuanVideo15ImageToVideoPipeline)
-    assert base.text_encoder is model._bases["480p_t2v_4step"].pipeline.text_encoder
+    assert base.text_encoder is model.parts.bases["480p_t2v_4step"].pipeline.text_encoder
     assert (base.scheduler.shift, base.vision_num_semantic_tokens) == (5.0, 729)
 
 
@@ -114,17 +116,15 @@ def test_a_checkpoint_that_is_cut_short_is_named(weights: Path, tmp_path: Path) 
 
 
 def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
-    """On a CPU there is nothing to stream to, but every hook runs."""
+    """A CPU has no device to stream to, but every hook runs."""
     job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
     videos = []
     for placement in Placement:
         pipeline = demo.build_pipeline()
-        for module, kind in (
-            (pipeline.text_encoder, "leaf_level"),
-            (pipeline.transformer, "block_level"),
-            (pipeline.vae, "leaf_level"),
-        ):
-            place(module, placement, kind, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        place(pipeline.text_encoder, placement, "leaf_level", cpu)
+        place(pipeline.transformer, placement, "block_level", cpu)
+        place(pipeline.vae, placement, "leaf_level", cpu)
         chunks = single(pipeline).render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())
         videos.append(np.concatenate(list(chunks)))
     resident, streamed = videos
@@ -132,7 +132,7 @@ def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
 
 
 class Meeting(torch.nn.Linear):
-    """Moves only together with the other one."""
+    """Moves only while the other one moves."""
 
     def __init__(self, barrier: Barrier) -> None:
         super().__init__(2, 2)
@@ -147,24 +147,24 @@ class Meeting(torch.nn.Linear):
 def test_parts_are_read_and_placed_at_the_same_time() -> None:
     barrier = Barrier(2)
     modules = [Meeting(barrier), Meeting(barrier)]
-    place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("meta"))
+    place_all([(module, Placement.RESIDENT, "leaf_level") for module in modules], torch.device("meta"))
     assert [module.weight.device.type for module in modules] == ["meta", "meta"]
 
 
-def test_a_part_that_can_not_be_placed_is_not_passed_over() -> None:
+def test_an_error_while_placing_a_part_is_raised() -> None:
     class Full(torch.nn.Linear):
         def _apply(self, fn: Any, recurse: bool = True) -> Full:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     modules = [torch.nn.Linear(2, 2), Full(2, 2)]
     with pytest.raises(torch.OutOfMemoryError):
-        place_all([(module, Placement.RESIDENT, "") for module in modules], torch.device("cpu"))
+        place_all([(module, Placement.RESIDENT, "leaf_level") for module in modules], torch.device("cpu"))
 
 
-def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> None:
-    """No vision tower, no head of a language model, no half of the VAE that only images go through."""
+def test_only_what_videos_from_text_use_is_loaded(weights: Path) -> None:
+    """The model has no vision tower, no language model head and no VAE encoder, which only images need."""
     model = load(weights)
-    for base in model._bases.values():
+    for base in model.parts.bases.values():
         components = base.pipeline.components
         assert "image_encoder" not in components
         assert components["vae"].encoder is None
@@ -173,7 +173,7 @@ def test_nothing_is_loaded_that_videos_from_text_do_not_use(weights: Path) -> No
         for encoder in (components["text_encoder"], components["text_encoder_2"]):
             names = {part for name, _ in encoder.named_parameters() for part in name.split(".")}
             assert not names & {"lm_head", "visual", "vision_tower", "decoder"}
-    pipelines = [base.pipeline for base in model._bases.values()]
+    pipelines = [base.pipeline for base in model.parts.bases.values()]
     for name in ("text_encoder", "text_encoder_2", "vae"):
         assert len({id(getattr(pipeline, name)) for pipeline in pipelines}) == 1, "one for all"
 
@@ -189,7 +189,7 @@ def video(model: PipelineModel) -> Frames:
 def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
     pipeline = demo.build_pipeline()
-    # So high a threshold that each step but the first takes the rest from the one before.
+    # With this threshold each step but the first reuses the output of the step before.
     approximate([pipeline.transformer], {approximation}, many_steps=[pipeline.transformer], cache_threshold=10.0)
     model = single(pipeline, steps=4)
     first, second = video(model), video(model)
@@ -198,11 +198,11 @@ def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(ap
 
 
 @pytest.mark.parametrize("cache", [Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER])
-def test_what_is_asked_for_is_applied_and_named(cache: Approximation) -> None:
+def test_requested_approximations_are_applied_and_named(cache: Approximation) -> None:
     model = load_model(WorkerSettings(model_path="demo", approximations=(Approximation.FP8_WEIGHTS, cache)))
     assert isinstance(model, PipelineModel)
     assert tuple(model.approximations) == ("fp8-weights", cache)
-    (base,) = model._bases.values()
+    (base,) = model.parts.bases.values()
     assert base.pipeline.transformer.is_cache_enabled
     weight = base.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype is torch.float8_e4m3fn
@@ -236,17 +236,17 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     settings = WorkerSettings(model_path=str(weights), approximations=(Approximation.TAYLORSEER,))
     model = load_model(settings)
     assert isinstance(model, PipelineModel)
-    cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model._bases.items()}
+    cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model.parts.bases.items()}
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
 
 
-def test_the_two_ways_to_skip_steps_are_not_taken_together() -> None:
+def test_the_two_step_caches_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="name one of them"):
         WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER))
 
 
 def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
-    """A matrix of 2048 x 512 as small as a transformer's: without scales, most of it would round to nothing."""
+    """The weights are as small as a transformer's: without scales, most of them round to zero."""
     linear = torch.nn.Linear(512, 2048, dtype=torch.bfloat16)
     torch.nn.init.normal_(linear.weight, std=0.002)
     x = torch.randn(4, 512, dtype=torch.bfloat16)
@@ -276,13 +276,7 @@ def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_job_that_can_not_fit_fails_at_once() -> None:
     weights = Weights(text_encoders=1, transformers=[1], vae=1, block=1)
-    pipeline = demo.build_pipeline()
-    model = PipelineModel(
-        name="demo",
-        bases=single(pipeline)._bases,
-        routes=single(pipeline)._routes,
-        memory=Budget(10**9, weights, SMALLEST),
-    )
+    model = PipelineModel(single().parts, memory=Budget(10**9, weights, SMALLEST))
     told: list[object] = []
     job = JobInput(prompt="A paper boat on a rainy street", duration=10)
     with pytest.raises(ModelOutOfMemoryError, match="GB of GPU memory"):

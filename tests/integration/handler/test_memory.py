@@ -11,7 +11,8 @@ import pytest
 
 from tests.support.s3_servers import juicefs
 
-#: Run in a process of its own: peak RSS can't be reset. VmHWM of the worker and all that it starts, sampled.
+#: Runs in its own process, because a peak cannot be reset. Samples the resident memory of the worker and its children.
+#: One step is enough: each step needs the same memory.
 SCRIPT = """
 import json, threading, psutil
 from handler.settings import WorkerSettings
@@ -32,7 +33,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-job_input = {"prompt": "A paper boat on a rainy street", "duration": 10, "resolution": "1080p"}
+job_input = {"prompt": "A paper boat", "duration": 10, "resolution": "1080p", "num_inference_steps": 1}
 result = worker.run(Job("task-1", job_input), lambda _: None, threading.Event())
 done.set()
 thread.join()

@@ -1,4 +1,4 @@
-"""Super-resolution against a straight-line reading of its source, and loading from the published layout."""
+"""Super-resolution equals a plain transcript of its source, and loads from the published layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from handler.video_model.attention import (
     use_window_attention,
 )
 from handler.video_model.base import RenderCancelledError
-from handler.video_model.catalog import bucket_size
+from handler.video_model.catalog import trained_size
 from handler.video_model.generate import PipelineModel
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, load_upsampler, stage_arguments
 from handler.worker import Job, Worker
@@ -39,7 +39,7 @@ PROMPT = "A paper boat on a rainy street"
 
 
 def causal_conv(x: torch.Tensor, weights: State, name: str) -> torch.Tensor:
-    """3x3x3, replicated at the borders, in time only from the past."""
+    """A 3x3x3 convolution, padded by replication, in time with past frames only."""
     padded = torch.cat([x[:, :, :1]] * 2 + [x], dim=2)
     padded = torch.cat([padded[..., :1, :], padded, padded[..., -1:, :]], dim=3)
     padded = torch.cat([padded[..., :1], padded, padded[..., -1:]], dim=4)
@@ -83,7 +83,7 @@ def straight_1080p(x: torch.Tensor, weights: State, levels: int, blocks: int) ->
 
 
 @pytest.mark.parametrize("kind", ["720p", "1080p"])
-def test_the_upsamplers_do_what_the_source_does(kind: str) -> None:
+def test_the_upsamplers_compute_what_the_source_computes(kind: str) -> None:
     upsampler: nn.Module = upsampler_720p() if kind == "720p" else upsampler_1080p()
     with torch.no_grad():
         for parameter in upsampler.parameters():
@@ -132,8 +132,8 @@ def test_an_upsampler_is_built_from_its_configuration_and_not_from_constants(tmp
 
 @pytest.mark.parametrize("steps", [6, 8])
 @pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN"'])
-def test_the_stage_does_what_the_source_does(steps: int, prompt: str) -> None:
-    """Written down once more, step by step, with the stock attention and its masks."""
+def test_the_stage_computes_what_the_source_computes(steps: int, prompt: str) -> None:
+    """Repeats the source step by step, with the stock attention and its masks."""
     pipeline = demo.build_pipeline()
     pipeline.tokenizer_max_length = 200
     names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
@@ -181,7 +181,7 @@ def test_the_stage_does_what_the_source_does(steps: int, prompt: str) -> None:
 
 
 def upscaled(radius: int | None, frames: int = 9) -> torch.Tensor:
-    """What a stage makes of some latents, with attention to `radius` frames or to all."""
+    """The output of a stage, with attention to `radius` frames or to all."""
     ours = stage(upsampler_720p(), 2)
     use_mask_free_attention(ours.transformer, NATIVE)
     if radius is not None:
@@ -205,8 +205,8 @@ def test_a_window_as_long_as_the_video_is_exact_and_a_shorter_one_nearly_so() ->
     assert 0 < errors[-1] < errors[0] < exact.abs().mean()
 
 
-def test_a_window_is_the_frames_around_ones_own_and_all_of_the_text() -> None:
-    """Against the kernel with a mask, which is what a window must not need."""
+def test_a_window_has_the_frames_around_its_own_and_all_text() -> None:
+    """Compares with a masked kernel, which window attention replaces."""
     frames, size, text, radius = 7, 5, 3, 1
     tokens = frames * size + text
     query, key, value = (torch.randn(1, tokens, 2, 8) for _ in range(3))
@@ -256,9 +256,9 @@ def test_a_window_reads_as_many_keys_for_a_frame_however_long_the_video_is(frame
 def test_sizes_are_those_that_the_models_were_trained_on(
     base_size: int, aspect_ratio: str, size: tuple[int, int]
 ) -> None:
-    """diffusers has the same table for base sizes; held against it here."""
+    """diffusers has the same table for base sizes."""
     width, height = (int(side) for side in aspect_ratio.split(":"))
-    assert bucket_size(base_size, width, height) == size
+    assert trained_size(base_size, width, height) == size
     processor = demo.build_pipeline().video_processor.__class__(vae_scale_factor=16)
     theirs = processor.calculate_default_height_width(height, width, base_size)
     assert tuple(int(side) for side in reversed(theirs)) == size
@@ -313,7 +313,7 @@ def small_family() -> PipelineModel:
     return family()
 
 
-@pytest.mark.parametrize("duration", range(5, 11))
+@pytest.mark.parametrize("duration", [5, *(pytest.param(each, marks=pytest.mark.full) for each in range(6, 10)), 10])
 @pytest.mark.parametrize("resolution", Resolution)
 def test_each_length_and_resolution_comes_out_exactly(
     bucket: Bucket, small_family: PipelineModel, tmp_path: Path, resolution: Resolution, duration: int

@@ -47,7 +47,7 @@ def test_no_plan_takes_less_than_the_smallest(each: Workload) -> None:
     assert min(peak(plan, REAL, each) for plan in PLANS) == peak(SMALLEST, REAL, each)
 
 
-def test_of_the_decoded_video_the_gpu_holds_a_tile_and_seams() -> None:
+def test_the_gpu_holds_one_tile_and_seams_of_the_decoded_video() -> None:
     longest = workload("1080p", 10)
     whole = 1904 * 1072 * 241 * 3 * 2
     assert longest.decoding(128) - 128 * 128 * 241 * longest.channels * 2 * 4 < whole / 5
@@ -71,7 +71,7 @@ def test_a_plan_reads_as_a_sentence() -> None:
     assert "transformers streamed" in str(SMALLEST)
 
 
-#: What `Fp8Linear` leaves of them: blocks, which are nearly all of a transformer, in one byte a number.
+#: The weights with `Fp8Linear`: the blocks, nearly all of a transformer, take one byte a number.
 IN_8_BITS = Weights(
     text_encoders=REAL.text_encoders,
     transformers=[size // 2 for size in REAL.transformers],
@@ -80,7 +80,7 @@ IN_8_BITS = Weights(
 )
 
 
-def test_in_8_bits_stays_on_the_gpu_what_would_be_streamed_else() -> None:
+def test_with_8_bit_weights_transformers_stay_on_a_gpu_that_would_stream_them() -> None:
     free, cells = 48 * GB, [workload("1080p", 5)]
     assert budget(free, REAL, cells).plan.transformers == "streamed"
     assert budget(free, IN_8_BITS, cells).plan.transformers == "resident"

@@ -1,0 +1,83 @@
+"""What a model consists of: base pipelines, super-resolution stages, and the routes of videos through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+
+from contract.job import MAX_DURATION, MIN_DURATION, num_frames
+from handler.video_model.catalog import Checkpoint, Routes, trained_size
+from handler.video_model.memory import Workload
+from handler.video_model.super_resolution import SuperResolution
+
+#: From this number of steps on, neighbouring steps are alike. Step-distilled checkpoints take up to 12.
+_MANY_STEPS: Final = 16
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: its pipeline, from text or from an image, and its checkpoint's numbers."""
+
+    checkpoint: Checkpoint
+    pipeline: HunyuanVideo15Pipeline  # or HunyuanVideo15ImageToVideoPipeline, which adds an image encoder
+
+    @property
+    def image_encoder(self) -> torch.nn.Module | None:
+        """The vision tower; None for a text-to-video model."""
+        encoder: torch.nn.Module | None = self.pipeline.components.get("image_encoder")
+        return encoder
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A super-resolution stage and its checkpoint's numbers."""
+
+    checkpoint: Checkpoint
+    stage: SuperResolution
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The bases and upscalers by name, and which of them render a video. All bases share text encoders and VAE."""
+
+    name: str
+    bases: Mapping[str, Base]
+    routes: Routes
+    upscalers: Mapping[str, Upscaler] = field(default_factory=dict)
+    image_routes: Routes = field(default_factory=dict)
+
+    @property
+    def shared(self) -> HunyuanVideo15Pipeline:
+        """A pipeline with the shared text encoders and VAE."""
+        return next(iter(self.bases.values())).pipeline
+
+    @property
+    def many_step_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """Those of base models that are not step-distilled."""
+        sampled = [(base.pipeline.transformer, base.checkpoint.sampling) for base in self.bases.values()]
+        return [transformer for transformer, sampling in sampled if sampling.num_inference_steps >= _MANY_STEPS]
+
+    @property
+    def upscaler_transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """Those of super-resolution stages."""
+        return [upscaler.stage.transformer for upscaler in self.upscalers.values()]
+
+    @property
+    def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
+        """All of them, bases first."""
+        return [base.pipeline.transformer for base in self.bases.values()] + self.upscaler_transformers
+
+    def workloads(self) -> list[Workload]:
+        """The 16:9 videos that a request may ask for, by size and duration."""
+        parts: Mapping[str, Base | Upscaler] = {**self.bases, **self.upscalers}
+        routes = set(self.routes.values())
+        sizes = {max(parts[name].checkpoint.base_size for name in route.checkpoints) for route in routes}
+        return [
+            Workload(num_frames(duration), trained_size(size, 16, 9))
+            for size in sizes
+            for duration in range(MIN_DURATION, MAX_DURATION + 1)
+        ]
