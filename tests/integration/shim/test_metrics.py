@@ -117,7 +117,7 @@ async def test_a_task_whose_worker_is_lost_waits_once_and_ends_once(bench: Bench
     await generate(http)
     for _ in range(3):
         await bench.take()
-        await bench.dispatcher.forget_worker("w1")
+        await bench.dispatcher.release_worker("w1")
     seen = await scrape(http)
     assert seen.value("hunyuan_tasks_requeued_total") == 2
     assert seen.value("hunyuan_task_wait_seconds_count") == 1
@@ -144,7 +144,7 @@ async def test_the_queue_and_the_workers_are_shown_as_they_are_now(bench: Bench,
     assert seen.value("hunyuan_build_info", version="1.5.0") == 1
     assert seen.value("process_open_fds") > 0
     assert "python_info" in seen.samples
-    await bench.dispatcher.forget_worker("w1")
+    await bench.dispatcher.release_worker("w1")
     gone = await scrape(http)
     assert gone.value("hunyuan_workers", state="ready") == 0
     assert gone.labels("hunyuan_worker_load_seconds", "worker_id") == set(), "it leaves no series behind"
