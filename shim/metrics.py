@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,60 +199,51 @@ class _Scrape:
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily("hunyuan_build", "The service's release.", {"version": self.version})
-        up = GaugeMetricFamily("hunyuan_queue_up", "1 if the queue is available to this server, else 0.")
-        up.add_metric((), 0 if self.queue is None else 1)
-        yield up
+        is_up = 0 if self.queue is None else 1
+        yield _gauge("hunyuan_queue_up", "1 if the queue is available to this server, else 0.", (), {(): is_up})
         if self.queue is not None:
-            yield _tasks(self.queue.backlog)
-            yield from _workers(self.queue.workers)
+            yield from _queue_gauges(self.queue)
         if self.data_directory is not None:
-            yield from _disk(self.data_directory)
+            yield from _disk_gauges(self.data_directory)
 
 
-def _tasks(backlog: Backlog) -> Metric:
-    tasks = GaugeMetricFamily(
-        "hunyuan_queue_tasks", "Waiting and running tasks. The same on every server.", labels=["state"]
-    )
-    tasks.add_metric(["waiting"], len(backlog.waiting))
-    tasks.add_metric(["running"], len(backlog.running))
-    return tasks
+def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
 
 
-def _workers(workers: Workers) -> Iterator[Metric]:
-    states = GaugeMetricFamily(
-        "hunyuan_workers", "Workers that are alive, by state. The same on every server.", labels=["state"]
-    )
-    states.add_metric([WorkerState.READY], workers.ready)
-    states.add_metric([WorkerState.LOADING], workers.loading)
-    states.add_metric([WorkerState.FAILED], workers.failed)
-    labels = ["worker_id"]
-    size = GaugeMetricFamily(
-        "hunyuan_worker_vram_size_bytes", "Memory of a worker's GPU. The same on every server.", labels=labels
-    )
-    free = GaugeMetricFamily(
-        "hunyuan_worker_vram_free_bytes", "Free memory of a worker's GPU. The same on every server.", labels=labels
-    )
-    load = GaugeMetricFamily(
-        "hunyuan_worker_load_seconds",
-        "Time of each phase of a worker's start. The same on every server.",
-        labels=["worker_id", "phase"],
-    )
-    for worker_id, report in workers.reports_by_id.items():
-        if report.gpu is not None:
-            size.add_metric([worker_id], report.gpu.memory_total)
-            free.add_metric([worker_id], report.gpu.memory_free)
-        for phase, seconds in (report.load_seconds or {}).items():
-            load.add_metric([worker_id, phase], seconds)
-    yield from (states, size, free, load)
+def _queue_gauges(queue: QueueSnapshot) -> Iterator[Metric]:
+    same = "The same on every server."
+    backlog, workers, reports = queue.backlog, queue.workers, queue.workers.reports_by_id
+    tasks: dict[tuple[str, ...], float] = {("waiting",): len(backlog.waiting), ("running",): len(backlog.running)}
+    yield _gauge("hunyuan_queue_tasks", f"Waiting and running tasks. {same}", ["state"], tasks)
+    states: dict[tuple[str, ...], float] = {
+        (WorkerState.READY,): workers.ready,
+        (WorkerState.LOADING,): workers.loading,
+        (WorkerState.FAILED,): workers.failed,
+    }
+    yield _gauge("hunyuan_workers", f"Workers that are alive, by state. {same}", ["state"], states)
+    gpus = {(worker_id,): report.gpu for worker_id, report in reports.items() if report.gpu is not None}
+    size = {key: float(gpu.memory_total) for key, gpu in gpus.items()}
+    free = {key: float(gpu.memory_free) for key, gpu in gpus.items()}
+    yield _gauge("hunyuan_worker_vram_size_bytes", f"Memory of a worker's GPU. {same}", ["worker_id"], size)
+    yield _gauge("hunyuan_worker_vram_free_bytes", f"Free memory of a worker's GPU. {same}", ["worker_id"], free)
+    loads = {
+        (worker_id, phase): seconds
+        for worker_id, report in reports.items()
+        for phase, seconds in (report.load_seconds or {}).items()
+    }
+    text = f"Time of each phase of a worker's start. {same}"
+    yield _gauge("hunyuan_worker_load_seconds", text, ["worker_id", "phase"], loads)
 
 
-def _disk(directory: Path) -> Iterator[Metric]:
+def _disk_gauges(directory: Path) -> Iterator[Metric]:
     try:
         usage = shutil.disk_usage(directory)
     except OSError:  # the directory was deleted: export the other metrics
         return
-    size = GaugeMetricFamily("hunyuan_data_directory_size_bytes", "Size of the disk with HUNYUAN_DATA_DIR.")
-    size.add_metric((), usage.total)
-    free = GaugeMetricFamily("hunyuan_data_directory_free_bytes", "Free space on the disk with HUNYUAN_DATA_DIR.")
-    free.add_metric((), usage.free)
-    yield from (size, free)
+    disk = "the disk with HUNYUAN_DATA_DIR."
+    yield _gauge("hunyuan_data_directory_size_bytes", f"Size of {disk}", (), {(): usage.total})
+    yield _gauge("hunyuan_data_directory_free_bytes", f"Free space on {disk}", (), {(): usage.free})

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from contract.errors import JobFailure
 from shim.queue.base import JobState, QueueUnavailableError
 from shim.queue.engine import SUBMIT_LOCK, connection_parameters, database_url, open_engine, writing
 from shim.queue.schema import jobs, outcomes, workers
@@ -168,6 +169,33 @@ class Database:
         """Selects the workers seen within `worker_timeout`."""
         return workers.c.last_seen > self.clock() - self.worker_timeout
 
+    async def end_jobs(
+        self,
+        connection: AsyncConnection,
+        state: JobState,
+        *which: ColumnElement[bool],
+        failure: JobFailure | None = None,
+        **values: Any,
+    ) -> int:
+        """Moves the waiting and running jobs that `which` selects to a terminal state; returns how many there were.
+
+        Deletes the credentials that came with them, except of failed jobs, which may be retried.
+        """
+        if state is not JobState.FAILED:
+            values["extras"] = None
+        if failure is not None:
+            values["failure"] = failure.model_dump(mode="json")
+        ended = await connection.execute(
+            update(jobs)
+            .where(jobs.c.state.in_((JobState.QUEUED, JobState.RUNNING)), *which)
+            .values(state=state, finished_at=self.clock(), lease_expires_at=None, **values)
+        )
+        if ended.rowcount:
+            await connection.execute(
+                update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
+            )
+        return ended.rowcount
+
 
 @contextmanager
 def _errors_translated() -> Iterator[None]:
@@ -179,27 +207,6 @@ def _errors_translated() -> Iterator[None]:
         if isinstance(exc, DBAPIError) and not isinstance(exc, passing) and not exc.connection_invalidated:
             raise
         raise QueueUnavailableError("The job queue's database does not answer") from exc
-
-
-async def end_jobs(
-    connection: AsyncConnection, now: float, state: JobState, *which: ColumnElement[bool], **values: Any
-) -> int:
-    """Moves the waiting and running jobs that `which` selects to a terminal state; returns how many there were.
-
-    Deletes the credentials that came with them, except of failed jobs, which may be retried.
-    """
-    if state is not JobState.FAILED:
-        values["extras"] = None
-    ended = await connection.execute(
-        update(jobs)
-        .where(jobs.c.state.in_((JobState.QUEUED, JobState.RUNNING)), *which)
-        .values(state=state, finished_at=now, lease_expires_at=None, **values)
-    )
-    if ended.rowcount:
-        await connection.execute(
-            update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
-        )
-    return ended.rowcount
 
 
 async def upsert(connection: AsyncConnection, table: Table, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:

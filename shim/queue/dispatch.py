@@ -18,8 +18,17 @@ from contract.errors import JobFailure
 from contract.log_fields import bound
 from contract.result import Manifest, Progress
 from contract.worker import WorkerReport, WorkerState
-from shim.queue.base import NO_VIDEO, Discard, FindResult, JobObserver, JobState, QueueError, valid_manifest
-from shim.queue.database import Database, end_jobs, fetch_all, fetch_one, upsert
+from shim.queue.base import (
+    NO_VIDEO,
+    Discard,
+    FindResult,
+    JobObserver,
+    JobState,
+    QueueError,
+    render_kind,
+    valid_manifest,
+)
+from shim.queue.database import Database, fetch_all, fetch_one, upsert
 from shim.queue.lost_jobs import LostJobs, running_on
 from shim.queue.schema import jobs, render_times, workers
 
@@ -71,13 +80,7 @@ class Dispatcher:
         self._discard = discard
         self._history_ttl = history_ttl
         self._observer = observer or JobObserver()
-        self._lost_jobs = LostJobs(
-            database,
-            find_result=find_result,
-            complete=self.complete,
-            max_attempts=max_attempts,
-            observer=self._observer,
-        )
+        self._lost_jobs = LostJobs(database, find_result, self.complete, max_attempts, self._observer)
 
     @property
     def changed(self) -> asyncio.Event:
@@ -99,8 +102,7 @@ class Dispatcher:
         await self._lost_jobs.recover(jobs.c.worker_id == worker_id)
         # 2. Most calls find nothing to write, and a read transaction is cheaper.
         async with self._database.read() as connection:
-            worker = await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
-            _check_not_stopping(worker)
+            worker = await _read_taking_worker(connection, worker_id)
             if not await self._has_something_to_write(connection, worker_id, worker):
                 return None
         # 3. Record that the worker is idle and alive, and give it the first job that no other worker has locked.
@@ -156,14 +158,10 @@ class Dispatcher:
         then receives a cancellation.
         """
         async with self._database.write(notify=True) as connection:
-            completed = await end_jobs(
-                connection,
-                self._database.clock(),
-                JobState.COMPLETED,
-                jobs.c.task_id == task_id,
-                output=output,
-                progress=100,
-                stop_requested=(jobs.c.state == JobState.RUNNING) & (jobs.c.worker_id != worker_id),
+            renders_elsewhere = (jobs.c.state == JobState.RUNNING) & (jobs.c.worker_id != worker_id)
+            changes = {"output": output, "progress": 100, "stop_requested": renders_elsewhere}
+            completed = await self._database.end_jobs(
+                connection, JobState.COMPLETED, jobs.c.task_id == task_id, **changes
             )
             if completed:
                 await _update_render_times(connection, output)
@@ -186,14 +184,8 @@ class Dispatcher:
     async def fail(self, worker_id: str, task_id: str, failure: JobFailure) -> bool:
         """Stores a job's failure; False if the job had ended before or runs on another worker now."""
         async with self._database.write(notify=True) as connection:
-            failed = await end_jobs(
-                connection,
-                self._database.clock(),
-                JobState.FAILED,
-                *running_on(worker_id),
-                jobs.c.task_id == task_id,
-                failure=failure.model_dump(mode="json"),
-            )
+            which = *running_on(worker_id), jobs.c.task_id == task_id
+            failed = await self._database.end_jobs(connection, JobState.FAILED, *which, failure=failure)
             await connection.execute(_clear_cancellations(worker_id, task_id))
         if failed:
             log.warning("failed with %s on worker %s", failure.error_code, worker_id)
@@ -243,9 +235,7 @@ class Dispatcher:
         )
         async with self._database.read() as connection:
             if await connection.scalar(select(jobs.c.seq).where(*due).limit(1)) is None:
-                _check_not_stopping(
-                    await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
-                )
+                await _read_taking_worker(connection, worker_id)
                 return []
         async with self._database.write() as connection:
             rows = await connection.execute(update(jobs).where(*due).values(stop_sent_at=now).returning(jobs.c.task_id))
@@ -302,9 +292,12 @@ def _front_job() -> Select[Any]:
     return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
 
 
-def _check_not_stopping(worker: Row[Any] | None) -> None:
+async def _read_taking_worker(connection: AsyncConnection, worker_id: str) -> Row[Any] | None:
+    """The worker's row; None before its first report. Raises WorkerStoppingError."""
+    worker = await fetch_one(connection, select(workers).where(workers.c.worker_id == worker_id))
     if worker is not None and worker.state == WorkerState.STOPPING:
-        raise WorkerStoppingError(worker.worker_id)
+        raise WorkerStoppingError(worker_id)
+    return worker
 
 
 def _clear_cancellations(worker_id: str, task_id: str | None = None) -> Update:
@@ -331,12 +324,6 @@ async def _update_render_times(connection: AsyncConnection, output: Any) -> None
     seconds = manifest.timings.get("total", 0.0)
     stored = render_times.c
     samples = case((stored.samples < _MEAN_SAMPLES, stored.samples + 1), else_=literal(_MEAN_SAMPLES))
-    row = {
-        "model": manifest.input.model,
-        "resolution": manifest.input.resolution,
-        "duration": manifest.input.duration,
-        "mean": seconds,
-        "samples": 1,
-    }
+    kind = dict(zip(("model", "resolution", "duration"), render_kind(manifest.input), strict=True))
     changes = {"mean": stored.mean + (seconds - stored.mean) / samples, "samples": samples}
-    await upsert(connection, render_times, row, changes)
+    await upsert(connection, render_times, {**kind, "mean": seconds, "samples": 1}, changes)

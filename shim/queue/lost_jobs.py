@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, select, update
@@ -11,7 +12,7 @@ from sqlalchemy import ColumnElement, Row, select, update
 from contract.errors import ErrorCode, JobFailure
 from contract.log_fields import bound
 from shim.queue.base import FindResult, JobObserver, JobState
-from shim.queue.database import Database, end_jobs, fetch_all
+from shim.queue.database import Database, fetch_all
 from shim.queue.schema import jobs
 from storage.errors import StorageError
 
@@ -21,36 +22,28 @@ Complete = Callable[[str, str, Any], Awaitable[bool]]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class LostJobs:
     """Recovers lost jobs. A job fails after `max_attempts`, unless the bucket has its result."""
 
-    def __init__(
-        self,
-        database: Database,
-        *,
-        find_result: FindResult,
-        complete: Complete,
-        max_attempts: int,
-        observer: JobObserver,
-    ) -> None:
-        self._database = database
-        self._find_result = find_result
-        self._complete = complete
-        self._max_attempts = max_attempts
-        self._observer = observer
+    database: Database
+    find_result: FindResult
+    complete: Complete
+    max_attempts: int
+    observer: JobObserver
 
     async def recover(self, which: ColumnElement[bool], *, count_attempt: bool = True) -> None:
         """Recovers the running jobs that `which` selects. `count_attempt=False` leaves their attempts uncounted."""
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             lost = await fetch_all(connection, select(jobs).where(jobs.c.state == JobState.RUNNING, which))
         for job in lost:
             with bound(task_id=job.task_id, worker_id=job.worker_id):
                 await self._recover(job, which, count_attempt)
 
     async def _recover(self, job: Row[Any], which: ColumnElement[bool], count_attempt: bool) -> None:
-        must_fail = count_attempt and job.attempts >= self._max_attempts
+        must_fail = count_attempt and job.attempts >= self.max_attempts
         try:
-            result = await self._find_result(job.task_id)
+            result = await self.find_result(job.task_id)
         except StorageError as exc:
             log.warning("cannot read the manifest of the lost task, the bucket is unavailable: %s", exc)
             if must_fail:
@@ -58,7 +51,7 @@ class LostJobs:
             result = None  # the next worker looks for the manifest before it renders
         if result is not None:
             log.info("the result of worker %s was lost; its manifest is in the bucket", job.worker_id)
-            await self._complete(job.worker_id, job.task_id, result.model_dump(mode="json"))
+            await self.complete(job.worker_id, job.task_id, result.model_dump(mode="json"))
         elif must_fail:
             await self._fail(job, which)
         else:
@@ -67,22 +60,15 @@ class LostJobs:
     async def _fail(self, job: Row[Any], which: ColumnElement[bool]) -> None:
         error = f"The worker was lost {job.attempts} times while it rendered this task"
         failure = JobFailure(error=error, error_code=ErrorCode.GENERATION_FAILED)
-        async with self._database.write(notify=True) as connection:
-            failed = await end_jobs(
-                connection,
-                self._database.clock(),
-                JobState.FAILED,
-                *_unchanged(job),
-                which,
-                failure=failure.model_dump(mode="json"),
-            )
+        async with self.database.write(notify=True) as connection:
+            failed = await self.database.end_jobs(connection, JobState.FAILED, *_unchanged(job), which, failure=failure)
         if failed:
             log.error("failed with %s, given up after %d attempts", failure.error_code, job.attempts)
-            self._observer.ended(JobState.FAILED, failure=failure)
+            self.observer.ended(JobState.FAILED, failure=failure)
 
     async def _requeue(self, job: Row[Any], which: ColumnElement[bool], count_attempt: bool) -> None:
         attempts = jobs.c.attempts if count_attempt else jobs.c.attempts - 1
-        async with self._database.write(notify=True) as connection:
+        async with self.database.write(notify=True) as connection:
             requeued = await connection.execute(
                 update(jobs)
                 .where(*_unchanged(job), which)
@@ -91,7 +77,7 @@ class LostJobs:
         if requeued.rowcount:
             log.warning("worker %s was lost, the task is queued again", job.worker_id)
             if count_attempt:
-                self._observer.requeued()
+                self.observer.requeued()
 
 
 def running_on(worker_id: str) -> tuple[ColumnElement[bool], ...]:

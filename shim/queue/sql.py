@@ -28,7 +28,7 @@ from shim.queue.base import (
     Workers,
     valid_manifest,
 )
-from shim.queue.database import Database, end_jobs, fetch_all, fetch_one
+from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -63,9 +63,8 @@ class SqlQueue:
             # 4. Queue the job.
             task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
         self._observer.submitted()
-        return Submission(
-            JobSnapshot(task_id, JobState.QUEUED, queue_position=len(backlog.waiting) + 1), backlog, times
-        )
+        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(backlog.waiting) + 1)
+        return Submission(job, backlog, times)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
         """Queues a job as RunPod's /run does: with any input, and with no worker ready. Returns its task_id.
@@ -76,7 +75,7 @@ class SqlQueue:
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
             self._check_not_full(await _count_waiting(connection))
-            task_id = await self._insert(connection, payload, extras)
+            task_id = await self._insert(connection, payload, extras, None)
         self._observer.submitted()
         return task_id
 
@@ -93,13 +92,9 @@ class SqlQueue:
         """Cancels a waiting or running job. `Dispatcher.pending_cancellations` returns a running one to its worker."""
         failure = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
         async with self._database.write(notify=True) as connection:
-            cancelled = await end_jobs(
-                connection,
-                self._database.clock(),
-                JobState.CANCELLED,
-                jobs.c.task_id == task_id,
-                failure=failure.model_dump(mode="json"),
-                stop_requested=jobs.c.state == JobState.RUNNING,
+            is_running = jobs.c.state == JobState.RUNNING
+            cancelled = await self._database.end_jobs(
+                connection, JobState.CANCELLED, jobs.c.task_id == task_id, failure=failure, stop_requested=is_running
             )
             job = await self._find(connection, jobs.c.task_id == task_id)
         if cancelled:
@@ -112,13 +107,8 @@ class SqlQueue:
         failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
         async with self._database.write() as connection:
             await self._database.lock_submissions(connection)
-            cancelled = await end_jobs(
-                connection,
-                self._database.clock(),
-                JobState.CANCELLED,
-                jobs.c.state == JobState.QUEUED,
-                failure=failure.model_dump(mode="json"),
-            )
+            waiting = jobs.c.state == JobState.QUEUED
+            cancelled = await self._database.end_jobs(connection, JobState.CANCELLED, waiting, failure=failure)
         log.info("a client purged the queue: %d waiting tasks are cancelled", cancelled)
         self._observer.ended(JobState.CANCELLED, failure=failure, count=cancelled)
         return cancelled
@@ -175,11 +165,7 @@ class SqlQueue:
         return self._snapshot(row, position)
 
     async def _insert(
-        self,
-        connection: AsyncConnection,
-        payload: Any,
-        extras: Mapping[str, Any],
-        idempotency: Idempotency | None = None,
+        self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any], idempotency: Idempotency | None
     ) -> str:
         task_id = str(uuid.uuid4())
         await connection.execute(
@@ -224,20 +210,14 @@ async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[boo
         ready=states.count(WorkerState.READY),
         loading=states.count(WorkerState.LOADING),
         failed=states.count(WorkerState.FAILED),
-        reports_by_id={
-            row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report is not None
-        },
+        reports_by_id={row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report},
     )
 
 
 async def _read_backlog(connection: AsyncConnection, ready_workers: int) -> Backlog:
+    inputs = select(jobs.c.input).order_by(jobs.c.seq)
     waiting, running = [
-        [
-            _valid_input(row.input)
-            for row in await fetch_all(
-                connection, select(jobs.c.input).where(jobs.c.state == state).order_by(jobs.c.seq)
-            )
-        ]
+        [_valid_input(row.input) for row in await fetch_all(connection, inputs.where(jobs.c.state == state))]
         for state in (JobState.QUEUED, JobState.RUNNING)
     ]
     return Backlog(waiting, running, ready_workers)
