@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,16 +200,16 @@ class _Scrape:
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily("hunyuan_build", "The service's release.", {"version": self.version})
         is_up = 0 if self.queue is None else 1
-        yield _gauge("hunyuan_queue_up", "1 if the queue is available to this server, else 0.", (), {(): is_up})
+        yield _gauge("hunyuan_queue_up", "1 if the queue is available to this server, else 0.", (), [((), is_up)])
         if self.queue is not None:
             yield from _queue_gauges(self.queue)
         if self.data_directory is not None:
             yield from _disk_gauges(self.data_directory)
 
 
-def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+def _gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=labels)
-    for label_values, value in values.items():
+    for label_values, value in values:
         family.add_metric(label_values, value)
     return family
 
@@ -217,24 +217,24 @@ def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[st
 def _queue_gauges(queue: QueueSnapshot) -> Iterator[Metric]:
     same = "The same on every server."
     backlog, workers, reports = queue.backlog, queue.workers, queue.workers.reports_by_id
-    tasks: dict[tuple[str, ...], float] = {("waiting",): len(backlog.waiting), ("running",): len(backlog.running)}
+    tasks = [(("waiting",), len(backlog.waiting)), (("running",), len(backlog.running))]
     yield _gauge("hunyuan_queue_tasks", f"Waiting and running tasks. {same}", ["state"], tasks)
-    states: dict[tuple[str, ...], float] = {
-        (WorkerState.READY,): workers.ready,
-        (WorkerState.LOADING,): workers.loading,
-        (WorkerState.FAILED,): workers.failed,
-    }
+    states = [
+        ((WorkerState.READY,), workers.ready),
+        ((WorkerState.LOADING,), workers.loading),
+        ((WorkerState.FAILED,), workers.failed),
+    ]
     yield _gauge("hunyuan_workers", f"Workers that are alive, by state. {same}", ["state"], states)
-    gpus = {(worker_id,): report.gpu for worker_id, report in reports.items() if report.gpu is not None}
-    size = {key: float(gpu.memory_total) for key, gpu in gpus.items()}
-    free = {key: float(gpu.memory_free) for key, gpu in gpus.items()}
+    gpus = {worker_id: report.gpu for worker_id, report in reports.items() if report.gpu is not None}
+    size = [((worker_id,), gpu.memory_total) for worker_id, gpu in gpus.items()]
+    free = [((worker_id,), gpu.memory_free) for worker_id, gpu in gpus.items()]
     yield _gauge("hunyuan_worker_vram_size_bytes", f"Memory of a worker's GPU. {same}", ["worker_id"], size)
     yield _gauge("hunyuan_worker_vram_free_bytes", f"Free memory of a worker's GPU. {same}", ["worker_id"], free)
-    loads = {
-        (worker_id, phase): seconds
+    loads = [
+        ((worker_id, phase), seconds)
         for worker_id, report in reports.items()
         for phase, seconds in (report.load_seconds or {}).items()
-    }
+    ]
     text = f"Time of each phase of a worker's start. {same}"
     yield _gauge("hunyuan_worker_load_seconds", text, ["worker_id", "phase"], loads)
 
@@ -245,5 +245,5 @@ def _disk_gauges(directory: Path) -> Iterator[Metric]:
     except OSError:  # the directory was deleted: export the other metrics
         return
     disk = "the disk with HUNYUAN_DATA_DIR."
-    yield _gauge("hunyuan_data_directory_size_bytes", f"Size of {disk}", (), {(): usage.total})
-    yield _gauge("hunyuan_data_directory_free_bytes", f"Free space on {disk}", (), {(): usage.free})
+    yield _gauge("hunyuan_data_directory_size_bytes", f"Size of {disk}", (), [((), usage.total)])
+    yield _gauge("hunyuan_data_directory_free_bytes", f"Free space on {disk}", (), [((), usage.free)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import anyio.to_thread
 
 from contract.job import JobInput
-from contract.log_fields import bind, bound
+from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage
 from shim.estimates import estimated_time
 from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
@@ -49,8 +49,7 @@ class StoredVideos:
         try:
             await anyio.to_thread.run_sync(self._videos.discard, task_id)
         except StorageError as exc:
-            with bound(task_id=task_id):
-                log.warning("cannot delete the cancelled task's objects, they stay in the bucket: %s", exc)
+            log.warning("cannot delete the cancelled task's objects, they stay in the bucket: %s", exc)
 
 
 class Tasks:

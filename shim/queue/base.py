@@ -19,6 +19,9 @@ from contract.worker import WorkerReport, WorkerState
 #: The failure of a job that completed without a manifest in its output.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
 
+#: The failure of a job that a client cancelled.
+CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+
 #: Reads a finished job's result from the bucket by its task id; None if the bucket has no manifest. Raises StorageError
 #: if the bucket is unavailable, and nothing else.
 FindResult = Callable[[str], Awaitable[JobResult | None]]

@@ -23,6 +23,7 @@ from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
 from shim.http_client import HttpClient
 from shim.queue.base import (
+    CANCELLED,
     NO_VIDEO,
     Backlog,
     Idempotency,
@@ -49,6 +50,11 @@ STATE_WORDS: Final[Mapping[JobState, str]] = {
 _STATES: Final = {word: state for state, word in STATE_WORDS.items()} | {
     "RUNNING": JobState.RUNNING,
     "TIMED_OUT": JobState.FAILED,
+}
+
+_FAILURES: Final = {
+    "CANCELLED": CANCELLED,
+    "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
 }
 
 #: Seconds for which pollers share one response.
@@ -322,16 +328,10 @@ def _workers(health: Mapping[str, Any]) -> Workers:
 
 
 def _failure(word: str, answer: Mapping[str, Any]) -> JobFailure | None:
-    match word:
-        case "FAILED":
-            error = answer.get("error")
-            return JobFailure.from_wire(error if isinstance(error, str) else None)
-        case "TIMED_OUT":
-            return JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED)
-        case "CANCELLED":
-            return JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
-        case _:
-            return None
+    if word != "FAILED":
+        return _FAILURES.get(word)
+    error = answer.get("error")
+    return JobFailure.from_wire(error if isinstance(error, str) else None)
 
 
 def _progress(output: Any) -> Progress:

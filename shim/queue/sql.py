@@ -15,6 +15,7 @@ from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, 
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
+    CANCELLED,
     NO_VIDEO,
     Backlog,
     Idempotency,
@@ -90,16 +91,15 @@ class SqlQueue:
 
     async def cancel(self, task_id: str) -> JobSnapshot | None:
         """Cancels a waiting or running job. `Dispatcher.pending_cancellations` returns a running one to its worker."""
-        failure = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
         async with self._database.write(notify=True) as connection:
-            is_running = jobs.c.state == JobState.RUNNING
+            which, is_running = jobs.c.task_id == task_id, jobs.c.state == JobState.RUNNING
             cancelled = await self._database.end_jobs(
-                connection, JobState.CANCELLED, jobs.c.task_id == task_id, failure=failure, stop_requested=is_running
+                connection, JobState.CANCELLED, which, failure=CANCELLED, stop_requested=is_running
             )
-            job = await self._find(connection, jobs.c.task_id == task_id)
+            job = await self._find(connection, which)
         if cancelled:
             log.info("cancelled by a client")
-            self._observer.ended(JobState.CANCELLED, failure=failure)
+            self._observer.ended(JobState.CANCELLED, failure=CANCELLED)
         return job
 
     async def purge(self) -> int:
