@@ -125,7 +125,7 @@ def api_error(exc: Exception) -> ApiError:
         case QueueUnavailableError():
             return ApiError(ServerErrorCode.QUEUE_UNAVAILABLE, str(exc))
         case StorageError():
-            log.error("the bucket is unavailable, answering with STORAGE_UNAVAILABLE: %s", exc)
+            log.error("the request failed with STORAGE_UNAVAILABLE: %s", exc)
             return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")
         case _:
             return ApiError(ServerErrorCode.INTERNAL_ERROR, "Internal server error")

@@ -49,7 +49,7 @@ class StoredVideos:
         try:
             await anyio.to_thread.run_sync(self._videos.discard, task_id)
         except StorageError as exc:
-            log.warning("cannot delete the cancelled task's objects, they stay in the bucket: %s", exc)
+            log.warning("cannot delete the cancelled task's objects, delete them from the bucket by hand: %s", exc)
 
 
 class Tasks:

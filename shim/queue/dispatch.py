@@ -175,7 +175,7 @@ class Dispatcher:
 
     def _log_completion(self, worker_id: str, result: Manifest | None) -> None:
         if result is None:
-            log.error("worker %s returned no video", worker_id)
+            log.error("worker %s returned no video; check that it runs this release's handler", worker_id)
             self._observer.ended(JobState.COMPLETED, failure=NO_VIDEO)
         else:
             log.info("completed by worker %s", worker_id)

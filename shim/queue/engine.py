@@ -85,7 +85,9 @@ def migrate(connection: Connection, revision: str = "head") -> None:
     try:
         alembic.command.upgrade(config, revision)
     except CommandError as exc:
-        raise QueueError(f"a newer release has migrated the database; this server must be upgraded: {exc}") from exc
+        raise QueueError(
+            f"a newer release has migrated the database; this server must be upgraded to it: {exc}"
+        ) from exc
 
 
 def _postgresql(url: URL) -> AsyncEngine:

@@ -45,7 +45,7 @@ class LostJobs:
         try:
             result = await self.find_result(job.task_id)
         except StorageError as exc:
-            log.warning("cannot read the manifest of the lost task, the bucket is unavailable: %s", exc)
+            log.warning("cannot tell whether the lost task is complete, the bucket is unavailable: %s", exc)
             if must_fail:
                 return  # its video may be complete: the next sweep looks again
             result = None  # the next worker looks for the manifest before it renders
@@ -63,7 +63,11 @@ class LostJobs:
         async with self.database.write(notify=True) as connection:
             failed = await self.database.end_jobs(connection, JobState.FAILED, *_unchanged(job), which, failure=failure)
         if failed:
-            log.error("failed with %s, given up after %d attempts", failure.error_code, job.attempts)
+            log.error(
+                "failed with %s, given up after %d attempts (HUNYUAN_MAX_ATTEMPTS): each worker was lost, see its log",
+                failure.error_code,
+                job.attempts,
+            )
             self.observer.ended(JobState.FAILED, failure=failure)
 
     async def _requeue(self, job: Row[Any], which: ColumnElement[bool], count_attempt: bool) -> None:

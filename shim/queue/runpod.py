@@ -253,7 +253,13 @@ class RunPodQueue:
         try:
             response: httpx.Response = await attempts(self._send, method, path, json)
         except (_RetryableStatusError, httpx.TransportError) as exc:
-            log.error("RunPod: %s %s failed: %s: %s", method, path, type(exc).__name__, exc)
+            log.error(
+                "RunPod: %s %s failed on every attempt, see RunPod's status page: %s: %s",
+                method,
+                path,
+                type(exc).__name__,
+                exc,
+            )
             raise QueueUnavailableError("RunPod's queue does not answer") from exc
         if response.status_code in (401, 403):
             raise QueueUnavailableError("RunPod refuses the key in RUNPOD_API_KEY")
@@ -269,7 +275,7 @@ class RunPodQueue:
         word = str(answer.get("status"))
         state = _STATES.get(word)
         if state is None:
-            log.warning("RunPod returned the unknown job state %s; treating it as running", word)
+            log.warning("RunPod returned the unknown job state %s; the task counts as running", word)
             state = JobState.RUNNING
         elapsed = (answer.get("delayTime") or 0) / 1000
         if state is JobState.RUNNING:

@@ -416,8 +416,8 @@ async def test_a_change_on_one_server_notifies_the_others(postgres: Postgres) ->
 async def test_the_clock_is_the_databases(postgres: Postgres) -> None:
     database = await Database.open(postgres.create_database())
     async with database.read() as connection:
-        told = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
-    assert abs(database.clock() - float(told)) < 1
+        seconds = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
+    assert abs(database.clock() - float(seconds)) < 1
     await database.close()
 
 
