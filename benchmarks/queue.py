@@ -84,7 +84,7 @@ def table(costs: Mapping[str, Mapping[str, Cost]], history: int) -> str:
 
 
 async def _both(history: int, cycles: int) -> Mapping[str, Mapping[str, Cost]]:
-    with tempfile.TemporaryDirectory() as directory, running_postgres() as server:
+    with tempfile.TemporaryDirectory() as directory, running_postgres(in_memory=False) as server:
         files = [f"sqlite:///{directory}/{name}.sqlite3" for name in ("empty", "full")]
         return {
             "SQLite": await measure(*files, history=history, cycles=cycles),
