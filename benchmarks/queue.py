@@ -1,7 +1,7 @@
-"""What the job queue's calls cost with an empty table and with a long history: `make bench-queue`.
+"""Measures the job queue's calls with an empty table and with a long history: `make bench-queue`.
 
-Both tables are used in turn, job by job, so that whatever else the machine does slows both alike. It prints a Markdown
-table and writes `benchmarks/results/queue-<date>.json`. PostgreSQL runs without fsync here.
+The two databases take turns, job by job, so that other load on the machine slows both alike. Prints a Markdown table
+and writes `benchmarks/results/queue-<date>.json`. PostgreSQL runs without fsync here.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians of one call in seconds, with no history and with it."""
+    """The median seconds of one call, without history and with it."""
 
     empty: float
     full: float
 
     @property
     def ratio(self) -> float:
-        """How much dearer the call is with the history."""
+        """The cost with history, as a multiple of the cost without."""
         return self.full / self.empty
 
 
 async def measure(empty_url: str, full_url: str, *, history: int, cycles: int) -> Mapping[str, Cost]:
-    """The cost of each of `CALLS`, in two new databases; in the second one `history` jobs have ended."""
+    """Measures each of `CALLS` in two new databases. In the second one `history` jobs have ended."""
     async with AsyncExitStack() as stack:
         benches = [await stack.enter_async_context(sql_bench(url, max_queue_size=10)) for url in (empty_url, full_url)]
         await add_history(benches[1].database, history)
@@ -73,7 +73,7 @@ async def _timed(into: list[float], call: Callable[[], Awaitable[T]]) -> T:
 
 
 def table(costs: Mapping[str, Mapping[str, Cost]], history: int) -> str:
-    """The costs by database and call, in Markdown."""
+    """A Markdown table of the costs by database and call."""
     rows = [f"| | call | empty, ms | {history:,} ended, ms | ratio |", "|---|---|---|---|---|"]
     for database, calls in costs.items():
         rows += [
@@ -84,7 +84,7 @@ def table(costs: Mapping[str, Mapping[str, Cost]], history: int) -> str:
 
 
 async def _both(history: int, cycles: int) -> Mapping[str, Mapping[str, Cost]]:
-    with tempfile.TemporaryDirectory() as directory, running_postgres() as server:
+    with tempfile.TemporaryDirectory() as directory, running_postgres(in_memory=False) as server:
         files = [f"sqlite:///{directory}/{name}.sqlite3" for name in ("empty", "full")]
         return {
             "SQLite": await measure(*files, history=history, cycles=cycles),
@@ -95,7 +95,7 @@ async def _both(history: int, cycles: int) -> Mapping[str, Mapping[str, Cost]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure both databases."""
+    """Measures both databases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--history", type=int, default=1_000_000, help="jobs that have ended")
     parser.add_argument("--cycles", type=int, default=500, help="jobs from submit to complete, in each table")

@@ -21,8 +21,8 @@ from shim.api.dependencies import Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.http.access_log import AccessLog
-from shim.http.client import HttpClient
 from shim.http.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
+from shim.http_client import HttpClient
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
 from shim.tasks import StoredVideos, TaskNotFoundError, Tasks

@@ -1,4 +1,4 @@
-"""How our errors look over HTTP. Status codes are decided here, in one table, and nowhere else."""
+"""Errors over HTTP: the server's error codes, and the one table of their status codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ServerErrorCode(StrEnum):
-    """The codes that only the server speaks."""
+    """The codes that only the server sends."""
 
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
     UNAUTHORIZED = "UNAUTHORIZED"
@@ -40,17 +40,18 @@ class ServerErrorCode(StrEnum):
     INTERNAL_ERROR = "INTERNAL_ERROR"
 
 
-#: Every `error_code` that a client can meet.
+#: Every `error_code` that a client can receive.
 AnyErrorCode = ErrorCode | ServerErrorCode
 
 
 class ErrorBody(BaseModel):
-    """An error as clients read it: `{"error": text, "error_code": CODE}`."""
+    """The body of an error response: `{"error": text, "error_code": CODE}`."""
 
     error: str
     error_code: AnyErrorCode
 
 
+#: OOM_ERROR, GENERATION_FAILED and CANCELLED are absent: a failed job is reported in the body of a 200.
 STATUS: Final[Mapping[AnyErrorCode, int]] = {
     ErrorCode.INVALID_PROMPT: 400,
     ErrorCode.INVALID_DURATION: 400,
@@ -75,9 +76,8 @@ STATUS: Final[Mapping[AnyErrorCode, int]] = {
     ServerErrorCode.QUEUE_UNAVAILABLE: 503,
     ErrorCode.STORAGE_UNAVAILABLE: 503,
 }
-"""A failed job is no HTTP error: OOM_ERROR, GENERATION_FAILED and CANCELLED stand in a 200's body only."""
 
-#: Seconds after which it makes sense to try again, where nothing better is known.
+#: The Retry-After header in seconds, unless the error brings its own.
 RETRY_AFTER: Final[Mapping[AnyErrorCode, int]] = {
     ServerErrorCode.SERVER_BUSY: 5,
     ServerErrorCode.QUEUE_FULL: 30,
@@ -88,7 +88,7 @@ RETRY_AFTER: Final[Mapping[AnyErrorCode, int]] = {
 
 
 class ApiError(Exception):
-    """A request that can't be answered as asked, in the words and with the headers the client gets."""
+    """An error response: its code, its text and its headers."""
 
     def __init__(self, code: AnyErrorCode, error: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(error)
@@ -99,17 +99,16 @@ class ApiError(Exception):
 
     @property
     def status(self) -> int:
-        """The HTTP status."""
         return STATUS[self.body.error_code]
 
     @property
     def phrase(self) -> str:
-        """The HTTP status in words."""
+        """The reason phrase of the HTTP status."""
         return HTTPStatus(self.status).phrase
 
 
 def api_error(exc: Exception) -> ApiError:
-    """The HTTP face of an error. One that nobody expected is INTERNAL_ERROR: its traceback stays in the log."""
+    """The error response for an exception. An unexpected one is INTERNAL_ERROR: its traceback is only logged."""
     match exc:
         case ApiError():
             return exc
@@ -126,7 +125,7 @@ def api_error(exc: Exception) -> ApiError:
         case QueueUnavailableError():
             return ApiError(ServerErrorCode.QUEUE_UNAVAILABLE, str(exc))
         case StorageError():
-            log.error("%s", exc)
+            log.error("the request failed with STORAGE_UNAVAILABLE: %s", exc)
             return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")
         case _:
             return ApiError(ServerErrorCode.INTERNAL_ERROR, "Internal server error")

@@ -1,4 +1,4 @@
-"""Tasks: what the REST API calls a job. The queue knows it while it lives, the bucket for as long as it is kept."""
+"""Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket every finished video."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import anyio.to_thread
 
-from contract.job import KNOWN_MODELS, JobInput, check_offered
+from contract.job import JobInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage
 from shim.estimates import estimated_time
-from shim.queue.base import Idempotency, Job, JobQueue, JobState, QueueUnavailableError
+from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import StorageError
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class TaskNotFoundError(LookupError):
-    """No task has that id."""
+    """Neither the queue nor the bucket has a task with that id."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A task that was queued. `estimated_time` in seconds."""
+    """A queued task. `estimated_time` is in seconds."""
 
     task_id: str
     estimated_time: int
 
 
 class StoredVideos:
-    """`storage.videos` for coroutines: each call runs in a thread."""
+    """`storage.videos.Videos` for coroutines: each call runs in a thread."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._videos = Videos(bucket)
@@ -45,45 +45,37 @@ class StoredVideos:
         return await anyio.to_thread.run_sync(self._videos.find_result, task_id)
 
     async def discard(self, task_id: str) -> None:
-        """Deletes what a cancelled task left. A bucket that does not answer keeps it: a warning says so."""
+        """Deletes a cancelled task's objects; logs a warning if the bucket is unavailable."""
         try:
             await anyio.to_thread.run_sync(self._videos.discard, task_id)
         except StorageError as exc:
-            log.warning("the objects of the cancelled task stay in the bucket: %s", exc, extra={"task_id": task_id})
+            log.warning("cannot delete the cancelled task's objects, delete them from the bucket by hand: %s", exc)
 
 
 class Tasks:
-    """Submit, look up and cancel look up tasks over a queue and a bucket; the truth stays with those two."""
+    """Submits, finds and cancels tasks. Keeps no state: the queue and the bucket do."""
 
     def __init__(self, queue: JobQueue, videos: StoredVideos) -> None:
         self._queue = queue
         self._videos = videos
 
     async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
-        """Queue a job, unless it was queued under the same key before, and say when it will be done.
+        """Queues a job, unless an earlier request had the same key, and estimates when it is done.
 
-        Raises what `JobQueue.submit` raises, and:
-
-        Raises:
-            InvalidInputError: no worker has the weights for what was asked for.
+        Raises what `JobQueue.submit` raises.
         """
-        workers = await self._queue.workers()
-        check_offered(job_input, workers.models or KNOWN_MODELS, takes_images=workers.takes_images)
-        backlog = await self._queue.backlog()
-        observed = await self._queue.render_times()
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        job = await self._queue.submit(job_input, idempotency)
-        bind(task_id=job.task_id)
-        kind = job_input.model, job_input.resolution, job_input.duration
-        log.info("%s: accepted: %s, %s, %d s", job.task_id, *kind, extra={"prompt": job_input.prompt})
-        return Accepted(job.task_id, estimated_time(job_input, backlog, observed))
+        submission = await self._queue.submit(job_input, idempotency)
+        bind(task_id=submission.task_id)
+        log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
+        return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))
 
-    async def cancel(self, task_id: str) -> Job:
-        """Stop a waiting or running task and remove what it left in the bucket; a finished one stays as it is.
+    async def cancel(self, task_id: str) -> JobSnapshot:
+        """Cancels a waiting or running task and deletes its objects. A finished task stays unchanged.
 
         Raises:
-            TaskNotFoundError: nobody knows it.
-            QueueUnavailableError, StorageError: whoever may know it can't be asked.
+            TaskNotFoundError: neither the queue nor the bucket has it.
+            QueueUnavailableError, StorageError: the queue or the bucket is unavailable.
         """
         if not layout.is_task_id(task_id):
             raise TaskNotFoundError(task_id)
@@ -95,15 +87,14 @@ class Tasks:
             await self._videos.discard(task_id)
         return job
 
-    async def find(self, task_id: str) -> Job:
-        """The task as of now. A finished one that the queue has forgotten is in the bucket.
+    async def find(self, task_id: str) -> JobSnapshot:
+        """The task as it is now, from the queue, or from the bucket if the queue has deleted it.
 
-        While the queue can't be asked nobody knows whether it has ended: a video may be stored, and its task not yet
-        be completed.
+        Without the queue the bucket is not read: a video may be stored whose task is not completed yet.
 
         Raises:
-            TaskNotFoundError: nobody knows it.
-            QueueUnavailableError, StorageError: whoever may know it can't be asked.
+            TaskNotFoundError: neither the queue nor the bucket has it.
+            QueueUnavailableError, StorageError: the queue or the bucket is unavailable.
         """
         if not layout.is_task_id(task_id):
             raise TaskNotFoundError(task_id)
@@ -113,8 +104,8 @@ class Tasks:
             raise TaskNotFoundError(task_id)
         return job
 
-    async def find_video(self, task_id: str) -> Job:
-        """As `find`; but what is in the bucket is served while the queue can't be asked, too."""
+    async def find_video(self, task_id: str) -> JobSnapshot:
+        """Like `find`, but finds a stored video while the queue is unavailable, too."""
         try:
             return await self.find(task_id)
         except QueueUnavailableError:
@@ -123,8 +114,8 @@ class Tasks:
                 raise
             return job
 
-    async def _stored(self, task_id: str) -> Job | None:
+    async def _stored(self, task_id: str) -> JobSnapshot | None:
         manifest = await self._videos.find(task_id)
         if manifest is None:
             return None
-        return Job(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
+        return JobSnapshot(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)

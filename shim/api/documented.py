@@ -15,7 +15,7 @@ from contract.worker import Gpu, WorkerState
 from shim.api.dependencies import Services, client, is_anonymous, public_url, services, within_rate_limit
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.gpu import local_gpus
-from shim.queue.base import Job, ModelNotLoadedError, QueueUnavailableError, Workers
+from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueUnavailableError, Workers
 
 MAX_BODY: Final = 64 * 1024
 _DRAINED_BODY: Final = 1024 * 1024
@@ -209,7 +209,7 @@ async def cancel(
     return _status(await use.tasks.cancel(task_id), request, use)
 
 
-def _status(job: Job, request: Request, use: Services) -> ProcessingStatus | CompletedStatus | FailedStatus:
+def _status(job: JobSnapshot, request: Request, use: Services) -> ProcessingStatus | CompletedStatus | FailedStatus:
     if job.result is not None:
         return CompletedStatus(
             task_id=job.task_id,
@@ -223,7 +223,7 @@ def _status(job: Job, request: Request, use: Services) -> ProcessingStatus | Com
     return _processing(job)
 
 
-def _processing(job: Job) -> ProcessingStatus:
+def _processing(job: JobSnapshot) -> ProcessingStatus:
     return ProcessingStatus(
         task_id=job.task_id,
         progress=min(job.progress, 99),

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Depends, Request, Response
 
 from shim.api.dependencies import Services, services
-from shim.metrics import QueueFigures
+from shim.metrics import QueueSnapshot
 from shim.queue.base import JobQueue, QueueUnavailableError
 
 #: Seconds that the queue has to answer: well within the 10 s after which Prometheus gives a scrape up.
@@ -27,7 +27,7 @@ async def metrics(request: Request, use: Annotated[Services, Depends(services)])
     return Response(body, headers={"Content-Type": media_type})
 
 
-async def _figures(queue: JobQueue) -> QueueFigures | None:
+async def _figures(queue: JobQueue) -> QueueSnapshot | None:
     asking = asyncio.create_task(_ask(queue))
     done, _ = await asyncio.wait({asking}, timeout=_PATIENCE)
     if done:
@@ -38,9 +38,9 @@ async def _figures(queue: JobQueue) -> QueueFigures | None:
     return None
 
 
-async def _ask(queue: JobQueue) -> QueueFigures | None:
+async def _ask(queue: JobQueue) -> QueueSnapshot | None:
     try:
-        return QueueFigures(await queue.backlog(), await queue.workers())
+        return QueueSnapshot(await queue.backlog(), await queue.workers())
     except QueueUnavailableError as exc:
         log.warning("the queue gives no figures: %s", exc)
         return None

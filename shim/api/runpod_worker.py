@@ -29,7 +29,7 @@ from contract.result import Progress
 from contract.worker import WorkerReport
 from shim.errors import ApiError, ServerErrorCode
 from shim.http.access_log import bind_path_ids
-from shim.queue.base import Job, JobState, QueueUnavailableError
+from shim.queue.base import JobSnapshot, JobState, QueueUnavailableError
 from shim.queue.dispatch import Delivery, Dispatcher, WorkerStoppingError
 from shim.queue.runpod import STATE_WORDS
 from shim.queue.sql import SqlQueue
@@ -128,7 +128,7 @@ class Platform:
         return None if self._draining else await self._dispatcher.take(worker_id)
 
     async def _stops(self, worker_id: str, request: Request) -> Response:
-        task_ids = await self._held(request, lambda: self._dispatcher.stops(worker_id))
+        task_ids = await self._held(request, lambda: self._dispatcher.pending_cancellations(worker_id))
         return JSONResponse({"jobsToStop": task_ids}) if task_ids else Response(status_code=204)
 
     async def _held(self, request: Request, look: Callable[[], Awaitable[Any]]) -> Any:
@@ -151,7 +151,7 @@ class Platform:
                 return None
             waits = [asyncio.create_task(changed.wait()), asyncio.create_task(self._stopped.wait())]
             try:
-                timeout = min(remaining, self._dispatcher.look_again)
+                timeout = min(remaining, self._dispatcher.poll_interval)
                 await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for wait in waits:
@@ -226,7 +226,7 @@ class Platform:
             if self._stopped.is_set():
                 break
             try:
-                await asyncio.wait_for(self._dispatcher.changed.wait(), self._dispatcher.look_again)
+                await asyncio.wait_for(self._dispatcher.changed.wait(), self._dispatcher.poll_interval)
             except TimeoutError:
                 continue
         return JSONResponse(await self._described(job))
@@ -284,13 +284,13 @@ class Platform:
             }
         )
 
-    async def _known(self, task_id: str) -> Job:
+    async def _known(self, task_id: str) -> JobSnapshot:
         job = await self._queue.get(task_id)
         if job is None:
             raise ApiError(ServerErrorCode.TASK_NOT_FOUND, "job not found")
         return job
 
-    async def _described(self, job: Job) -> dict[str, Any]:
+    async def _described(self, job: JobSnapshot) -> dict[str, Any]:
         """A job as RunPod's /status shows it; a running one carries its last progress as `output`."""
         shown: dict[str, Any] = {"id": job.task_id, "status": STATE_WORDS[job.state]}
         if job.state is JobState.COMPLETED:

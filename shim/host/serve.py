@@ -141,12 +141,11 @@ async def _serve_local(
             find_result=videos.find_result,
             discard=videos.discard,
             max_attempts=settings.max_attempts,
-            lease=settings.worker_timeout,
-            history=settings.history_ttl,
+            history_ttl=settings.history_ttl,
             observer=metrics,
         )
         # An earlier life's: they ended with it.
-        await _answered(lambda: dispatcher.forget_workers(f"{instance}-"))
+        await _answered(lambda: dispatcher.release_workers(f"{instance}-"))
         platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
         app = create_app(
             queue,
@@ -246,7 +245,7 @@ class _WorkerSlot:
 
     async def _forget(self, *, blameless: bool = False) -> None:
         try:
-            await self._dispatcher.forget_worker(self._worker_id, blameless=blameless)
+            await self._dispatcher.release_worker(self._worker_id, count_attempt=not blameless)
         except QueueUnavailableError as exc:
             log.warning("worker %s: its lease must lapse before others take up its task: %s", self._worker_id, exc)
 

@@ -1,1 +1,1 @@
-"""Where jobs wait: our own SQL queue, or RunPod's."""
+"""Where jobs wait: the server's own SQL queue, or RunPod's."""

@@ -1,4 +1,4 @@
-"""The job queue as the shim sees it, whoever keeps it."""
+"""The job queue as the server sees it: the protocol that the SQL queue and RunPod's queue share."""
 
 from __future__ import annotations
 
@@ -7,49 +7,62 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
+
+from pydantic import ValidationError
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import JobInput, Resolution
 from contract.result import JobResult, Manifest, Stage
 from contract.worker import WorkerReport, WorkerState
 
-#: Of a job that completed with something else than our handler's result.
+#: The failure of a job that completed without a manifest in its output.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
 
-#: Looks for a finished job in the bucket by its task id: what a job whose result never reached the queue left there.
-#: It raises StorageError where the bucket can't be asked, and nothing else.
+#: The failure of a job that a client cancelled.
+CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+
+#: Reads a finished job's result from the bucket by its task id; None if the bucket has no manifest. Raises StorageError
+#: if the bucket is unavailable, and nothing else.
 FindResult = Callable[[str], Awaitable[JobResult | None]]
 
-#: Removes what a job left in the bucket, by its task id. It raises nothing.
+#: Deletes a job's objects from the bucket by its task id. Raises nothing.
 Discard = Callable[[str], Awaitable[None]]
 
-#: What render times are alike for: the model asked for, resolution, duration in seconds.
-Kind = tuple[str, Resolution, int]
+#: Jobs of one kind take about the same time to render: model, resolution, duration in seconds.
+RenderKind = tuple[str, Resolution, int]
 
-#: Mean render seconds.
-RenderTimes = Mapping[Kind, float]
+#: Mean render seconds of each kind.
+RenderTimes = Mapping[RenderKind, float]
 
 
-def kind_of(job_input: JobInput) -> Kind:
-    """The kind of a job."""
+def render_kind(job_input: JobInput) -> RenderKind:
+    """The kind that the job's render time is averaged with."""
     return job_input.model, job_input.resolution, job_input.duration
 
 
+def valid_manifest(output: Any) -> Manifest | None:
+    """A job's output as a manifest; None if it is not one."""
+    try:
+        return Manifest.model_validate(output)
+    except ValidationError:
+        return None
+
+
 class QueueError(Exception):
-    """The queue could not do what was asked."""
+    """The queue rejected the request."""
 
 
 class QueueFullError(QueueError):
-    """As many jobs wait as may wait."""
+    """The limit of waiting jobs is reached."""
 
 
 class IdempotencyConflictError(QueueError):
-    """The same idempotency key came with another request before."""
+    """The idempotency key was used before, with another request."""
 
 
 class QueueUnavailableError(QueueError):
-    """The queue's server did not answer, or answered that it can't just now."""
+    """The queue's server did not respond, or responded with an error that passes."""
 
 
 class ModelNotLoadedError(QueueError):
@@ -57,7 +70,7 @@ class ModelNotLoadedError(QueueError):
 
 
 class JobState(StrEnum):
-    """A job's life. Only the last three are terminal."""
+    """The state of a job. The last three are terminal."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -67,17 +80,16 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether nothing will happen to the job any more."""
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job as of now.
+class JobSnapshot:
+    """One job at the time of the call.
 
-    `progress` is a percentage that never falls, at most 99 before COMPLETED. `elapsed_time` is in seconds since
-    the job was submitted, up to its end. `queue_position` is 1 for the next job to start, None once it runs or
-    where the queue does not tell. A COMPLETED job has a `result`, a FAILED or CANCELLED one a `failure`.
+    `progress` is a percentage that never falls, at most 99 before COMPLETED. `elapsed_time` is in seconds from
+    submission to the end of the job, or to now. `queue_position` is 1 for the next job to start, and None for a job
+    that has started or if the queue hides it. A COMPLETED job has a `result`, a FAILED or CANCELLED one a `failure`.
     """
 
     task_id: str
@@ -92,7 +104,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Idempotency:
-    """What makes a request that is sent again the same one: digests of the client's key and of what it asks for.
+    """Identifies a repeated request: a digest of the client's key and one of the job input.
 
     Source: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/.
     """
@@ -102,19 +114,20 @@ class Idempotency:
 
     @classmethod
     def of(cls, key: str, job_input: JobInput) -> Self:
-        """From the client's key and its request."""
-        asked = json.dumps(job_input.wire(), sort_keys=True)
-        return cls(_digest(key), _digest(asked))
+        return cls(_digest(key), _digest(json.dumps(job_input.wire(), sort_keys=True)))
 
     def check(self, fingerprint: str | None) -> None:
-        """Raise IdempotencyConflictError unless the task that the key stands for was asked for with `fingerprint`."""
+        """Raises IdempotencyConflictError unless `fingerprint`, stored with the key, is this request's."""
         if fingerprint != self.fingerprint:
             raise IdempotencyConflictError("This Idempotency-Key was sent with another request before")
 
 
 @dataclass(frozen=True)
 class Backlog:
-    """The work ahead of a new job: one input for each waiting and running job, None where the queue hides it."""
+    """The work ahead of a new job: the input of each waiting and running job, None for each that the queue hides.
+
+    `workers` counts the workers that have the model loaded.
+    """
 
     waiting: Sequence[JobInput | None]
     running: Sequence[JobInput | None]
@@ -122,10 +135,23 @@ class Backlog:
 
 
 @dataclass(frozen=True)
-class Workers:
-    """The workers that are alive, as /health tells of them.
+class Submission:
+    """A submitted job, and what an estimate of its end needs: the backlog before it and recent render times."""
 
-    `ready` have the model loaded. `reports_by_id` is what workers said of themselves; empty where the queue hides it.
+    job: JobSnapshot
+    backlog: Backlog
+    render_times: RenderTimes
+
+    @property
+    def task_id(self) -> str:
+        return self.job.task_id
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers that are alive, counted by state.
+
+    `ready` have the model loaded. `reports_by_id` holds each worker's last report; it is empty if the queue hides them.
     """
 
     ready: int
@@ -135,18 +161,17 @@ class Workers:
 
     @property
     def reports(self) -> Sequence[WorkerReport]:
-        """What workers said of themselves."""
         return list(self.reports_by_id.values())
 
     @property
     def models(self) -> Sequence[str]:
-        """The `model` values that ready workers can render; empty where they do not tell."""
-        told = [report.models for report in self._ready_reports]
-        return sorted({model for models in told for model in models}) if all(told) else ()
+        """The `model` values that ready workers can render; empty if one of them does not report its own."""
+        reported = [report.models for report in self._ready_reports]
+        return sorted({model for models in reported for model in models}) if all(reported) else ()
 
     @property
     def takes_images(self) -> bool:
-        """Whether a ready worker can start from an image, as far as is known."""
+        """Whether a ready worker can start from an image; True if none reports."""
         return not self._ready_reports or any(report.takes_images for report in self._ready_reports)
 
     @property
@@ -155,70 +180,59 @@ class Workers:
 
 
 class JobObserver:
-    """Is told what becomes of jobs, each time after it is stored. This one does not mind; others must raise nothing."""
+    """Receives each change of a job after it is stored. This one ignores them; subclasses must not raise."""
 
     def submitted(self) -> None:
         """A job was queued."""
 
     def started(self, waited: float) -> None:
-        """A worker took a job for the first time, so many seconds after it was submitted."""
+        """A worker took a job for the first time, `waited` seconds after its submission."""
 
     def requeued(self) -> None:
-        """A job is back in the queue: its worker was lost."""
+        """A job was queued again because its worker was lost."""
 
     def ended(
         self, state: JobState, *, failure: JobFailure | None = None, result: Manifest | None = None, count: int = 1
     ) -> None:
-        """So many jobs ended, each for the first time. With `failure` NO_VIDEO even a COMPLETED one."""
+        """`count` jobs reached a terminal state. A COMPLETED job that has no result comes with `failure` NO_VIDEO."""
 
 
 class JobQueue(Protocol):
-    """Submit, look up, cancel. Implementations are safe to use from many asyncio tasks at once.
+    """Submits, finds and cancels jobs. Implementations are safe to call from many asyncio tasks at once.
 
     Every method may raise QueueUnavailableError.
     """
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Job:
-        """Queue a job; or, where one was submitted with the same idempotency key before, give that one as of now.
+    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+        """Queues a job. A repeated idempotency key returns the job of the first request as it is now.
+
+        Nothing is queued when it raises.
 
         Raises:
-            IdempotencyConflictError: the one before was another; nothing was queued.
-            QueueFullError: as many jobs wait as may wait; nothing was queued.
-            ModelNotLoadedError: no worker could run it now; nothing was queued.
+            InvalidInputError: no ready worker has the weights for this input.
+            IdempotencyConflictError: the key was used before, with another input.
+            ModelNotLoadedError: no worker could run the job now.
+            QueueFullError: the limit of waiting jobs is reached.
         """
         ...
 
-    async def get(self, task_id: str) -> Job | None:
-        """The job as of now; None if the queue has never known it or has forgotten it."""
+    async def get(self, task_id: str) -> JobSnapshot | None:
+        """The job as it is now; None if the queue has never seen it or has deleted it."""
         ...
 
-    async def cancel(self, task_id: str) -> Job | None:
-        """Stop a waiting or running job; a finished one stays as it is. None for one the queue does not know."""
+    async def cancel(self, task_id: str) -> JobSnapshot | None:
+        """Cancels a waiting or running job. A finished job stays unchanged. None for an unknown job."""
         ...
 
-    async def backlog(self) -> Backlog:
-        """What is waiting and running."""
-        ...
+    async def backlog(self) -> Backlog: ...
 
-    async def render_times(self) -> RenderTimes:
-        """What such jobs took lately, where the queue has seen any."""
-        ...
+    async def workers(self) -> Workers: ...
 
     async def check_ready(self) -> None:
-        """Whether a job submitted now would be taken.
-
-        Raises:
-            ModelNotLoadedError: it would not.
-        """
+        """Raises ModelNotLoadedError if a job submitted now would be rejected for lack of a worker."""
         ...
 
-    async def workers(self) -> Workers:
-        """Who is there to work."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of connections."""
-        ...
+    async def close(self) -> None: ...
 
 
 def _digest(text: str) -> str:

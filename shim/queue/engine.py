@@ -1,4 +1,4 @@
-"""How the SQL queue's database is opened: SQLite on one machine, PostgreSQL for many."""
+"""Opens and migrates the SQL queue's database: SQLite on one machine, PostgreSQL for several servers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from shim.queue.base import QueueError, QueueUnavailableError
 
-#: PostgreSQL's advisory locks are numbers; these are ours, within the queue's database.
+#: PostgreSQL identifies an advisory lock by a number within the database.
 MIGRATION_LOCK: Final = 1_500_001
 SUBMIT_LOCK: Final = 1_500_002
 
-#: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. A server that
-#: vanishes without a word is noticed within seconds, not after the kernel's quarter of an hour.
+#: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. With them the
+#: loss of the server or of the network shows within seconds, not after the kernel's 15 minutes.
 _POSTGRESQL: Final = {
     "connect_timeout": 5,
     "tcp_user_timeout": 10_000,
@@ -32,10 +32,10 @@ _POSTGRESQL: Final = {
 
 
 def database_url(text: str) -> URL:
-    """`text` as SQLAlchemy takes it, with our driver: `sqlite:///file` or `postgresql://user:password@host/database`.
+    """Parses `sqlite:///file` or `postgresql://user:password@host/database` and adds the driver.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `text` is neither.
     """
     try:
         url = make_url(text)
@@ -51,11 +51,11 @@ def database_url(text: str) -> URL:
 
 
 async def open_engine(url: URL) -> AsyncEngine:
-    """An engine on the database at `url`, its tables made or brought up to date.
+    """Opens the database at `url` and migrates its tables.
 
     Raises:
-        QueueUnavailableError: the database does not answer, or refuses us.
-        QueueError: a newer release of the service made the database.
+        QueueUnavailableError: the database does not respond, or rejects the connection.
+        QueueError: a newer release has migrated the database.
     """
     engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
     try:
@@ -63,7 +63,7 @@ async def open_engine(url: URL) -> AsyncEngine:
             await connection.run_sync(migrate)
     except DBAPIError as exc:
         await engine.dispose()
-        raise QueueUnavailableError(f"the database {url.render_as_string()} can't be used: {exc.orig}") from exc
+        raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
     except BaseException:
         await engine.dispose()
         raise
@@ -71,12 +71,12 @@ async def open_engine(url: URL) -> AsyncEngine:
 
 
 def writing(engine: AsyncEngine) -> AsyncEngine:
-    """The same engine, for transactions that write."""
+    """The same engine for transactions that write: `_begin_sqlite` locks the database for them."""
     return engine.execution_options(writes=True)
 
 
 def migrate(connection: Connection, revision: str = "head") -> None:
-    """Bring the tables up to `revision` and keep what is in them; one server at a time, the others wait."""
+    """Migrates the tables to `revision` and keeps their rows. Other servers that migrate at the same time wait."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
     config = Config()
@@ -85,7 +85,9 @@ def migrate(connection: Connection, revision: str = "head") -> None:
     try:
         alembic.command.upgrade(config, revision)
     except CommandError as exc:
-        raise QueueError(f"a newer release made the queue's database, this one must be upgraded: {exc}") from exc
+        raise QueueError(
+            f"a newer release has migrated the database; this server must be upgraded to it: {exc}"
+        ) from exc
 
 
 def _postgresql(url: URL) -> AsyncEngine:
@@ -101,7 +103,7 @@ def _postgresql(url: URL) -> AsyncEngine:
 
 
 def connection_parameters(url: URL) -> dict[str, Any]:
-    """How we connect to PostgreSQL; what the URL says of it goes before."""
+    """The parameters of a PostgreSQL connection, except those that the URL sets."""
     return {name: value for name, value in _POSTGRESQL.items() if name not in url.query}
 
 
@@ -113,9 +115,9 @@ def _sqlite(url: URL) -> AsyncEngine:
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:
-    """WAL, so that readers never wait for a writer; FULL, so that an accepted task outlives a power cut, too.
+    """WAL: readers never wait for a writer. FULL: an accepted task survives a power cut, at one fsync for each commit.
 
-    Source: https://www.sqlite.org/pragma.html#pragma_synchronous. An fsync for each commit is nothing beside a render.
+    Source: https://www.sqlite.org/pragma.html#pragma_synchronous.
     """
     connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
     cursor = connection.cursor()
@@ -125,6 +127,6 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A transaction that will write takes the lock at once: an upgrade half-way would fail instead of waiting."""
+    """Locks for a writing transaction at its start, because SQLite fails to upgrade a read lock instead of waiting."""
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

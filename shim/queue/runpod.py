@@ -1,14 +1,13 @@
 """RunPod's queue: jobs go to a serverless endpoint, over its HTTP API.
 
-Paths, shapes and limits are those of https://docs.runpod.io/serverless/endpoints/operations. RunPod forgets a job
-half an hour after it ended; from then on the manifest in the bucket answers (`shim.tasks`).
+Source of paths, shapes and limits: https://docs.runpod.io/serverless/endpoints/operations. RunPod deletes a job half an
+hour after it ended; from then on `shim.tasks` reads the manifest in the bucket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
@@ -20,24 +19,27 @@ from pydantic import ValidationError
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import JobInput
-from contract.result import Manifest, Progress, Stage
-from shim.http.client import HttpClient
+from contract.result import Progress, Stage
+from contract.retry import RetryPolicy
+from shim.http_client import HttpClient
 from shim.queue.base import (
+    CANCELLED,
     NO_VIDEO,
     Backlog,
     Idempotency,
-    Job,
     JobObserver,
+    JobSnapshot,
     JobState,
-    Kind,
     QueueFullError,
     QueueUnavailableError,
-    RenderTimes,
+    RenderKind,
+    Submission,
     Workers,
-    kind_of,
+    render_kind,
+    valid_manifest,
 )
 
-#: RunPod's words for the states of a job.
+#: RunPod's names of the states of a job.
 STATE_WORDS: Final[Mapping[JobState, str]] = {
     JobState.QUEUED: "IN_QUEUE",
     JobState.RUNNING: "IN_PROGRESS",
@@ -50,35 +52,50 @@ _STATES: Final = {word: state for state, word in STATE_WORDS.items()} | {
     "TIMED_OUT": JobState.FAILED,
 }
 
-#: Seconds for which an answer is shared between pollers.
-_FRESH: Final = 1.0
-#: How many jobs' last answers are kept.
-_REMEMBERED: Final = 10_000
-_ATTEMPTS: Final = 5
-_FIRST_DELAY: Final = 0.25
-_LONGEST_DELAY: Final = 5.0
+_FAILURES: Final = {
+    "CANCELLED": CANCELLED,
+    "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
+}
+
+#: Seconds for which pollers share one response.
+_CACHE_SECONDS: Final = 1.0
+#: The number of jobs whose last response is kept, and of idempotency keys.
+_CACHE_SIZE: Final = 10_000
+_RETRIES: Final = RetryPolicy(first=0.25, longest=5.0, attempts=5)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A job as last answered, when that was, and when it was first heard of (both on the monotonic clock)."""
+class _CachedJob:
+    """A job as last read, the time of that, and the time when it was first seen (both on the monotonic clock)."""
 
-    job: Job
-    at: float
+    job: JobSnapshot
+    read_at: float
     first_at: float
+
+
+#: Errors of a request that RunPod has not received.
+_NOT_SENT: Final = httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout
+
+
+class _RetryableStatusError(Exception):
+    """RunPod responded with 429 or 5xx. `retry_after` is in seconds, 0 without a Retry-After header."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__(f"status {response.status_code}")
+        text = response.headers.get("retry-after", "")
+        self.retry_after = float(text) if text.isdecimal() else 0.0
 
 
 class RunPodQueue:
     """A `JobQueue` over a RunPod serverless endpoint.
 
-    `base_url` as in RunPod's API (`https://api.runpod.ai/v2`); `execution_timeout` in seconds is how long RunPod lets
-    one job run. The bound on waiting jobs is checked against the endpoint's own count, which other shims may be
-    adding to at the same moment: it is exact for one shim, approximate for several. RunPod knows no idempotency keys:
-    they are remembered here, for as long as this shim lives. `observer` is told of the ends of jobs that this shim has
-    seen waiting or running, when it is asked for them.
+    `base_url` is RunPod's (`https://api.runpod.ai/v2`); RunPod ends a job after `execution_timeout` seconds. The limit
+    of waiting jobs applies to the endpoint's own count, which other servers may change at the same moment: it is exact
+    for one server, approximate for several. RunPod has no idempotency keys, so this object keeps them in memory.
+    `observer` receives the end of a job when a client asks for it and this server saw the job wait or run before.
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class RunPodQueue:
         execution_timeout: float = 3600.0,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
+        retries: RetryPolicy = _RETRIES,
         observer: JobObserver | None = None,
     ) -> None:
         self._http = HttpClient(
@@ -103,224 +121,227 @@ class RunPodQueue:
         self._max_queue_size = max_queue_size
         self._execution_timeout = execution_timeout
         self._clock = clock
+        self._retries = retries
         self._observer = observer or JobObserver()
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()
-        self._flights: dict[str, asyncio.Task[Any]] = {}
-        self._health_seen: tuple[float, Mapping[str, Any]] | None = None
-        self._times: dict[Kind, float] = {}
+        self._cached_jobs: OrderedDict[str, _CachedJob] = OrderedDict()
+        self._cached_health: tuple[float, Mapping[str, Any]] | None = None
+        self._requests: dict[str, asyncio.Task[Any]] = {}
+        self._render_times: dict[RenderKind, float] = {}
         self._submitting = asyncio.Lock()
         self._submitted: OrderedDict[str, tuple[str, str]] = OrderedDict()  # idempotency key -> fingerprint, task_id
 
     async def close(self) -> None:
-        """Let go of connections."""
         await self._http.aclose()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Job:
-        """Queue a job; RunPod starts a worker for it if it must.
+    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+        """Queues a job. RunPod starts a worker for it, and hides which weights its workers have.
 
-        A request that may have arrived is not sent twice: after a timeout the error is QueueUnavailableError, and the
-        job may yet run, once.
+        A request that RunPod may have received is not sent again: after a timeout this raises QueueUnavailableError,
+        and the job may still run, once.
         """
         async with self._submitting:
-            if idempotency is not None and idempotency.key in self._submitted:
+            is_repeated = idempotency is not None and idempotency.key in self._submitted
+            backlog = _backlog(await self._health(fresh=not is_repeated))
+            if idempotency is not None and is_repeated:
                 fingerprint, task_id = self._submitted[idempotency.key]
                 idempotency.check(fingerprint)
-                return await self.get(task_id) or Job(task_id, JobState.QUEUED)
-            waiting = (await self._health(fresh=True))["jobs"]["inQueue"]
-            if waiting >= self._max_queue_size:
-                raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
+                earlier = await self.get(task_id) or JobSnapshot(task_id, JobState.QUEUED)
+                return Submission(earlier, backlog, self._render_times)
+            if len(backlog.waiting) >= self._max_queue_size:
+                raise QueueFullError(f"The queue is full: {len(backlog.waiting)} tasks are waiting")
             body = {
                 "input": job_input.wire(),
                 "policy": {"executionTimeout": int(self._execution_timeout * 1000)},
             }
-            answer = _body(await self._ask("POST", "/run", json=body, repeatable=False))
-            job = Job(str(answer["id"]), JobState.QUEUED)
+            answer = _body(await self._request("POST", "/run", json=body, repeatable=False))
+            job = JobSnapshot(str(answer["id"]), JobState.QUEUED)
             if idempotency is not None:
                 self._submitted[idempotency.key] = idempotency.fingerprint, job.task_id
-                _keep_newest(self._submitted)
-        self._remember(job)
+                _drop_oldest(self._submitted)
+        self._cache(job)
         self._observer.submitted()
-        return job
+        return Submission(job, backlog, self._render_times)
 
-    async def get(self, task_id: str) -> Job | None:
-        """The job as of now, or of a second ago; None once RunPod has forgotten it."""
-        seen = self._seen.get(task_id)
-        if seen is not None and (seen.job.state.is_terminal or self._clock() - seen.at < _FRESH):
-            return seen.job
+    async def get(self, task_id: str) -> JobSnapshot | None:
+        """The job as it was at most a second ago; None if RunPod has deleted it."""
+        cached = self._cached_jobs.get(task_id)
+        if cached is not None and (cached.job.state.is_terminal or self._clock() - cached.read_at < _CACHE_SECONDS):
+            return cached.job
         return await self._shared(f"status/{task_id}", lambda: self._fetch(task_id))
 
-    async def _fetch(self, task_id: str) -> Job | None:
-        response = await self._ask("GET", f"/status/{task_id}")
+    async def _fetch(self, task_id: str) -> JobSnapshot | None:
+        response = await self._request("GET", f"/status/{task_id}")
         if response.status_code == 404:
             return None
         answer = _body(response)
-        before = self._seen.get(task_id)
-        job = self._remember(self._job(task_id, answer))
+        before = self._cached_jobs.get(task_id)
+        job = self._cache(self._snapshot(task_id, answer))
         if before is not None and not before.job.state.is_terminal and job.state.is_terminal:
-            self._tell_ended(job, answer.get("delayTime"))
+            self._observe_end(job, answer.get("delayTime"))
         return job
 
-    def _tell_ended(self, job: Job, delay: float | None) -> None:
-        """`delay` is RunPod's, in milliseconds; a job that was cancelled while it waited has none."""
-        code = job.failure.error_code if job.failure is not None else "a video"
-        log.info("%s: %s with %s", job.task_id, job.state, code, extra={"task_id": job.task_id})
+    def _observe_end(self, job: JobSnapshot, delay: float | None) -> None:
+        """`delay` is RunPod's, in milliseconds; None for a job that was cancelled before it started."""
+        if job.failure is not None:
+            log.info("ended on RunPod as %s with %s", job.state, job.failure.error_code)
+        else:
+            log.info("ended on RunPod as %s", job.state)
         if delay is not None and job.state is not JobState.CANCELLED:
             self._observer.started(delay / 1000)
         self._observer.ended(job.state, failure=job.failure, result=job.result)
 
-    async def cancel(self, task_id: str) -> Job | None:
-        """Stop a waiting or running job."""
+    async def cancel(self, task_id: str) -> JobSnapshot | None:
         job = await self.get(task_id)
         if job is None or job.state.is_terminal:
             return job
-        response = await self._ask("POST", f"/cancel/{task_id}")
+        response = await self._request("POST", f"/cancel/{task_id}")
         if response.status_code == 404:
             return None
         _body(response)
         return await self._fetch(task_id)
 
     async def backlog(self) -> Backlog:
-        """How many jobs wait and run; RunPod does not tell their inputs."""
-        health = await self._health()
-        return Backlog(
-            waiting=[None] * health["jobs"]["inQueue"],
-            running=[None] * health["jobs"]["inProgress"],
-            workers=(await self.workers()).ready,
-        )
+        """How many jobs wait and run. RunPod hides their inputs."""
+        return _backlog(await self._health())
 
     async def workers(self) -> Workers:
         """The endpoint's workers, as RunPod counts them."""
-        counts = (await self._health())["workers"]
-        return Workers(
-            ready=max(counts.get("ready", 0), counts.get("idle", 0) + counts.get("running", 0)),
-            loading=counts.get("initializing", 0),
-            failed=counts.get("unhealthy", 0),
-        )
-
-    async def render_times(self) -> RenderTimes:
-        """Mean render times of the jobs that this process saw complete."""
-        return self._times
+        return _workers(await self._health())
 
     async def check_ready(self) -> None:
-        """RunPod takes jobs at zero workers: that it answers is enough."""
+        """RunPod accepts jobs with no worker running, so a response is enough."""
         await self._health()
 
     async def _health(self, *, fresh: bool = False) -> Mapping[str, Any]:
-        if not fresh and self._health_seen is not None and self._clock() - self._health_seen[0] < _FRESH:
-            return self._health_seen[1]
+        cached = self._cached_health
+        if not fresh and cached is not None and self._clock() - cached[0] < _CACHE_SECONDS:
+            return cached[1]
         return await self._shared("health", self._fetch_health)
 
     async def _fetch_health(self) -> Mapping[str, Any]:
-        answer = _body(await self._ask("GET", "/health"))
+        answer = _body(await self._request("GET", "/health"))
         health = {
             "jobs": {"inQueue": 0, "inProgress": 0, **answer.get("jobs", {})},
             "workers": answer.get("workers", {}),
         }
-        self._health_seen = (self._clock(), health)
+        self._cached_health = (self._clock(), health)
         return health
 
     async def _shared(self, key: str, fetch: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """One request for everyone who asks the same at the same time; a caller that leaves does not end it."""
-        flight: asyncio.Task[T] | None = self._flights.get(key)
-        if flight is None:
-            flight = asyncio.create_task(fetch())
-            self._flights[key] = flight
-            flight.add_done_callback(lambda _: self._flights.pop(key, None))
-        return await asyncio.shield(flight)
+        """Sends one request for all callers that ask for `key` at the same time. A cancelled caller does not end it."""
+        request: asyncio.Task[T] | None = self._requests.get(key)
+        if request is None:
+            request = asyncio.create_task(fetch())
+            self._requests[key] = request
+            request.add_done_callback(lambda _: self._requests.pop(key, None))
+        return await asyncio.shield(request)
 
-    async def _ask(self, method: str, path: str, *, json: Any = None, repeatable: bool = True) -> httpx.Response:
-        """One request, tried again with back-off and full jitter on 429, 5xx and connections that fail.
+    async def _request(self, method: str, path: str, *, json: Any = None, repeatable: bool = True) -> httpx.Response:
+        """Sends a request, with retries on 429, on 5xx and on connection errors.
+
+        A request that is not `repeatable` is retried only if RunPod has not received or has rejected it.
 
         Raises:
-            QueueUnavailableError: it failed five times, or the key is refused.
+            QueueUnavailableError: every attempt failed, or RunPod refuses the key.
         """
-        problem, delay = "", 0.0
-        for attempt in range(_ATTEMPTS):
-            await asyncio.sleep(delay)
-            delay = random.uniform(0, min(_FIRST_DELAY * 2**attempt, _LONGEST_DELAY))  # nosec B311 # jitter, no secret
-            try:
-                response = await self._http.request(method, path, json=json)
-            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
-                problem = type(exc).__name__
-                continue
-            except httpx.TransportError as exc:
-                problem = type(exc).__name__
-                if not repeatable:
-                    break
-                continue
-            if response.status_code in (401, 403):
-                raise QueueUnavailableError("RunPod refuses the key in RUNPOD_API_KEY")
-            if response.status_code != 429 and response.status_code < 500:
-                return response
-            problem = f"status {response.status_code}"
-            delay = max(delay, min(_retry_after(response), _LONGEST_DELAY))
-        log.error("RunPod: %s %s failed: %s", method, path, problem)
-        raise QueueUnavailableError("RunPod's queue does not answer")
+        retryable = httpx.TransportError if repeatable else _NOT_SENT
+        attempts = self._retries.async_retrying(
+            lambda exc: isinstance(exc, (_RetryableStatusError, retryable)),
+            what=f"RunPod: {method} {path}",
+            at_least=lambda exc: exc.retry_after if isinstance(exc, _RetryableStatusError) else 0.0,
+        )
+        try:
+            response: httpx.Response = await attempts(self._send, method, path, json)
+        except (_RetryableStatusError, httpx.TransportError) as exc:
+            log.error(
+                "RunPod: %s %s failed on every attempt, see RunPod's status page: %s: %s",
+                method,
+                path,
+                type(exc).__name__,
+                exc,
+            )
+            raise QueueUnavailableError("RunPod's queue does not answer") from exc
+        if response.status_code in (401, 403):
+            raise QueueUnavailableError("RunPod refuses the key in RUNPOD_API_KEY")
+        return response
 
-    def _job(self, task_id: str, answer: Mapping[str, Any]) -> Job:
+    async def _send(self, method: str, path: str, json: Any) -> httpx.Response:
+        response = await self._http.request(method, path, json=json)
+        if response.status_code == 429 or response.status_code >= 500:
+            raise _RetryableStatusError(response)
+        return response
+
+    def _snapshot(self, task_id: str, answer: Mapping[str, Any]) -> JobSnapshot:
         word = str(answer.get("status"))
         state = _STATES.get(word)
         if state is None:
-            log.warning("RunPod: job %s has the unknown state %s", task_id, word)
+            log.warning("RunPod returned the unknown job state %s; the task counts as running", word)
             state = JobState.RUNNING
         elapsed = (answer.get("delayTime") or 0) / 1000
         if state is JobState.RUNNING:
             progress = _progress(answer.get("output"))
-            return Job(task_id, state, progress.progress, progress.stage, elapsed + progress.elapsed_time)
+            return JobSnapshot(task_id, state, progress.progress, progress.stage, elapsed + progress.elapsed_time)
         elapsed += (answer.get("executionTime") or 0) / 1000
         if state is JobState.COMPLETED:
             return self._completed(task_id, elapsed, answer.get("output"))
-        return Job(task_id, state, elapsed_time=elapsed, failure=_failure(word, answer))
+        return JobSnapshot(task_id, state, elapsed_time=elapsed, failure=_failure(word, answer))
 
-    def _completed(self, task_id: str, elapsed: float, output: Any) -> Job:
-        try:
-            manifest = Manifest.model_validate(output)
-        except ValidationError:
-            return Job(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=NO_VIDEO)
-        kind = kind_of(manifest.input)
+    def _completed(self, task_id: str, elapsed: float, output: Any) -> JobSnapshot:
+        manifest = valid_manifest(output)
+        if manifest is None:
+            return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=NO_VIDEO)
+        kind = render_kind(manifest.input)
         seconds = manifest.timings.get("total", elapsed)
-        mean = self._times.get(kind, seconds)
-        self._times[kind] = mean + (seconds - mean) / 10
-        return Job(task_id, JobState.COMPLETED, 100, Stage.STORING, elapsed, result=manifest)
+        mean = self._render_times.get(kind, seconds)
+        self._render_times[kind] = mean + (seconds - mean) / 10
+        return JobSnapshot(task_id, JobState.COMPLETED, 100, Stage.STORING, elapsed, result=manifest)
 
-    def _remember(self, job: Job) -> Job:
-        """Keep the answer, with the progress and the time never below what was said before."""
+    def _cache(self, job: JobSnapshot) -> JobSnapshot:
+        """Caches a response. Progress and elapsed time never fall below those returned before."""
         now = self._clock()
-        before = self._seen.get(job.task_id)
+        before = self._cached_jobs.get(job.task_id)
         first_at = before.first_at if before is not None else now
         if not job.state.is_terminal:
-            said = before.job if before is not None else job
+            last = before.job if before is not None else job
             job = replace(
                 job,
-                progress=max(job.progress, said.progress),
-                elapsed_time=max(job.elapsed_time, said.elapsed_time, now - first_at),
+                progress=max(job.progress, last.progress),
+                elapsed_time=max(job.elapsed_time, last.elapsed_time, now - first_at),
             )
-        self._seen[job.task_id] = _Seen(job, now, first_at)
-        self._seen.move_to_end(job.task_id)
-        _keep_newest(self._seen)
+        self._cached_jobs[job.task_id] = _CachedJob(job, now, first_at)
+        self._cached_jobs.move_to_end(job.task_id)
+        _drop_oldest(self._cached_jobs)
         return job
 
 
-def _keep_newest(remembered: OrderedDict[str, Any]) -> None:
-    if len(remembered) > _REMEMBERED:
-        remembered.popitem(last=False)
+def _drop_oldest(cache: OrderedDict[str, Any]) -> None:
+    if len(cache) > _CACHE_SIZE:
+        cache.popitem(last=False)
+
+
+def _backlog(health: Mapping[str, Any]) -> Backlog:
+    counts = health["jobs"]
+    return Backlog([None] * counts["inQueue"], [None] * counts["inProgress"], _workers(health).ready)
+
+
+def _workers(health: Mapping[str, Any]) -> Workers:
+    counts = health["workers"]
+    return Workers(
+        ready=max(counts.get("ready", 0), counts.get("idle", 0) + counts.get("running", 0)),
+        loading=counts.get("initializing", 0),
+        failed=counts.get("unhealthy", 0),
+    )
 
 
 def _failure(word: str, answer: Mapping[str, Any]) -> JobFailure | None:
-    match word:
-        case "FAILED":
-            error = answer.get("error")
-            return JobFailure.from_wire(error if isinstance(error, str) else None)
-        case "TIMED_OUT":
-            return JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED)
-        case "CANCELLED":
-            return JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
-        case _:
-            return None
+    if word != "FAILED":
+        return _FAILURES.get(word)
+    error = answer.get("error")
+    return JobFailure.from_wire(error if isinstance(error, str) else None)
 
 
 def _progress(output: Any) -> Progress:
-    """What the worker last sent; a job that has just started has sent nothing yet."""
+    """The progress that the worker sent last. A job that has just started has sent none."""
     try:
         return Progress.model_validate(output)
     except ValidationError:
@@ -328,21 +349,16 @@ def _progress(output: Any) -> Progress:
 
 
 def _body(response: httpx.Response) -> Mapping[str, Any]:
-    """The answer, decoded.
+    """The decoded response.
 
     Raises:
-        QueueUnavailableError: it is an error, or no JSON object.
+        QueueUnavailableError: it is an error, or not a JSON object.
     """
     try:
         answer = response.json()
     except ValueError:
         answer = None
     if response.is_error or not isinstance(answer, dict):
-        log.error("RunPod: %s answered %d", response.request.url.path, response.status_code)
-        raise QueueUnavailableError("RunPod's queue gave no useful answer")
+        log.error("RunPod: %s returned status %d and no usable body", response.request.url.path, response.status_code)
+        raise QueueUnavailableError("RunPod's queue returned an unexpected response")
     return answer
-
-
-def _retry_after(response: httpx.Response) -> float:
-    text = response.headers.get("retry-after", "")
-    return float(text) if text.isdecimal() else 0.0

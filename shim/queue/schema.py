@@ -1,17 +1,12 @@
-"""The tables of the SQL queue. `migrations/` makes them; a test holds the two against each other."""
+"""The tables of the SQL queue. `migrations/` creates them; a test compares the two."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import ValidationError
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
-
-from contract.result import Manifest
 
 metadata = MetaData()
 
-#: `seq` orders the queue. A job that is queued again keeps its own, so it is back at the front.
+#: `seq` orders the queue. A job that is queued again keeps its number, so it returns to the front.
 jobs = Table(
     "jobs",
     metadata,
@@ -19,7 +14,7 @@ jobs = Table(
     Column("task_id", String(128), nullable=False, unique=True),
     Column("state", String(16), nullable=False),
     Column("input", JSON, nullable=False),
-    Column("extras", JSON(none_as_null=True)),  # s3Config and the like: wiped when the job ends
+    Column("extras", JSON(none_as_null=True)),  # s3Config and other fields of the request: deleted when the job ends
     Column("worker_id", String(128)),
     Column("attempts", Integer, nullable=False, default=0),
     Column("progress", Integer, nullable=False, default=0),
@@ -36,7 +31,7 @@ jobs = Table(
     Column("fingerprint", String(64)),
 )
 
-# What waits, runs, must be stopped or is old enough to go is found at the same cost however many jobs have ended.
+# Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
 Index("jobs_by_state", jobs.c.state, jobs.c.seq)
 Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
@@ -52,7 +47,7 @@ workers = Table(
     Column("report", JSON(none_as_null=True)),
 )
 
-#: A running mean of render seconds, per kind of job.
+#: The running mean of render seconds of each kind of job.
 render_times = Table(
     "render_times",
     metadata,
@@ -63,18 +58,10 @@ render_times = Table(
     Column("samples", Integer, nullable=False),
 )
 
-#: How many jobs have ended in each way: counted as they end, so that nobody has to count them all.
+#: How many jobs have reached each terminal state, updated as they do, because counting rows is slow.
 outcomes = Table(
     "outcomes",
     metadata,
     Column("state", String(16), primary_key=True),
     Column("total", BigInteger, nullable=False),
 )
-
-
-def valid_manifest(output: Any) -> Manifest | None:
-    """A job's output, if it is what our handler returns."""
-    try:
-        return Manifest.model_validate(output)
-    except ValidationError:
-        return None

@@ -1,4 +1,4 @@
-"""The REST side of our own job queue, in a SQL database: SQLite on one machine, PostgreSQL for many."""
+"""The server's own job queue in a SQL database: SQLite on one machine, PostgreSQL for several servers."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from sqlalchemy import ColumnElement, Row, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import InvalidInputError, JobInput, Resolution, parse_input
+from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
+    CANCELLED,
     NO_VIDEO,
     Backlog,
     Idempotency,
-    Job,
     JobObserver,
+    JobSnapshot,
     JobState,
     ModelNotLoadedError,
     QueueFullError,
     RenderTimes,
+    Submission,
     Workers,
+    valid_manifest,
 )
-from shim.queue.database import Database, end, fetch_all, fetch_one
-from shim.queue.schema import jobs, outcomes, render_times, valid_manifest, workers
+from shim.queue.database import Database, fetch_all, fetch_one
+from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
 
 
 class SqlQueue:
-    """A `JobQueue` over `database`, which is the caller's to close. At most `max_queue_size` jobs wait."""
+    """A `JobQueue` in `database`. At most `max_queue_size` jobs wait. `close` closes the database."""
 
     def __init__(self, database: Database, *, max_queue_size: int = 10, observer: JobObserver | None = None) -> None:
         self._database = database
@@ -41,87 +44,84 @@ class SqlQueue:
         self._observer = observer or JobObserver()
 
     async def close(self) -> None:
-        """Let go of the database."""
         await self._database.close()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Job:
-        """Queue a job, if a worker has the model loaded and there is room. See `JobQueue.submit`."""
-        async with self._database.write(rings=True) as connection:
-            await self._database.admit_one_by_one(connection)
-            if idempotency is not None and (before := await self._submitted(connection, idempotency)) is not None:
-                return before
-            await self._check_ready(connection)
-            position = await self._check_room(connection)
+    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+        """Queues a job in one transaction. See `JobQueue.submit`."""
+        async with self._database.write(notify=True) as connection:
+            # 1. Wait for other submissions: the limit of waiting jobs holds for requests at the same moment.
+            await self._database.lock_submissions(connection)
+            # 2. Read what the checks and the estimate need.
+            alive = await _read_workers(connection, self._database.is_alive())
+            backlog = await _read_backlog(connection, alive.ready)
+            times = await _read_render_times(connection)
+            # 3. Check the weights; return the job of an earlier request with this key; check the rest.
+            check_offered(job_input, alive.models or KNOWN_MODELS, takes_images=alive.takes_images)
+            if idempotency is not None and (earlier := await self._find_submitted(connection, idempotency)) is not None:
+                return Submission(earlier, backlog, times)
+            _check_ready(alive)
+            self._check_not_full(len(backlog.waiting))
+            # 4. Queue the job.
             task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
         self._observer.submitted()
-        return Job(task_id, JobState.QUEUED, queue_position=position)
+        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(backlog.waiting) + 1)
+        return Submission(job, backlog, times)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
-        """Queue a job as RunPod's /run does: any input, whether or not there are workers. Its task_id.
+        """Queues a job as RunPod's /run does: with any input, and with no worker ready. Returns its task_id.
 
         Raises:
-            QueueFullError: as many jobs wait as may wait.
+            QueueFullError: the limit of waiting jobs is reached.
         """
-        async with self._database.write(rings=True) as connection:
-            await self._database.admit_one_by_one(connection)
-            await self._check_room(connection)
-            task_id = await self._insert(connection, payload, extras)
+        async with self._database.write(notify=True) as connection:
+            await self._database.lock_submissions(connection)
+            self._check_not_full(await _count_waiting(connection))
+            task_id = await self._insert(connection, payload, extras, None)
         self._observer.submitted()
         return task_id
 
-    async def get(self, task_id: str) -> Job | None:
-        """The job as of now."""
+    async def get(self, task_id: str) -> JobSnapshot | None:
         async with self._database.read() as connection:
             return await self._find(connection, jobs.c.task_id == task_id)
 
     async def output(self, task_id: str) -> Any:
-        """What the job returned, word for word; None before it did."""
+        """What the worker returned for the job, unchanged; None before that."""
         async with self._database.read() as connection:
             return await connection.scalar(select(jobs.c.output).where(jobs.c.task_id == task_id))
 
-    async def cancel(self, task_id: str) -> Job | None:
-        """Stop a waiting or running job. The worker of a running one is told through `stops`."""
-        failure = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
-        async with self._database.write(rings=True) as connection:
-            cancelled = await end(
-                connection,
-                self._database.clock(),
-                JobState.CANCELLED,
-                jobs.c.task_id == task_id,
-                failure=failure.model_dump(mode="json"),
-                stop_requested=jobs.c.state == JobState.RUNNING,
+    async def cancel(self, task_id: str) -> JobSnapshot | None:
+        """Cancels a waiting or running job. `Dispatcher.pending_cancellations` returns a running one to its worker."""
+        async with self._database.write(notify=True) as connection:
+            which, is_running = jobs.c.task_id == task_id, jobs.c.state == JobState.RUNNING
+            cancelled = await self._database.end_jobs(
+                connection, JobState.CANCELLED, which, failure=CANCELLED, stop_requested=is_running
             )
-            job = await self._find(connection, jobs.c.task_id == task_id)
+            job = await self._find(connection, which)
         if cancelled:
-            log.info("%s: cancelled", task_id, extra={"task_id": task_id})
-            self._observer.ended(JobState.CANCELLED, failure=failure)
+            log.info("cancelled by a client")
+            self._observer.ended(JobState.CANCELLED, failure=CANCELLED)
         return job
 
     async def purge(self) -> int:
-        """Cancel every waiting job; how many there were."""
+        """Cancels every waiting job; returns how many there were."""
         failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
         async with self._database.write() as connection:
-            await self._database.admit_one_by_one(connection)
-            cancelled = await end(
-                connection,
-                self._database.clock(),
-                JobState.CANCELLED,
-                jobs.c.state == JobState.QUEUED,
-                failure=failure.model_dump(mode="json"),
-            )
-        log.info("the queue was purged of %d tasks", cancelled)
+            await self._database.lock_submissions(connection)
+            waiting = jobs.c.state == JobState.QUEUED
+            cancelled = await self._database.end_jobs(connection, JobState.CANCELLED, waiting, failure=failure)
+        log.info("a client purged the queue: %d waiting tasks are cancelled", cancelled)
         self._observer.ended(JobState.CANCELLED, failure=failure, count=cancelled)
         return cancelled
 
     async def retry(self, task_id: str) -> bool:
-        """Queue a failed job again, with no attempt counted; False if it has not failed.
+        """Queues a failed job again with its attempts reset to 0; False if the job has not failed.
 
         Raises:
-            QueueFullError: as many jobs wait as may wait.
+            QueueFullError: the limit of waiting jobs is reached.
         """
-        async with self._database.write(rings=True) as connection:
-            await self._database.admit_one_by_one(connection)
-            await self._check_room(connection)
+        async with self._database.write(notify=True) as connection:
+            await self._database.lock_submissions(connection)
+            self._check_not_full(await _count_waiting(connection))
             result = await connection.execute(
                 update(jobs)
                 .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
@@ -130,43 +130,25 @@ class SqlQueue:
         return result.rowcount > 0
 
     async def backlog(self) -> Backlog:
-        """What is waiting and running, in the order it was submitted."""
+        """The waiting and running jobs, in the order of their submission."""
         async with self._database.read() as connection:
-            rows = [
-                await fetch_all(connection, select(jobs.c.input).where(jobs.c.state == state).order_by(jobs.c.seq))
-                for state in (JobState.QUEUED, JobState.RUNNING)
-            ]
-            ready = await connection.scalar(
-                select(func.count())
-                .select_from(workers)
-                .where(self._database.is_alive(), workers.c.state == WorkerState.READY)
-            )
-        waiting, running = ([_valid_input(row.input) for row in part] for part in rows)
-        return Backlog(waiting, running, ready or 0)
-
-    async def render_times(self) -> RenderTimes:
-        """Mean seconds of the last twenty or so renders of each kind."""
-        async with self._database.read() as connection:
-            rows = await fetch_all(connection, select(render_times))
-        return {(row.model, Resolution(row.resolution), row.duration): row.mean for row in rows}
+            alive = await _read_workers(connection, self._database.is_alive())
+            return await _read_backlog(connection, alive.ready)
 
     async def check_ready(self) -> None:
-        """Raise ModelNotLoadedError unless a worker has the model loaded."""
-        async with self._database.read() as connection:
-            await self._check_ready(connection)
+        _check_ready(await self.workers())
 
     async def workers(self) -> Workers:
-        """The workers that were seen lately."""
         async with self._database.read() as connection:
-            return await self._workers(connection)
+            return await _read_workers(connection, self._database.is_alive())
 
     async def ended(self) -> Mapping[JobState, int]:
-        """How many jobs have ended in each way."""
+        """How many jobs have reached each terminal state."""
         async with self._database.read() as connection:
             rows = await fetch_all(connection, select(outcomes))
         return {JobState(row.state): row.total for row in rows}
 
-    async def _submitted(self, connection: AsyncConnection, idempotency: Idempotency) -> Job | None:
+    async def _find_submitted(self, connection: AsyncConnection, idempotency: Idempotency) -> JobSnapshot | None:
         which = jobs.c.idempotency_key == idempotency.key
         row = await fetch_one(connection, select(jobs.c.fingerprint).where(which))
         if row is None:
@@ -174,19 +156,16 @@ class SqlQueue:
         idempotency.check(row.fingerprint)
         return await self._find(connection, which)
 
-    async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> Job | None:
+    async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
         row = await fetch_one(connection, select(jobs).where(which))
         if row is None:
             return None
-        position = await self._position(connection, row) if row.state == JobState.QUEUED else None
-        return self._job(row, position)
+        queued = row.state == JobState.QUEUED
+        position = await _count_waiting(connection, jobs.c.seq <= row.seq) if queued else None
+        return self._snapshot(row, position)
 
     async def _insert(
-        self,
-        connection: AsyncConnection,
-        payload: Any,
-        extras: Mapping[str, Any],
-        idempotency: Idempotency | None = None,
+        self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any], idempotency: Idempotency | None
     ) -> str:
         task_id = str(uuid.uuid4())
         await connection.execute(
@@ -202,47 +181,17 @@ class SqlQueue:
         )
         return task_id
 
-    async def _check_room(self, connection: AsyncConnection) -> int:
-        """The position that a job submitted now would have."""
-        waiting = await connection.scalar(select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED))
-        if (waiting or 0) >= self._max_queue_size:
+    def _check_not_full(self, waiting: int) -> None:
+        if waiting >= self._max_queue_size:
             raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
-        return (waiting or 0) + 1
 
-    async def _check_ready(self, connection: AsyncConnection) -> None:
-        seen = await self._workers(connection)
-        if seen.ready:
-            return
-        if seen.loading:
-            raise ModelNotLoadedError("Model not loaded yet: a worker is loading it")
-        reasons = [report.error for report in seen.reports if report.error]
-        raise ModelNotLoadedError(f"Model not loaded: {reasons[0] if reasons else 'no worker is running'}")
-
-    async def _workers(self, connection: AsyncConnection) -> Workers:
-        rows = await fetch_all(
-            connection, select(workers).where(self._database.is_alive()).order_by(workers.c.worker_id)
-        )
-        states = [row.state for row in rows]
-        return Workers(
-            ready=states.count(WorkerState.READY),
-            loading=states.count(WorkerState.LOADING),
-            failed=states.count(WorkerState.FAILED),
-            reports_by_id={
-                row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report is not None
-            },
-        )
-
-    async def _position(self, connection: AsyncConnection, row: Row[Any]) -> int:
-        ahead = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED, jobs.c.seq <= row.seq)
-        return await connection.scalar(ahead) or 0
-
-    def _job(self, row: Row[Any], position: int | None) -> Job:
+    def _snapshot(self, row: Row[Any], position: int | None) -> JobSnapshot:
         state = JobState(row.state)
         result = valid_manifest(row.output) if state is JobState.COMPLETED else None
         failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
         if state is JobState.COMPLETED and result is None:
             failure = NO_VIDEO
-        return Job(
+        return JobSnapshot(
             task_id=row.task_id,
             state=state,
             progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
@@ -252,6 +201,45 @@ class SqlQueue:
             result=result,
             failure=failure,
         )
+
+
+async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
+    rows = await fetch_all(connection, select(workers).where(is_alive).order_by(workers.c.worker_id))
+    states = [row.state for row in rows]
+    return Workers(
+        ready=states.count(WorkerState.READY),
+        loading=states.count(WorkerState.LOADING),
+        failed=states.count(WorkerState.FAILED),
+        reports_by_id={row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report},
+    )
+
+
+async def _read_backlog(connection: AsyncConnection, ready_workers: int) -> Backlog:
+    inputs = select(jobs.c.input).order_by(jobs.c.seq)
+    waiting, running = [
+        [_valid_input(row.input) for row in await fetch_all(connection, inputs.where(jobs.c.state == state))]
+        for state in (JobState.QUEUED, JobState.RUNNING)
+    ]
+    return Backlog(waiting, running, ready_workers)
+
+
+async def _read_render_times(connection: AsyncConnection) -> RenderTimes:
+    rows = await fetch_all(connection, select(render_times))
+    return {(row.model, Resolution(row.resolution), row.duration): row.mean for row in rows}
+
+
+async def _count_waiting(connection: AsyncConnection, *which: ColumnElement[bool]) -> int:
+    count = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED, *which)
+    return await connection.scalar(count) or 0
+
+
+def _check_ready(alive: Workers) -> None:
+    if alive.ready:
+        return
+    if alive.loading:
+        raise ModelNotLoadedError("Model not loaded yet: a worker is loading it")
+    reasons = [report.error for report in alive.reports if report.error]
+    raise ModelNotLoadedError(f"Model not loaded: {reasons[0] if reasons else 'no worker is running'}")
 
 
 def _valid_input(payload: Any) -> JobInput | None:

@@ -1,4 +1,4 @@
-"""Alert rules, dashboard and runbook, held against each other and against what a server exports and logs."""
+"""Alert rules, dashboard and runbook agree with each other and with what a server exports and logs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUERIES = [rule["expr"] for rule in RULES] + [
 
 @pytest.fixture
 async def exported(tmp_path: Path) -> Scrape:
-    """What a server that has seen everything exports."""
+    """The metrics of a server in which every kind of event has happened."""
     async with (
         platform_bench(f"sqlite:///{tmp_path}/queue.sqlite3") as bench,
         httpx.AsyncClient(base_url=bench.address, timeout=30) as http,
@@ -51,7 +51,7 @@ async def exported(tmp_path: Path) -> Scrape:
 
 
 def selectors(query: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each metric that a query names, with the labels that it must equal."""
+    """Yields each metric of a query with the labels that it must equal."""
     for name, matchers in re.findall(r"\b((?:hunyuan|process)_\w+)(\{[^}]*\})?", query):
         yield name, dict(re.findall(r'(\w+)="([^"]*)"', matchers))
 
@@ -107,8 +107,8 @@ def test_every_error_code_of_a_failed_task_that_a_rule_names_exists() -> None:
     assert set(codes) <= {code.value for code in ErrorCode}
 
 
-def test_the_dashboard_is_one_that_grafana_takes() -> None:
-    """Ids and places of panels are unique, and each asks the data source that the reader picks."""
+def test_the_dashboard_is_valid_for_grafana() -> None:
+    """Ids and positions of panels are unique, and each panel uses the data source that the reader picks."""
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)
@@ -118,6 +118,6 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
 
 
-def test_links_to_the_monitoring_files_lead_somewhere() -> None:
+def test_links_to_the_monitoring_files_exist() -> None:
     for target in re.findall(r"\]\((\.\./[^)]+)\)", RUNBOOK):
         assert (ROOT / "docs" / target).exists(), target

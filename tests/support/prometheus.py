@@ -1,4 +1,4 @@
-"""What a Prometheus server reads from /metrics."""
+"""Reads /metrics as a Prometheus server does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 class Scrape:
-    """One answer of /metrics, parsed."""
+    """One parsed response of /metrics."""
 
     def __init__(self, text: str) -> None:
         families = list(text_string_to_metric_families(text))

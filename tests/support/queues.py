@@ -1,4 +1,4 @@
-"""The job queues with the worker's side at hand, and the time in the test's hands."""
+"""The job queues with their dispatcher and a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.http_server import serving
 TOKEN = "a-token-of-the-tests"
 JOB = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
 
-#: Nobody listens there: for apps whose bucket is not asked.
+#: No server listens there: for apps whose bucket is not used.
 NOWHERE = BucketSettings(
     endpoint_url=HttpUrl("http://127.0.0.1:9"), access_key_id="id", secret_access_key=SecretStr("secret")
 )
@@ -60,7 +60,7 @@ def result(task_id: str, seconds: float = 30.0) -> JobResult:
 
 @dataclass
 class Clock:
-    """Seconds since some epoch, as far as the test has let them pass."""
+    """Returns `now`, in seconds since an epoch. The test advances it."""
 
     now: float = 1_000_000.0
 
@@ -74,7 +74,7 @@ async def find_nothing(_: str) -> JobResult | None:
 
 @dataclass
 class Bench:
-    """A queue under test over a database, and the dispatcher that a worker would talk to."""
+    """A queue under test, and the dispatcher of its workers."""
 
     queue: JobQueue
     database: Database
@@ -119,7 +119,7 @@ async def sql_bench(
 
 @asynccontextmanager
 async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]:
-    """The SQL queue behind our platform, on a real port."""
+    """The SQL queue behind RunPod's protocol, on a real port."""
     async with sql_bench(url) as bench:
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=hold)
@@ -131,7 +131,7 @@ async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]
 
 @asynccontextmanager
 async def runpod_bench(url: str) -> AsyncIterator[Bench]:
-    """`RunPodQueue` over HTTP to our platform."""
+    """`RunPodQueue` over HTTP to our own server."""
     async with platform_bench(url) as bench:
         queue = RunPodQueue(
             endpoint_id="local",
@@ -148,7 +148,7 @@ async def runpod_bench(url: str) -> AsyncIterator[Bench]:
 
 
 async def add_history(database: Database, count: int) -> None:
-    """So many jobs that ended a minute ago, as the queue would have left them."""
+    """Inserts `count` jobs that ended a minute ago, with the values that the queue leaves."""
     output = json.dumps(result("00000000-0000-4000-8000-000000000000").model_dump(mode="json"))
     numbers = {
         "sqlite": "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :count) ",
@@ -165,5 +165,5 @@ async def add_history(database: Database, count: int) -> None:
             ),
             {"count": count, "now": database.clock(), "input": JOB.model_dump_json(), "output": output},
         )
-        if connection.dialect.name == "postgresql":  # as autovacuum would; SQLite analyses nothing unasked
+        if connection.dialect.name == "postgresql":  # as autovacuum does; SQLite never analyzes by itself
             await connection.execute(text("ANALYZE jobs"))

@@ -1,4 +1,4 @@
-"""Run by Alembic on the connection that `shim.queue.engine` hands over."""
+"""Alembic runs this module on the connection that `shim.queue.engine` passes in."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""What every `JobQueue` promises: our SQL queue on both databases, and RunPod's over HTTP (against our platform)."""
+"""The contract of every `JobQueue`: the SQL queue on both databases, and RunPod's over HTTP against our own server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from contract.errors import ErrorCode, JobFailure
 from contract.result import Progress, Stage
-from shim.queue.base import Idempotency, IdempotencyConflictError, JobState, QueueFullError, kind_of
+from shim.queue.base import Idempotency, IdempotencyConflictError, JobState, QueueFullError, render_kind
 from tests.support.queues import JOB, Bench, result, runpod_bench, sql_bench
 
 
@@ -24,7 +24,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def test_a_submitted_job_waits(bench: Bench) -> None:
-    job = await bench.queue.submit(JOB)
+    job = (await bench.queue.submit(JOB)).job
     assert (job.state, job.progress, job.stage) == (JobState.QUEUED, 0, Stage.QUEUED)
     again = await bench.queue.get(job.task_id)
     assert again is not None
@@ -88,8 +88,7 @@ async def test_a_completed_job_has_its_manifest(bench: Bench) -> None:
     assert (job.state, job.progress, job.failure) == (JobState.COMPLETED, 100, None)
     assert job.result is not None
     assert (job.result.task_id, job.result.input, job.result.file_size) == (task_id, JOB, 1000)
-    times = await bench.queue.render_times()
-    assert times == {kind_of(JOB): 30.0}
+    assert (await bench.queue.submit(JOB)).render_times == {render_kind(JOB): 30.0}
 
 
 async def test_a_failed_job_has_its_reason(bench: Bench) -> None:
@@ -103,7 +102,7 @@ async def test_a_failed_job_has_its_reason(bench: Bench) -> None:
     assert (job.state, job.failure, job.result) == (JobState.FAILED, failure, None)
 
 
-async def test_an_output_that_is_no_result_of_ours_is_a_failure(bench: Bench) -> None:
+async def test_an_output_without_a_manifest_is_a_failure(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take()
     await bench.dispatcher.complete("w1", task_id, {"anything": "else"})
@@ -125,13 +124,13 @@ async def test_a_waiting_job_can_be_cancelled(bench: Bench) -> None:
     assert await bench.dispatcher.take("w1") is None
 
 
-async def test_a_running_job_can_be_cancelled_and_its_worker_hears_of_it(bench: Bench) -> None:
+async def test_a_running_job_can_be_cancelled_and_its_worker_receives_the_cancellation(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take()
     job = await bench.queue.cancel(task_id)
     assert job is not None
     assert job.state is JobState.CANCELLED
-    assert await bench.dispatcher.stops("w1") == [task_id]
+    assert await bench.dispatcher.pending_cancellations("w1") == [task_id]
 
 
 async def test_a_finished_job_stays_as_it_is(bench: Bench) -> None:
@@ -151,7 +150,7 @@ async def test_a_full_queue_takes_no_more_and_loses_none(bench: Bench) -> None:
     with pytest.raises(QueueFullError, match="3"):
         await bench.queue.submit(JOB)
     assert [await bench.take(f"w{index}") for index in range(3)] == task_ids
-    assert (await bench.queue.submit(JOB)).state is JobState.QUEUED
+    assert (await bench.queue.submit(JOB)).job.state is JobState.QUEUED
 
 
 async def test_the_bound_holds_for_requests_at_the_same_moment(bench: Bench) -> None:
@@ -166,7 +165,7 @@ async def test_a_key_that_comes_again_gives_the_same_job(bench: Bench) -> None:
     jobs = await asyncio.gather(*(bench.queue.submit(JOB, key) for _ in range(5)))
     assert len({job.task_id for job in jobs}) == 1
     assert await bench.take() == jobs[0].task_id
-    again = await bench.queue.submit(JOB, key)
+    again = (await bench.queue.submit(JOB, key)).job
     assert (again.task_id, again.state) == (jobs[0].task_id, JobState.RUNNING)
     assert (await bench.queue.submit(JOB, Idempotency.of("another key", JOB))).task_id != again.task_id
 
@@ -182,7 +181,23 @@ async def test_a_key_that_comes_with_another_request_is_refused_and_one_for_a_fu
         await bench.queue.submit(other, Idempotency.of("a key of the client", other))
 
 
-async def test_the_backlog_counts_what_waits_and_runs(bench: Bench) -> None:
+async def test_a_submission_has_the_backlog_ahead_of_it(bench: Bench) -> None:
+    key = Idempotency.of("a key of the client", JOB)
+    first = await bench.queue.submit(JOB)
+    assert (list(first.backlog.waiting), list(first.backlog.running), first.backlog.workers) == ([], [], 1)
+    assert first.render_times == {}
+    await bench.take()
+    await bench.queue.submit(JOB)
+    third = await bench.queue.submit(JOB, key)
+    assert (len(third.backlog.waiting), len(third.backlog.running)) == (1, 1)
+    assert set(third.backlog.waiting) <= {JOB, None}
+    bench.later()
+    repeated = await bench.queue.submit(JOB, key)
+    assert (repeated.task_id, repeated.job.state) == (third.task_id, JobState.QUEUED)
+    assert (len(repeated.backlog.waiting), len(repeated.backlog.running)) == (2, 1)
+
+
+async def test_the_backlog_counts_waiting_and_running_jobs(bench: Bench) -> None:
     for _ in range(3):
         await bench.queue.submit(JOB)
     await bench.take()

@@ -1,4 +1,4 @@
-"""RunPod's protocol over our queue, spoken over HTTP as the SDK and its client do."""
+"""RunPod's protocol over the SQL queue, with the requests of the SDK and its client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def bench(database_url: str) -> AsyncIterator[Bench]:
 
 @pytest.fixture
 async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """The endpoint's side, as `runpod.Endpoint` talks to it."""
+    """The client's side, with the headers of `runpod.Endpoint`."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=10) as client:
         yield client
@@ -34,7 +34,7 @@ async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def worker(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """The worker's side, as the SDK talks to it: the key with no Bearer."""
+    """The worker's side, with the headers of the SDK: the key without Bearer."""
     headers = {"Authorization": TOKEN}
     async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=10) as client:
         yield client
@@ -50,7 +50,7 @@ async def run(http: httpx.AsyncClient, **extras: Any) -> str:
 
 
 async def done(worker: httpx.AsyncClient, task_id: str, body: Any, worker_id: str = "w1") -> httpx.Response:
-    """As the SDK posts it: JSON under a form's Content-Type."""
+    """The SDK's request: JSON with a form's Content-Type."""
     headers = {"Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": task_id}
     path = f"/job-done/{worker_id}/{task_id}?source=hunyuan&isStream=false"
     return await worker.post(path, content=json.dumps(body), headers=headers)
@@ -81,14 +81,14 @@ async def test_a_job_goes_from_run_to_completed(http: httpx.AsyncClient, worker:
     output = result(task_id).model_dump(mode="json")
     response = await done(worker, task_id, {"output": output})
     assert response.status_code == 200
-    assert response.headers["connection"] == "close", "a kept connection that goes stale loses the SDK's next result"
+    assert response.headers["connection"] == "close", "the SDK loses a result on a stale connection"
     await done(worker, task_id, {"status": "IN_PROGRESS", "output": {**progress, "progress": 10}})
     ended = await status(http, task_id)
     assert (ended["status"], ended["output"]) == ("COMPLETED", output)
     assert ended["executionTime"] >= 0
 
 
-async def test_failures_come_as_strings_and_tracebacks_stay_inside(
+async def test_failures_are_strings_and_tracebacks_are_not_shown(
     http: httpx.AsyncClient, worker: httpx.AsyncClient
 ) -> None:
     ours = json.dumps({"error": "Out of memory", "error_code": "OOM_ERROR"})
@@ -102,7 +102,7 @@ async def test_failures_come_as_strings_and_tracebacks_stay_inside(
         assert "Traceback" not in ended["error"]
 
 
-async def test_an_empty_queue_holds_the_worker_instead_of_letting_it_ask_in_a_frenzy(
+async def test_an_empty_queue_holds_back_its_response_to_the_worker(
     worker: httpx.AsyncClient,
 ) -> None:
     for path in ("/job-take/w1?a=b", "/job-take-batch/w1?a=b&batch_size=4", "/job-stop/w1?a=b"):
@@ -111,7 +111,7 @@ async def test_an_empty_queue_holds_the_worker_instead_of_letting_it_ask_in_a_fr
         assert time.monotonic() - started >= 0.25, path
 
 
-async def test_a_held_worker_gets_a_new_job_at_once(database_url: str) -> None:
+async def test_a_worker_that_waits_gets_a_new_job_at_once(database_url: str) -> None:
     async with platform_bench(database_url, hold=20) as bench:
         headers = {"Authorization": TOKEN}
         async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=30) as client:
@@ -130,7 +130,9 @@ async def test_the_batch_form_gives_one_job_in_a_list(http: httpx.AsyncClient, w
     assert [job["id"] for job in batch] == [first]
 
 
-async def test_a_cancelled_job_is_named_to_its_worker(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
+async def test_a_worker_receives_the_cancellation_of_its_job(
+    http: httpx.AsyncClient, worker: httpx.AsyncClient
+) -> None:
     task_id = await run(http)
     await worker.get("/job-take/w1?a=b")
     assert (await http.post(f"/cancel/{task_id}")).json() == {"id": task_id, "status": "CANCELLED"}
@@ -138,7 +140,7 @@ async def test_a_cancelled_job_is_named_to_its_worker(http: httpx.AsyncClient, w
     assert (await status(http, task_id))["status"] == "CANCELLED"
 
 
-async def test_a_failed_job_is_retried_with_all_that_came_with_it(
+async def test_a_failed_job_is_retried_with_every_field_of_its_request(
     http: httpx.AsyncClient, worker: httpx.AsyncClient
 ) -> None:
     task_id = await run(http, s3Config={"bucketName": "mine"})
@@ -149,7 +151,9 @@ async def test_a_failed_job_is_retried_with_all_that_came_with_it(
     assert (await worker.get("/job-take/w1?a=b")).json()["s3Config"] == {"bucketName": "mine"}
 
 
-async def test_the_queue_is_purged_and_what_runs_goes_on(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
+async def test_a_purge_cancels_waiting_jobs_and_no_running_one(
+    http: httpx.AsyncClient, worker: httpx.AsyncClient
+) -> None:
     running, waiting = await run(http), await run(http)
     await worker.get("/job-take/w1?a=b")
     assert (await http.post("/purge-queue")).json() == {"removed": 1, "status": "completed"}
@@ -179,7 +183,7 @@ async def test_runsync_answers_when_the_job_ends(http: httpx.AsyncClient, worker
     assert (answer["id"], answer["status"], answer["output"]) == (task_id, "COMPLETED", {"any": "thing"})
 
 
-async def test_a_full_queue_is_503_and_says_when_to_come_back(http: httpx.AsyncClient) -> None:
+async def test_a_full_queue_is_503_with_a_retry_after(http: httpx.AsyncClient) -> None:
     for _ in range(3):
         await run(http)
     response = await http.post("/run", json={"input": INPUT})
@@ -196,14 +200,14 @@ async def test_worker_reports_reach_health(bench: Bench, worker: httpx.AsyncClie
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"input": 3}', b'{"inputs": {}}', b"[" * 100_000])
-async def test_a_run_that_makes_no_sense_is_refused(http: httpx.AsyncClient, body: bytes) -> None:
+async def test_an_invalid_run_request_is_rejected(http: httpx.AsyncClient, body: bytes) -> None:
     response = await http.post("/run", content=body)
     assert response.status_code == 400
     assert response.json()["error_code"] == "INVALID_REQUEST"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"3", b"null"])
-async def test_a_result_that_makes_no_sense_costs_the_job_nothing(
+async def test_an_invalid_result_leaves_the_job_running(
     http: httpx.AsyncClient, worker: httpx.AsyncClient, body: bytes
 ) -> None:
     task_id = await run(http)
@@ -212,7 +216,7 @@ async def test_a_result_that_makes_no_sense_costs_the_job_nothing(
     assert (await status(http, task_id))["status"] == "IN_PROGRESS"
 
 
-async def test_strange_progress_is_passed_over(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
+async def test_invalid_progress_is_ignored(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
     task_id = await run(http)
     await worker.get("/job-take/w1?a=b")
     for output in (None, "half way", {"progress": 400}, {"progress": -1, "stage": Stage.DENOISING}):
@@ -246,7 +250,7 @@ async def test_unknown_jobs_are_404(http: httpx.AsyncClient) -> None:
         ("GET", "/health"),
     ],
 )
-async def test_nobody_gets_in_without_the_key(bench: Bench, method: str, path: str) -> None:
+async def test_every_route_needs_the_key(bench: Bench, method: str, path: str) -> None:
     async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local") as stranger:
         for key in (None, "wrong", "Bearer", "Bearer wrong", f"Basic {TOKEN}", TOKEN[:-1], "Bearer é"):
             headers = {b"Authorization": key.encode()} if key else {}
@@ -255,7 +259,9 @@ async def test_nobody_gets_in_without_the_key(bench: Bench, method: str, path: s
             assert response.json()["error_code"] == "UNAUTHORIZED"
 
 
-async def test_pings_say_of_which_jobs(bench: Bench, http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
+async def test_a_ping_extends_the_lease_of_the_job_that_it_names(
+    bench: Bench, http: httpx.AsyncClient, worker: httpx.AsyncClient
+) -> None:
     task_id = await run(http)
     await worker.get("/job-take/w1?a=b")
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A long history costs nothing. With a million jobs and more cycles: `make bench-queue`."""
+"""A long history makes no call slower. `make bench-queue` measures with a million jobs and more cycles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def test_calls_cost_the_same_with_a_long_history(kind: str, tmp_path: Path
         return f"sqlite:///{tmp_path}/{name}.db" if kind == "sqlite" else postgres.create_database()
 
     costs: dict[str, Cost] = {}
-    for attempt in range(3):  # medians, but a machine may be busy with one of them for longer
+    for attempt in range(3):  # other load on the machine can still slow one of the two
         empty, full = new_database(f"empty{attempt}"), new_database(f"full{attempt}")
         costs = dict(await measure(empty, full, history=200_000, cycles=100))
         if all(cost.ratio <= 1.2 for cost in costs.values()):

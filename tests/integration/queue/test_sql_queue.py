@@ -1,4 +1,4 @@
-"""What only our own queue promises: leases, lost workers and results, restarts, and a flat cost."""
+"""What only the SQL queue promises: leases, lost workers and results, restarts, and a cost that does not grow."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from contract.errors import ErrorCode, JobFailure
+from contract.job import InvalidInputError
 from contract.result import JobResult, Progress, Stage
 from contract.worker import WorkerState
 from shim.queue.base import (
@@ -24,7 +25,7 @@ from shim.queue.base import (
     ModelNotLoadedError,
     QueueError,
     QueueUnavailableError,
-    kind_of,
+    render_kind,
 )
 from shim.queue.database import Database
 from shim.queue.dispatch import WorkerStoppingError
@@ -39,7 +40,7 @@ from tests.support.queues import JOB, Bench, add_history, result, sql_bench
 
 @pytest.fixture
 def found() -> dict[str, JobResult]:
-    """What is in the bucket, by task id."""
+    """The results in the bucket, by task id."""
     return {}
 
 
@@ -60,7 +61,7 @@ async def state(bench: Bench, task_id: str) -> JobState:
 
 
 async def test_positions_count_down(bench: Bench) -> None:
-    first, second = await bench.queue.submit(JOB), await bench.queue.submit(JOB)
+    first, second = [(await bench.queue.submit(JOB)).job for _ in range(2)]
     assert (first.queue_position, second.queue_position) == (1, 2)
     await bench.take()
     job = await bench.queue.get(second.task_id)
@@ -68,7 +69,7 @@ async def test_positions_count_down(bench: Bench) -> None:
     assert job.queue_position == 1
 
 
-async def test_nothing_is_taken_before_a_worker_is_ready(database_url: str) -> None:
+async def test_no_job_is_accepted_before_a_worker_is_ready(database_url: str) -> None:
     async with sql_bench(database_url) as bench:
         with pytest.raises(ModelNotLoadedError, match="no worker"):
             await bench.queue.submit(JOB)
@@ -85,12 +86,35 @@ async def test_nothing_is_taken_before_a_worker_is_ready(database_url: str) -> N
             await bench.queue.submit(JOB)
 
 
+async def test_a_job_without_weights_is_rejected_and_not_queued(bench: Bench) -> None:
+    model = "HunyuanVideo-1.5-quality"
+    await bench.worker("w1", models=("HunyuanVideo-1.5",), takes_images=False)
+    await bench.worker("w2", WorkerState.LOADING, models=(model,))
+    for update, code in (
+        ({"model": model}, ErrorCode.INVALID_MODEL),
+        ({"image": "https://host/image.png"}, ErrorCode.INVALID_REQUEST),
+    ):
+        with pytest.raises(InvalidInputError) as caught:
+            await bench.queue.submit(JOB.model_copy(update=update))
+        assert caught.value.failure.error_code is code
+    assert (await bench.queue.backlog()).waiting == []
+    await bench.worker("w2", models=(model,))
+    assert (await bench.queue.submit(JOB.model_copy(update={"model": model}))).job.queue_position == 1
+
+
+async def test_a_submission_is_one_transaction(bench: Bench) -> None:
+    began: list[str] = []
+    event.listen(bench.database._engine.sync_engine, "begin", lambda _: began.append("BEGIN"))
+    await bench.queue.submit(JOB, Idempotency.of("key", JOB))
+    assert len(began) == 1
+
+
 async def test_a_worker_that_goes_silent_loses_its_job_to_the_front(bench: Bench) -> None:
     first, second = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
     await bench.take("w1")
     bench.later(50)
     await bench.dispatcher.sweep()
-    assert await state(bench, first) is JobState.RUNNING, "its lease still holds"
+    assert await state(bench, first) is JobState.RUNNING, "its lease has not expired"
     bench.later(20)
     await bench.dispatcher.sweep()
     assert await state(bench, first) is JobState.QUEUED
@@ -99,7 +123,7 @@ async def test_a_worker_that_goes_silent_loses_its_job_to_the_front(bench: Bench
 
 
 @pytest.mark.parametrize("sign", ["progress", "report", "ping"])
-async def test_each_sign_of_life_keeps_the_lease(bench: Bench, sign: str) -> None:
+async def test_progress_a_report_and_a_ping_each_extend_the_lease(bench: Bench, sign: str) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
     for _ in range(5):
@@ -116,7 +140,7 @@ async def test_each_sign_of_life_keeps_the_lease(bench: Bench, sign: str) -> Non
     assert await state(bench, task_id) is JobState.RUNNING
 
 
-async def test_a_ping_that_names_another_job_or_comes_from_another_worker_keeps_nothing(bench: Bench) -> None:
+async def test_a_ping_for_another_job_or_from_another_worker_extends_no_lease(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
     for _ in range(2):
@@ -131,25 +155,25 @@ async def test_a_lost_result_is_found_in_the_bucket(bench: Bench, found: dict[st
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
     found[task_id] = result(task_id)
-    assert await bench.dispatcher.take("w1") is None, "the worker asks for more: it is done with that one"
+    assert await bench.dispatcher.take("w1") is None, "a worker that asks for a job has finished the last one"
     job = await bench.queue.get(task_id)
     assert job is not None
     assert job.state is JobState.COMPLETED
     assert job.result is not None
 
 
-async def test_a_job_that_its_worker_forgot_is_handed_out_again(bench: Bench) -> None:
+async def test_a_job_that_never_reached_its_worker_is_delivered_again(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
     assert await bench.take("w1") == task_id
 
 
-async def test_a_job_that_kills_its_workers_is_given_up_after_three_attempts(bench: Bench) -> None:
+async def test_a_job_that_kills_its_workers_fails_after_three_attempts(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     for worker_id in ("w1", "w2", "w3"):
         assert await state(bench, task_id) is JobState.QUEUED
         await bench.take(worker_id)
-        await bench.dispatcher.forget_worker(worker_id)
+        await bench.dispatcher.release_worker(worker_id)
     job = await bench.queue.get(task_id)
     assert job is not None
     assert job.failure is not None
@@ -157,7 +181,7 @@ async def test_a_job_that_kills_its_workers_is_given_up_after_three_attempts(ben
     assert "3 times" in job.failure.error
 
 
-async def test_no_job_is_given_up_while_the_bucket_can_not_say_that_it_is_not_done(database_url: str) -> None:
+async def test_no_job_fails_while_the_bucket_is_unavailable(database_url: str) -> None:
     stored: dict[str, JobResult] | None = None
 
     async def find_result(task_id: str) -> JobResult | None:
@@ -179,11 +203,11 @@ async def test_no_job_is_given_up_while_the_bucket_can_not_say_that_it_is_not_do
         assert (await state(bench, done), await state(bench, lost)) == (JobState.COMPLETED, JobState.FAILED)
 
 
-async def test_a_worker_that_was_asked_to_stop_costs_no_attempt(bench: Bench) -> None:
+async def test_a_worker_that_was_stopped_on_purpose_costs_no_attempt(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     for number in range(5):
         await bench.take(f"w{number}")
-        await bench.dispatcher.forget_worker(f"w{number}", blameless=True)
+        await bench.dispatcher.release_worker(f"w{number}", count_attempt=False)
     assert await state(bench, task_id) is JobState.QUEUED
 
 
@@ -195,7 +219,7 @@ async def test_the_first_result_counts_and_the_other_worker_is_stopped(bench: Be
     await bench.take("w2")
     assert await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
     assert await state(bench, task_id) is JobState.COMPLETED
-    assert await bench.dispatcher.stops("w2") == [task_id]
+    assert await bench.dispatcher.pending_cancellations("w2") == [task_id]
     assert not await bench.dispatcher.complete("w2", task_id, {"late": True})
 
 
@@ -210,17 +234,19 @@ async def test_a_failure_from_a_worker_that_lost_the_job_is_not_its_end(bench: B
     assert await state(bench, task_id) is JobState.RUNNING
 
 
-async def test_a_stop_is_sent_again_until_it_is_followed(bench: Bench) -> None:
+async def test_a_cancellation_is_sent_again_until_the_worker_follows_it(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
     await bench.queue.cancel(task_id)
-    assert await bench.dispatcher.stops("w1") == [task_id]
-    assert await bench.dispatcher.stops("w1") == []
+    assert await bench.dispatcher.pending_cancellations("w1") == [task_id]
+    assert await bench.dispatcher.pending_cancellations("w1") == []
     bench.later(2.5)
-    assert await bench.dispatcher.stops("w1") == [task_id]
+    assert await bench.dispatcher.pending_cancellations("w1") == [task_id]
     assert await bench.dispatcher.take("w1") is None
     bench.later(2.5)
-    assert await bench.dispatcher.stops("w1") == [], "a worker that asks for more has stopped"
+    assert await bench.dispatcher.pending_cancellations("w1") == [], (
+        "a worker that asks for a job has left the cancelled one"
+    )
 
 
 async def test_a_failed_job_can_be_retried_and_another_one_not(bench: Bench) -> None:
@@ -235,7 +261,7 @@ async def test_a_failed_job_can_be_retried_and_another_one_not(bench: Bench) -> 
     assert not await bench.queue.retry(task_id)
 
 
-async def test_keys_that_a_job_brings_reach_its_worker_and_are_wiped_at_its_end(bench: Bench) -> None:
+async def test_credentials_of_a_job_reach_its_worker_and_are_deleted_at_its_end(bench: Bench) -> None:
     assert isinstance(bench.queue, SqlQueue)
     extras = {"s3Config": {"accessSecret": "very-secret"}}
     task_id = await bench.queue.enqueue(JOB.wire(), extras)
@@ -248,7 +274,7 @@ async def test_keys_that_a_job_brings_reach_its_worker_and_are_wiped_at_its_end(
         assert "very-secret" not in str(rows.all())
 
 
-async def test_a_restart_forgets_no_job(database_url: str) -> None:
+async def test_a_restart_loses_no_job(database_url: str) -> None:
     async with sql_bench(database_url) as bench:
         await bench.worker()
         done, running, waiting = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
@@ -256,7 +282,7 @@ async def test_a_restart_forgets_no_job(database_url: str) -> None:
         await bench.dispatcher.complete("w1", done, result(done).model_dump(mode="json"))
         await bench.take("w1")
     async with sql_bench(database_url) as bench:
-        await bench.dispatcher.forget_workers("w")
+        await bench.dispatcher.release_workers("w")
         assert await state(bench, done) is JobState.COMPLETED
         assert await bench.take("w9") == running
         assert await bench.take("w8") == waiting
@@ -276,10 +302,10 @@ async def test_render_times_are_a_running_mean(bench: Bench) -> None:
         task_id = (await bench.queue.submit(JOB)).task_id
         await bench.take("w1")
         await bench.dispatcher.complete("w1", task_id, result(task_id, seconds).model_dump(mode="json"))
-    assert await bench.queue.render_times() == {kind_of(JOB): 30.0}
+    assert (await bench.queue.submit(JOB)).render_times == {render_kind(JOB): 30.0}
 
 
-async def test_a_database_that_does_not_answer_is_said_so(tmp_path: Path, postgres: Postgres) -> None:
+async def test_an_unavailable_database_raises_queue_unavailable(tmp_path: Path, postgres: Postgres) -> None:
     url = postgres.create_database()
     async with sql_bench(url) as bench:
         await bench.worker()
@@ -295,8 +321,8 @@ async def test_a_database_that_does_not_answer_is_said_so(tmp_path: Path, postgr
             await bench.queue.submit(JOB)
 
 
-async def test_a_database_that_hangs_keeps_nobody_waiting_for_long(postgres: Postgres) -> None:
-    database = await Database.open(postgres.create_database(), patience=1.0)
+async def test_calls_to_a_frozen_database_fail_within_the_transaction_timeout(postgres: Postgres) -> None:
+    database = await Database.open(postgres.create_database(), transaction_timeout=1.0)
     queue = SqlQueue(database)
     try:
         assert await queue.get("task") is None
@@ -312,7 +338,7 @@ async def test_a_database_that_hangs_keeps_nobody_waiting_for_long(postgres: Pos
         await database.close()
 
 
-async def test_the_bell_is_heard_again_after_the_database_was_killed() -> None:
+async def test_notifications_arrive_again_after_the_database_was_killed() -> None:
     with running_postgres() as server:
         url = server.create_database()
         async with sql_bench(url) as here, sql_bench(url) as there:
@@ -322,7 +348,7 @@ async def test_the_bell_is_heard_again_after_the_database_was_killed() -> None:
             again = there.database.changed
             server.kill()
             await asyncio.to_thread(server.start)
-            await asyncio.wait_for(again.wait(), 30)  # it rings when it listens
+            await asyncio.wait_for(again.wait(), 30)  # set when LISTEN works again
             await here.worker()
             changed = there.database.changed
             await here.queue.submit(JOB)
@@ -331,7 +357,7 @@ async def test_the_bell_is_heard_again_after_the_database_was_killed() -> None:
 
 
 @pytest.mark.parametrize("url", ["mysql://host/database", "no address"])
-async def test_another_kind_of_database_is_refused(url: str) -> None:
+async def test_another_render_kind_database_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="postgresql://user:password@host"):
         await Database.open(url)
 
@@ -343,7 +369,7 @@ async def test_a_database_of_a_newer_release_is_refused(database_url: str) -> No
         await Database.open(database_url)
 
 
-async def test_the_migrations_make_the_tables_that_the_code_knows(bench: Bench) -> None:
+async def test_the_migrations_create_the_tables_of_the_schema(bench: Bench) -> None:
     async with bench.database.write() as connection:
         differences = await connection.run_sync(
             lambda sync: compare_metadata(MigrationContext.configure(sync, opts={"compare_type": True}), metadata)
@@ -373,33 +399,33 @@ async def test_several_servers_can_open_a_new_database_at_once(database_url: str
         await database.close()
 
 
-async def test_the_bell_of_one_server_is_heard_by_the_others(postgres: Postgres) -> None:
+async def test_a_change_on_one_server_notifies_the_others(postgres: Postgres) -> None:
     url = postgres.create_database()
     async with sql_bench(url) as here, sql_bench(url) as there:
         await here.worker()
         listener = asyncio.create_task(there.database.listen())
         first = there.database.changed
-        await asyncio.wait_for(first.wait(), 10)  # it rings once when it begins to listen
+        await asyncio.wait_for(first.wait(), 10)  # set once when LISTEN begins
         changed = there.database.changed
         await here.queue.submit(JOB)
         await asyncio.wait_for(changed.wait(), 5)
-        assert there.database.look_again > 1
+        assert there.database.poll_interval > 1
         listener.cancel()
 
 
-async def test_the_time_is_the_databases_own(postgres: Postgres) -> None:
+async def test_the_clock_is_the_databases(postgres: Postgres) -> None:
     database = await Database.open(postgres.create_database())
     async with database.read() as connection:
-        told = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
-    assert abs(database.clock() - float(told)) < 1
+        seconds = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
+    assert abs(database.clock() - float(seconds)) < 1
     await database.close()
 
 
-async def test_only_the_workers_of_that_server_are_forgotten(bench: Bench) -> None:
+async def test_only_the_workers_with_that_prefix_are_released(bench: Bench) -> None:
     mine, other = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
     await bench.take("a_1-0")
     await bench.take("ab1-0")
-    await bench.dispatcher.forget_workers("a_1-")
+    await bench.dispatcher.release_workers("a_1-")
     assert (await state(bench, mine), await state(bench, other)) == (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -408,15 +434,15 @@ async def test_a_worker_that_stops_gets_no_job_and_keeps_the_one_it_has(bench: B
     await bench.take("w1")
     await bench.worker("w1", WorkerState.STOPPING)
     with pytest.raises(WorkerStoppingError):
-        await bench.dispatcher.stops("w1")
+        await bench.dispatcher.pending_cancellations("w1")
     await bench.queue.cancel(running)
-    assert await bench.dispatcher.stops("w1") == [running]
+    assert await bench.dispatcher.pending_cancellations("w1") == [running]
     with pytest.raises(WorkerStoppingError):
         await bench.dispatcher.take("w1")
     assert await state(bench, waiting) is JobState.QUEUED
 
 
-async def test_a_job_that_a_stopped_worker_never_began_is_handed_out_at_once(bench: Bench) -> None:
+async def test_a_job_that_a_stopped_worker_never_began_is_delivered_at_once(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
     await bench.worker("w1", WorkerState.STOPPING)
@@ -424,7 +450,7 @@ async def test_a_job_that_a_stopped_worker_never_began_is_handed_out_at_once(ben
     assert await bench.take("w2") == task_id
 
 
-async def test_jobs_are_forgotten_a_while_after_they_ended(bench: Bench) -> None:
+async def test_jobs_are_deleted_history_ttl_after_they_ended(bench: Bench) -> None:
     done, waiting = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
     await bench.take("w1")
     await bench.dispatcher.complete("w1", done, result(done).model_dump(mode="json"))
@@ -437,7 +463,7 @@ async def test_jobs_are_forgotten_a_while_after_they_ended(bench: Bench) -> None
     assert await state(bench, waiting) is JobState.QUEUED
 
 
-async def test_what_a_cancelled_job_finished_all_the_same_is_discarded(database_url: str) -> None:
+async def test_the_video_of_a_cancelled_job_that_finished_anyway_is_deleted(database_url: str) -> None:
     discarded: list[str] = []
 
     async def discard(task_id: str) -> None:
@@ -455,8 +481,8 @@ async def test_what_a_cancelled_job_finished_all_the_same_is_discarded(database_
     assert discarded == [cancelled]
 
 
-async def test_a_job_whose_worker_comes_back_while_it_is_given_up_stays_with_it(database_url: str) -> None:
-    """The bucket is asked between the look at the lease and the job's return to the queue; that may take a while."""
+async def test_a_job_whose_worker_returns_while_it_is_recovered_stays_with_that_worker(database_url: str) -> None:
+    """The bucket is read after the lease was found expired and before the job is queued again, which may take long."""
 
     async def find_result(task_id: str) -> JobResult | None:
         await made.dispatcher.record_progress("w1", task_id, Progress(progress=5, stage=Stage.DENOISING))
@@ -471,8 +497,8 @@ async def test_a_job_whose_worker_comes_back_while_it_is_given_up_stays_with_it(
         assert await state(made, task_id) is JobState.RUNNING
 
 
-async def test_no_statement_of_a_jobs_life_reads_the_jobs_that_have_ended(bench: Bench) -> None:
-    """Each statement that the queue and the dispatcher send is explained by the database as it was sent."""
+async def test_no_statement_scans_the_jobs_that_have_ended(bench: Bench) -> None:
+    """The database explains each statement of the queue and the dispatcher as it was sent."""
     await add_history(bench.database, 20_000)
     sent: list[tuple[str, Any]] = []
 
@@ -493,12 +519,12 @@ async def test_no_statement_of_a_jobs_life_reads_the_jobs_that_have_ended(bench:
     await bench.dispatcher.fail("w1", second, failure)
     await bench.take("w1")
     await bench.queue.cancel(third)
-    await bench.dispatcher.stops("w1")
+    await bench.dispatcher.pending_cancellations("w1")
     await bench.queue.submit(JOB, Idempotency.of("key", JOB))
     await bench.queue.submit(JOB, Idempotency.of("key", JOB))
     await bench.dispatcher.sweep()
     await bench.dispatcher.take("w1")
-    await bench.dispatcher.forget_worker("w1")
+    await bench.dispatcher.release_worker("w1")
 
     statements = [(sql, parameters) for sql, parameters in sent if "jobs" in sql and not sql.startswith("INSERT")]
     assert len(statements) > 30

@@ -175,7 +175,7 @@ async def test_what_a_running_task_had_stored_is_removed_when_it_is_cancelled(se
     assert (await server.http.delete(f"/tasks/{task_id}")).json()["error_code"] == "CANCELLED"
     with pytest.raises(ObjectNotFoundError):
         await asyncio.to_thread(server.bucket.get_bytes, layout.video_key(task_id))
-    assert await server.bench.dispatcher.stops("w1") == [task_id]
+    assert await server.bench.dispatcher.pending_cancellations("w1") == [task_id]
 
 
 async def test_a_finished_task_is_not_cancelled(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""GET /metrics as Prometheus reads it: right numbers, few series, and an answer when the queue gives none."""
+"""GET /metrics as Prometheus reads it: right numbers, few series, and a response while the queue is unavailable."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def generate(http: httpx.AsyncClient) -> str:
     return task_id
 
 
-async def test_a_result_that_comes_twice_counts_once(bench: Bench, http: httpx.AsyncClient) -> None:
+async def test_a_result_that_arrives_twice_counts_once(bench: Bench, http: httpx.AsyncClient) -> None:
     await bench.worker()
     task_id = await generate(http)
     bench.later(7)
@@ -82,7 +82,7 @@ async def test_a_result_that_comes_twice_counts_once(bench: Bench, http: httpx.A
     assert seen.value("hunyuan_task_stage_seconds_bucket", stage="denoising", le="20.0") == 1
 
 
-async def test_each_way_to_end_has_its_count(bench: Bench, http: httpx.AsyncClient) -> None:
+async def test_each_terminal_state_has_its_count(bench: Bench, http: httpx.AsyncClient) -> None:
     await bench.worker()
     for output in (OOM, {"no": "video"}, None):
         task_id = await generate(http)
@@ -117,14 +117,14 @@ async def test_a_task_whose_worker_is_lost_waits_once_and_ends_once(bench: Bench
     await generate(http)
     for _ in range(3):
         await bench.take()
-        await bench.dispatcher.forget_worker("w1")
+        await bench.dispatcher.release_worker("w1")
     seen = await scrape(http)
     assert seen.value("hunyuan_tasks_requeued_total") == 2
     assert seen.value("hunyuan_task_wait_seconds_count") == 1
     assert seen.value("hunyuan_tasks_ended_total", state="failed", error_code="GENERATION_FAILED") == 1
 
 
-async def test_the_queue_and_the_workers_are_shown_as_they_are_now(bench: Bench, http: httpx.AsyncClient) -> None:
+async def test_the_gauges_show_the_queue_and_the_workers_at_the_scrape(bench: Bench, http: httpx.AsyncClient) -> None:
     gpu = Gpu(name="H100", memory_total=80 * GIB, memory_free=66 * GIB)
     await bench.worker("w1", gpu=gpu, load_seconds={"imports": 4.5, "total": 31.0})
     await bench.worker("w2", WorkerState.LOADING)
@@ -139,18 +139,18 @@ async def test_the_queue_and_the_workers_are_shown_as_they_are_now(bench: Bench,
     assert [seen.value("hunyuan_workers", state=state) for state in ("ready", "loading", "failed")] == [1, 1, 1]
     assert seen.value("hunyuan_worker_vram_size_bytes", worker_id="w1") == 80 * GIB
     assert seen.value("hunyuan_worker_vram_free_bytes", worker_id="w1") == 66 * GIB
-    assert seen.labels("hunyuan_worker_vram_free_bytes", "worker_id") == {"w1"}, "the others told of no GPU"
+    assert seen.labels("hunyuan_worker_vram_free_bytes", "worker_id") == {"w1"}, "the others reported no GPU"
     assert seen.value("hunyuan_worker_load_seconds", worker_id="w1", phase="imports") == 4.5
     assert seen.value("hunyuan_build_info", version="1.5.0") == 1
     assert seen.value("process_open_fds") > 0
     assert "python_info" in seen.samples
-    await bench.dispatcher.forget_worker("w1")
+    await bench.dispatcher.release_worker("w1")
     gone = await scrape(http)
     assert gone.value("hunyuan_workers", state="ready") == 0
-    assert gone.labels("hunyuan_worker_load_seconds", "worker_id") == set(), "it leaves no series behind"
+    assert gone.labels("hunyuan_worker_load_seconds", "worker_id") == set(), "the series of a lost worker end"
 
 
-async def test_in_front_of_runpod_the_figures_are_the_endpoints(bench: Bench) -> None:
+async def test_with_runpod_the_gauges_are_the_endpoints(bench: Bench) -> None:
     metrics = Metrics()
     queue = RunPodQueue(
         endpoint_id="local", api_key=TOKEN, base_url=f"{bench.address}/v2", clock=bench.clock, observer=metrics
@@ -178,39 +178,39 @@ async def test_in_front_of_runpod_the_figures_are_the_endpoints(bench: Bench) ->
 
 @pytest.fixture(scope="module")
 def mortal_postgres() -> Iterator[Postgres]:
-    """A server of this module's own: it is stopped and killed."""
+    """A server of this module's own, because a test freezes and kills it."""
     with running_postgres() as server:
         yield server
 
 
-async def test_a_database_that_is_away_costs_no_scrape(mortal_postgres: Postgres) -> None:
+async def test_an_unavailable_database_fails_no_scrape(mortal_postgres: Postgres) -> None:
     async with (
         platform_bench(mortal_postgres.create_database()) as bench,
         httpx.AsyncClient(base_url=bench.address, timeout=30) as http,
     ):
         await bench.worker()
         await generate(http)
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # it hangs; it is gone
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # frozen; killed
             assert (await scrape(http)).value("hunyuan_queue_up") == 1
             mortal_postgres.send(number)
             started = time.monotonic()
             seen = await scrape(http)
             assert time.monotonic() - started < 8, "Prometheus gives up after 10 s"
             assert seen.value("hunyuan_queue_up") == 0
-            assert "hunyuan_queue_tasks" not in seen.samples, "no figure is better than a wrong one"
+            assert "hunyuan_queue_tasks" not in seen.samples, "a missing value is better than a wrong one"
             assert seen.value("hunyuan_tasks_submitted_total") == 1
             if number == signal.SIGSTOP:
                 mortal_postgres.send(signal.SIGCONT)
 
 
-async def test_labels_have_few_values_whatever_is_asked_for(bench: Bench, http: httpx.AsyncClient) -> None:
+async def test_labels_have_few_values_for_any_requests(bench: Bench, http: httpx.AsyncClient) -> None:
     async def ask() -> None:
         for method in ("GET", "POST", "PROPFIND"):
             for path in ("{}", "status/{}!", "videos/{}!.mp4", "v2/{}/run", "v2/local/status/{}", "health?{}"):
                 await http.request(method, "/" + path.format(secrets.token_hex(8)))
 
     await ask()
-    await scrape(http)  # is counted itself, from the next one on
+    await scrape(http)  # counts itself from the next one on
     before = await scrape(http)
     for _ in range(10):
         await ask()
@@ -259,13 +259,13 @@ async def test_an_unexpected_error_is_counted_as_a_500_and_has_its_request_id(tm
             assert seen.value("hunyuan_http_requests_total", route="/broken", method="GET", status="500") == 1
 
 
-async def test_request_ids_are_kept_where_they_are_fit_for_a_log(http: httpx.AsyncClient) -> None:
+async def test_a_request_id_that_fits_a_log_line_is_kept(http: httpx.AsyncClient) -> None:
     assert (await http.get("/health", headers={"X-Request-ID": "a-Z.0_9"})).headers["x-request-id"] == "a-Z.0_9"
     made = set()
     for unfit in (b"", b"x" * 129, b"two words", b'a"b', "é".encode()):
         made.add((await http.get("/health", headers={b"X-Request-ID": unfit})).headers["x-request-id"])
     made.add((await http.get("/health")).headers["x-request-id"])
-    assert len(made) == 6, "each its own"
+    assert len(made) == 6, "each request has its own id"
     assert all(len(request_id) == 32 for request_id in made)
 
 
@@ -316,12 +316,14 @@ async def test_restarts_of_our_processes_are_counted(bench: Bench, http: httpx.A
     await keeper
 
 
-async def test_the_disk_of_the_data_directory_is_watched(tmp_path: Path) -> None:
+async def test_the_free_space_of_the_data_directory_is_exported(tmp_path: Path) -> None:
     metrics = Metrics(data_directory=tmp_path / "data")
     async with sql_bench(f"sqlite:///{tmp_path}/queue.sqlite3") as bench:
         app = create_app(bench.queue, Bucket(NOWHERE), metrics=metrics)
         async with serving(app) as address, httpx.AsyncClient(base_url=address) as http:
-            assert "hunyuan_data_directory_size_bytes" not in (await scrape(http)).samples, "it is not there"
+            assert "hunyuan_data_directory_size_bytes" not in (await scrape(http)).samples, (
+                "the directory does not exist"
+            )
             (tmp_path / "data").mkdir()
             seen = await scrape(http)
             free, size = (seen.value(f"hunyuan_data_directory_{name}_bytes") for name in ("free", "size"))

@@ -1,10 +1,10 @@
-"""How long a new task will take."""
+"""The estimate of how long a new task takes."""
 
 import pytest
 
-from contract.job import JobInput, Resolution
-from shim.estimates import estimated_time, render_seconds
-from shim.queue.base import Backlog, kind_of
+from contract.job import AspectRatio, JobInput, Resolution
+from shim.estimates import documented_rate, estimated_time, render_seconds
+from shim.queue.base import Backlog, render_kind
 
 NOTHING_AHEAD = Backlog(waiting=(), running=(), workers=1)
 
@@ -22,10 +22,26 @@ def job(resolution: Resolution = Resolution.P1080, duration: int = 10) -> JobInp
         (Resolution.P1080, 10, 60, 90),
     ],
 )
-def test_before_any_render_the_documented_times_hold(
+def test_the_documented_times_apply_before_the_first_render(
     resolution: Resolution, duration: int, shortest: int, longest: int
 ) -> None:
     assert shortest <= estimated_time(job(resolution, duration), NOTHING_AHEAD, {}) <= longest
+
+
+@pytest.mark.parametrize("resolution", Resolution)
+@pytest.mark.parametrize("aspect_ratio", AspectRatio)
+def test_every_resolution_has_an_estimate_in_proportion_to_the_duration(
+    resolution: Resolution, aspect_ratio: AspectRatio
+) -> None:
+    short, long = [
+        render_seconds(job(resolution, duration).model_copy(update={"aspect_ratio": aspect_ratio}), {})
+        for duration in (5, 10)
+    ]
+    assert 0 < short == long / 2
+
+
+def test_a_resolution_that_the_reference_lacks_is_scaled_by_its_pixels() -> None:
+    assert documented_rate("360p", 640 * 360) == documented_rate("720p", 1280 * 720) / 4
 
 
 def test_a_slower_profile_takes_longer_until_it_has_been_observed() -> None:
@@ -34,30 +50,30 @@ def test_a_slower_profile_takes_longer_until_it_has_been_observed() -> None:
     seconds = [render_seconds(each, {}) for each in jobs]
     assert seconds == sorted(seconds)
     assert seconds[0] == render_seconds(job(), {}) < seconds[1]
-    observed = {kind_of(jobs[2]): 300.0}
+    observed = {render_kind(jobs[2]): 300.0}
     assert [render_seconds(each, observed) for each in jobs] == [*seconds[:2], 300.0]
 
 
 def test_observed_times_replace_the_documented_ones() -> None:
-    assert render_seconds(job(), {kind_of(job()): 12.5}) == 12.5
+    assert render_seconds(job(), {render_kind(job()): 12.5}) == 12.5
 
 
-def test_what_waits_ahead_is_added() -> None:
-    observed = {kind_of(job()): 60.0, kind_of(job(Resolution.P720, 5)): 20.0}
+def test_the_jobs_ahead_are_added() -> None:
+    observed = {render_kind(job()): 60.0, render_kind(job(Resolution.P720, 5)): 20.0}
     backlog = Backlog(waiting=[job(Resolution.P720, 5)], running=[job()], workers=1)
     assert estimated_time(job(), backlog, observed) == 30 + 20 + 60
 
 
 def test_more_workers_wait_less() -> None:
     backlog = Backlog(waiting=[job()] * 4, running=[job(), job()], workers=2)
-    assert estimated_time(job(), backlog, {kind_of(job()): 10.0}) == 10 / 2 + 40 / 2 + 10
+    assert estimated_time(job(), backlog, {render_kind(job()): 10.0}) == 10 / 2 + 40 / 2 + 10
 
 
-def test_a_free_worker_waits_for_nobody() -> None:
+def test_a_free_worker_takes_the_job_at_once() -> None:
     backlog = Backlog(waiting=(), running=[job()], workers=2)
-    assert estimated_time(job(), backlog, {kind_of(job()): 10.0}) == 10
+    assert estimated_time(job(), backlog, {render_kind(job()): 10.0}) == 10
 
 
-def test_a_job_whose_input_is_hidden_counts_as_one_like_ours() -> None:
+def test_a_job_with_a_hidden_input_counts_like_the_new_one() -> None:
     backlog = Backlog(waiting=[None], running=(), workers=0)
-    assert estimated_time(job(), backlog, {kind_of(job()): 10.0}) == 20
+    assert estimated_time(job(), backlog, {render_kind(job()): 10.0}) == 20

@@ -1,4 +1,4 @@
-"""What only RunPod's cloud does: states of its own, refusals, outages, and forgetting."""
+"""What only RunPod does: more job states, rejected requests, outages, and deleted jobs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from contract.errors import ErrorCode, JobFailure
 from contract.result import Manifest
+from contract.retry import RetryPolicy
 from shim.queue.base import JobObserver, JobState, QueueFullError, QueueUnavailableError
 from shim.queue.runpod import RunPodQueue
 from tests.support.queues import JOB, Clock, result
@@ -23,7 +24,7 @@ Answer = tuple[int, Any] | Exception
 
 
 class Cloud:
-    """Answers each path with what the test put there: the next of a list, or always the same."""
+    """Answers each path with what the test set: the next of a list, or always the same."""
 
     def __init__(self, **answers: list[Answer] | Answer) -> None:
         self.answers = {"health": (200, HEALTH), **answers}
@@ -53,6 +54,7 @@ def queue_on(
         transport=httpx.MockTransport(cloud),
         clock=clock or Clock(),
         max_queue_size=2,
+        retries=RetryPolicy(first=0.001, attempts=5),
         observer=observer,
     )
 
@@ -63,7 +65,7 @@ def job_status(status: str, **fields: Any) -> Answer:
 
 async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
     cloud = Cloud(run=(200, {"id": "job-1", "status": "IN_QUEUE"}))
-    job = await queue_on(cloud).submit(JOB)
+    job = (await queue_on(cloud).submit(JOB)).job
     assert (job.task_id, job.state) == ("job-1", JobState.QUEUED)
     run = cloud.requests[-1]
     assert str(run.url) == "https://api.runpod.ai/v2/ep/run"
@@ -82,14 +84,14 @@ async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
         ("SOME_NEW_WORD", JobState.RUNNING, None),
     ],
 )
-async def test_the_clouds_own_states(status: str, state: JobState, code: ErrorCode | None) -> None:
+async def test_each_state_of_runpod_has_a_state_of_ours(status: str, state: JobState, code: ErrorCode | None) -> None:
     job = await queue_on(Cloud(status=job_status(status))).get("job-1")
     assert job is not None
     assert job.state is state
     assert (job.failure.error_code if job.failure else None) is code
 
 
-async def test_our_failures_come_through_and_a_traceback_does_not() -> None:
+async def test_a_failure_of_our_handler_is_returned_and_a_traceback_is_not() -> None:
     failure = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
     traceback = json.dumps({"error_type": "<class 'KeyError'>", "error_traceback": "Traceback: secret path"})
     for error, expected in ((failure.model_dump_json(), failure), (traceback, None), (None, None), ({"a": 1}, None)):
@@ -103,12 +105,12 @@ async def test_our_failures_come_through_and_a_traceback_does_not() -> None:
             assert "secret path" not in job.failure.error
 
 
-async def test_a_job_that_runpod_has_forgotten_is_none() -> None:
+async def test_a_job_that_runpod_has_deleted_is_none() -> None:
     assert await queue_on(Cloud(status=(404, {"error": "not found"}))).get("job-1") is None
 
 
 @pytest.mark.parametrize("refusal", [(429, "slow down"), (500, "oops"), (502, "bad gateway"), (503, "")])
-async def test_a_refusal_is_tried_again(refusal: Answer) -> None:
+async def test_a_rejected_request_is_retried(refusal: Answer) -> None:
     cloud = Cloud(status=[refusal, refusal, job_status("IN_PROGRESS")])
     job = await queue_on(cloud).get("job-1")
     assert job is not None
@@ -116,7 +118,7 @@ async def test_a_refusal_is_tried_again(refusal: Answer) -> None:
     assert len(cloud.paths("status")) == 3
 
 
-async def test_a_cloud_that_stays_away_is_said_so_after_a_bounded_number_of_tries() -> None:
+async def test_an_outage_raises_queue_unavailable_after_five_attempts() -> None:
     cloud = Cloud(status=httpx.ConnectError("no route"))
     with pytest.raises(QueueUnavailableError) as caught:
         await queue_on(cloud).get("job-1")
@@ -131,13 +133,13 @@ async def test_a_submission_that_may_have_arrived_is_not_sent_twice() -> None:
     assert len(cloud.paths("run")) == 1
 
 
-async def test_a_submission_that_can_not_have_arrived_is_sent_again() -> None:
+async def test_a_submission_that_did_not_arrive_is_sent_again() -> None:
     cloud = Cloud(run=[httpx.ConnectError("no route"), (429, ""), (200, {"id": "job-1", "status": "IN_QUEUE"})])
     assert (await queue_on(cloud).submit(JOB)).task_id == "job-1"
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_a_refused_key_is_not_tried_again_and_not_shown(status: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_refused_key_is_not_retried_and_not_shown(status: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="shim")
     cloud = Cloud(status=(status, "denied"))
     with pytest.raises(QueueUnavailableError, match="RUNPOD_API_KEY") as caught:
@@ -147,7 +149,7 @@ async def test_a_refused_key_is_not_tried_again_and_not_shown(status: int, caplo
 
 
 @pytest.mark.parametrize("answer", [(200, "no json"), (200, [1]), (400, {"error": "bad"})])
-async def test_an_answer_that_makes_no_sense_is_an_outage(answer: Answer) -> None:
+async def test_an_unexpected_response_raises_queue_unavailable(answer: Answer) -> None:
     with pytest.raises(QueueUnavailableError):
         await queue_on(Cloud(status=answer)).get("job-1")
 
@@ -163,7 +165,7 @@ async def test_pollers_share_one_request_a_second() -> None:
     assert len(cloud.paths("status")) == 2
 
 
-async def test_a_poller_that_leaves_does_not_end_the_others_request() -> None:
+async def test_a_cancelled_poller_does_not_cancel_the_shared_request() -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow(_: httpx.Request) -> httpx.Response:
@@ -181,7 +183,7 @@ async def test_a_poller_that_leaves_does_not_end_the_others_request() -> None:
     assert job.state is JobState.QUEUED
 
 
-async def test_a_finished_job_is_not_asked_for_again() -> None:
+async def test_a_finished_job_is_not_requested_again() -> None:
     cloud, clock = Cloud(status=job_status("COMPLETED", output=result("job-1").model_dump(mode="json"))), Clock()
     queue = queue_on(cloud, clock)
     for _ in range(3):
@@ -206,7 +208,7 @@ async def test_progress_that_comes_out_of_order_never_falls() -> None:
     assert shown == [30, 30, 45]
 
 
-async def test_jobs_are_taken_at_zero_workers_and_refused_when_too_many_wait() -> None:
+async def test_jobs_are_accepted_with_no_worker_and_rejected_when_too_many_wait() -> None:
     idle = {"jobs": {"inQueue": 0, "inProgress": 0}, "workers": {"idle": 0, "running": 0, "initializing": 0}}
     accepted = (200, {"id": "job-1", "status": "IN_QUEUE"})
     queue = queue_on(Cloud(health=(200, idle), run=accepted))
@@ -218,7 +220,7 @@ async def test_jobs_are_taken_at_zero_workers_and_refused_when_too_many_wait() -
 
 
 class Observed(JobObserver):
-    """Keeps what it is told."""
+    """Records the calls."""
 
     def __init__(self) -> None:
         self.waits: list[float] = []
@@ -233,7 +235,7 @@ class Observed(JobObserver):
         self.ends.append((state, failure.error_code if failure is not None else None))
 
 
-async def test_an_end_is_told_once_and_only_of_a_job_that_was_seen_before() -> None:
+async def test_the_observer_receives_an_end_once_and_only_of_a_job_seen_before() -> None:
     oom = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR).model_dump_json()
     failed = job_status("FAILED", error=oom, delayTime=1500, executionTime=9000)
     cloud = Cloud(run=(200, {"id": "job-1"}), status=[job_status("IN_PROGRESS"), failed, failed])
@@ -246,4 +248,4 @@ async def test_an_end_is_told_once_and_only_of_a_job_that_was_seen_before() -> N
     assert (observed.waits, observed.ends) == ([1.5], [(JobState.FAILED, ErrorCode.OOM_ERROR)])
     restarted = queue_on(cloud, clock, observed)
     await restarted.get("job-1")
-    assert len(observed.ends) == 1, "who knows whether its end was counted in an earlier life"
+    assert len(observed.ends) == 1, "a process before this one may have counted it"

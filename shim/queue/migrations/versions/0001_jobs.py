@@ -1,4 +1,4 @@
-"""Jobs, workers, render times, outcomes."""
+"""Creates the tables of jobs, workers, render times and outcomes."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Make the tables."""
+    """Alembic calls this."""
     op.create_table(
         "jobs",
         sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=True),

@@ -1,4 +1,4 @@
-"""Idempotency keys; jobs that ended long ago can be found to be removed."""
+"""Adds idempotency keys, and an index that finds old jobs."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,13 +8,13 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add two columns and their indexes."""
+    """Alembic calls this."""
     op.add_column("jobs", sa.Column("idempotency_key", sa.String(64)))
     op.add_column("jobs", sa.Column("fingerprint", sa.String(64)))
     op.create_index("jobs_by_finish", "jobs", ["finished_at"])
     op.create_index("jobs_by_idempotency_key", "jobs", ["idempotency_key"], unique=True)
     if op.get_context().dialect.name == "postgresql":
-        # A queue's rows change many times each: vacuum after thousands of changes, not after a fifth of the history.
+        # Each row changes many times: vacuum after thousands of changes, not after a fifth of the table.
         op.execute(
             "ALTER TABLE jobs SET (autovacuum_vacuum_scale_factor = 0.01, autovacuum_analyze_scale_factor = 0.02)"
         )
