@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from contract.errors import ErrorCode, JobFailure
 from contract.job import JobInput
 from contract.result import Manifest, Progress, Stage
-from shim.http.client import HttpClient
+from shim.http_client import HttpClient
 from shim.queue.base import (
     NO_VIDEO,
     Backlog,

@@ -17,7 +17,7 @@ from sqlalchemy import text
 from contract.job import JobInput, Resolution, num_frames
 from contract.result import JobResult
 from contract.worker import WorkerReport, WorkerState
-from shim.api.runpod_worker import Platform
+from shim.api.platform import Platform
 from shim.app import create_app
 from shim.metrics import Metrics
 from shim.queue.base import Discard, FindResult, JobQueue

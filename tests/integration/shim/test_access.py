@@ -15,7 +15,7 @@ import pytest
 
 from contract.worker import WorkerState
 from shim.access import Access, parse_api_keys
-from shim.api.runpod_worker import Platform
+from shim.api.platform import Platform
 from shim.app import create_app
 from shim.errors import ServerErrorCode
 from shim.queue.sql import SqlQueue

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import uvloop
 
-from shim.http.client import HttpClient
+from shim.http_client import HttpClient
 from tests.support.fault_proxy import FaultProxy, Faults
 
 

@@ -1,4 +1,4 @@
-"""Our HTTP client for the store and for RunPod: whatever becomes of a connection is one of httpx's own errors."""
+"""The HTTP client for the bucket and for RunPod."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import httpx
 
 
 class HttpClient(httpx.AsyncClient):
-    """httpx's client, as it is meant to be on uvloop, too."""
+    """httpx's client; every failure of a connection is an httpx.HTTPError, on uvloop too."""
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Send a request; every method of the client does it by this.
+        """Send a request; every method of the client ends here.
 
         Raises:
-            httpx.HTTPError: there is no answer.
+            httpx.HTTPError: no response came.
         """
         try:
             return await super().send(request, **options)
         except AttributeError as exc:
-            # Reset the moment it was there: uvloop has taken the socket away, and anyio asks for its address.
+            # On a connection that is reset at once, uvloop has closed the socket when anyio asks for its address.
             raise httpx.ConnectError("the connection was reset", request=request) from exc
