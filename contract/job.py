@@ -123,7 +123,7 @@ class JobInput(BaseModel):
         description="Model version to use.",
         json_schema_extra={"enum": list(KNOWN_MODELS)},
     )
-    aspect_ratio: AspectRatio = Field(default=AspectRatio.WIDE, description="Width to height.")
+    aspect_ratio: AspectRatio = Field(default=AspectRatio.WIDE, title="Aspect ratio", description="Width to height.")
     seed: int | None = Field(
         default=None, strict=True, ge=0, le=MAX_SEED, description="The same seed gives the same video again."
     )
@@ -133,7 +133,12 @@ class JobInput(BaseModel):
         description="What the video should not show; without effect on models that use no guidance.",
     )
     num_inference_steps: int | None = Field(
-        default=None, strict=True, ge=1, le=100, description="Denoising steps of the base model, in place of its own."
+        default=None,
+        strict=True,
+        ge=1,
+        le=100,
+        title="Steps",
+        description="Denoising steps of the base model, in place of its own.",
     )
     guidance_scale: float | None = Field(
         default=None,
@@ -141,12 +146,14 @@ class JobInput(BaseModel):
         ge=1,
         le=20,
         allow_inf_nan=False,
+        title="Guidance",
         description="How closely to follow the prompt, in place of the model's own; 1 is none.",
     )
     image: str | None = Field(
         default=None,
         max_length=MAX_IMAGE_LENGTH,
         pattern=r"^(https?://|data:image/[a-z+.-]+;base64,)",
+        title="First frame",
         description="The image that the video starts from: an http(s) URL, or a base64 data URL. JPEG, PNG or WebP.",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -369,7 +370,7 @@ async def test_a_key_is_asked_for_and_kept_and_opens_the_video_too(
         await visit.make()
         await dialog.get_by_label("API key").fill("not-the-key-0123456789")
         await visit.click("Go on")
-        await expect(dialog).to_contain_text("The server does not take this key")
+        await expect(dialog).to_contain_text("The server does not accept this key")
         await dialog.get_by_label("API key").fill(KEY)
         await dialog.get_by_label("Remember").set_checked(remember)
         await visit.click("Go on")
@@ -522,3 +523,41 @@ async def test_what_stands_in_the_page_itself_neither_runs_nor_styles(visit: Vis
     async with visit.page.expect_console_message(lambda message: "Content Security Policy" in message.text):
         await visit.page.evaluate("document.body.setAttribute('style', 'margin: 99px')")
     assert await visit.page.evaluate("getComputedStyle(document.body).marginTop") == "0px"
+
+
+# Fields that only the schema has
+
+
+async def test_a_new_field_of_the_schema_is_on_the_form_and_in_the_request(site: Site, browser: Browser) -> None:
+    """No file of the page names these fields: POST /generate rejects them, so only the request shows them."""
+    new_fields = {
+        "motion": {"type": "integer", "minimum": 1, "maximum": 9, "default": 3, "title": "Motion"},
+        "frame_rate": {"type": "string", "enum": ["24", "30"], "default": "24", "title": "Frame Rate"},
+        "grain": {"anyOf": [{"type": "number"}, {"type": "null"}], "title": "Grain", "description": "Film grain."},
+        "looped": {"anyOf": [{"type": "boolean"}, {"type": "null"}], "title": "Looped"},
+    }
+    async with visiting(browser, "about:blank") as visit:
+        visit.expected.append("status of 400")
+
+        async def add_fields(route: Route) -> None:
+            body = await (await route.fetch()).text()
+            schema = json.loads(body.removeprefix("export default ").rstrip(";\n"))
+            schema["properties"] |= new_fields
+            await route.fulfill(body=f"export default {json.dumps(schema)};", content_type="text/javascript")
+
+        await visit.page.route("**/static/schema.js", add_fields)
+        await visit.page.goto(site.address)
+        await visit.page.get_by_label("Motion").fill("5")
+        await visit.page.get_by_label("30", exact=True).check()
+        await visit.page.get_by_text("More").click()
+        grain = visit.page.get_by_label("Grain")
+        await expect(grain).to_have_accessible_description("Film grain.")
+        await grain.fill("0.5")
+        await visit.page.get_by_label("Looped").select_option("true")
+        async with visit.page.expect_request("**/generate") as sent:
+            await visit.make()
+        request = (await sent.value).post_data_json
+        assert {name: request[name] for name in new_fields} == {
+            **{"motion": 5, "frame_rate": "30", "grain": 0.5, "looped": True}
+        }
+        await expect(visit.page.get_by_role("alert")).to_contain_text("unknown field")

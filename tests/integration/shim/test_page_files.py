@@ -18,7 +18,7 @@ from tests.support.queues import NOWHERE, sql_bench
 _SCRIPT = "text/javascript; charset=utf-8"
 FILES = {
     "/": "text/html; charset=utf-8",
-    **dict.fromkeys(("/static/app.js", "/static/api.js", "/static/card.js", "/static/tasks.js"), _SCRIPT),
+    **dict.fromkeys((f"/static/{name}.js" for name in ("app", "api", "card", "fields", "schema", "tasks")), _SCRIPT),
     "/static/style.css": "text/css; charset=utf-8",
     "/static/icon.svg": "image/svg+xml",
 }
