@@ -32,6 +32,7 @@ from storage.errors import StorageError
 DISTRIBUTION: Final = "hunyuan-video-service"
 #: Paths that need no key: probes for load balancers, and what is the same on every server.
 OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"}) | page.PATHS
+_BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
     *(ApiError, InvalidInputError, QueueError, StorageError, TaskNotFoundError),
@@ -59,7 +60,8 @@ def create_app(
             tasks=Tasks(queue, StoredVideos(bucket)),
             queue=queue,
             bucket=bucket,
-            bucket_http=_bucket_http(store_timeout),
+            # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
+            bucket_http=HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=_BUCKET_LIMITS),
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
             public_url=public_url,
@@ -68,11 +70,6 @@ def create_app(
         access,
         routers,
     )
-
-
-def _bucket_http(timeout: float) -> httpx.AsyncClient:
-    # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
-    return HttpClient(timeout=httpx.Timeout(timeout, connect=3.05), limits=httpx.Limits(max_connections=200))
 
 
 def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> FastAPI:

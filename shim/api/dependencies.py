@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import anyio
 import anyio.to_thread
 import httpx
-from fastapi import Request
+from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
 from shim.errors import ApiError, ServerErrorCode
@@ -49,6 +49,10 @@ def get_services(request: Request) -> Services:
     """The app's services."""
     services: Services = request.app.state.services
     return services
+
+
+#: A route's parameter that is the app's services.
+GetServices = Annotated[Services, Depends(get_services)]
 
 
 def public_url(request: Request, services: Services) -> str:

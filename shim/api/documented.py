@@ -12,7 +12,7 @@ from contract.errors import ErrorCode
 from contract.job import JobInput, Resolution, parse_input
 from contract.result import Stage
 from contract.worker import Gpu, WorkerState
-from shim.api.dependencies import Services, client, get_services, is_anonymous, public_url, within_rate_limit
+from shim.api.dependencies import GetServices, Services, client, is_anonymous, public_url, within_rate_limit
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.gpu import local_gpus
 from shim.http.body import limited_body
@@ -70,6 +70,9 @@ class FailedStatus(BaseModel):
     status: Literal["failed"] = "failed"
     error: str
     error_code: ErrorCode
+
+
+Status = ProcessingStatus | CompletedStatus | FailedStatus
 
 
 class QueueHealth(BaseModel):
@@ -174,7 +177,7 @@ def input_schema() -> dict[str, Any]:
 async def generate(
     request: Request,
     body: Annotated[bytes, Depends(body_of_job)],
-    services: Annotated[Services, Depends(get_services)],
+    services: GetServices,
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
@@ -184,22 +187,18 @@ async def generate(
 
 
 @router.get("/status/{task_id:path}", operation_id="get_status", responses=error_responses(401, 404, 500, 503))
-async def status(
-    task_id: str, request: Request, services: Annotated[Services, Depends(get_services)]
-) -> ProcessingStatus | CompletedStatus | FailedStatus:
+async def status(task_id: str, request: Request, services: GetServices) -> Status:
     """Check the status of a video generation task."""
     return _status(await services.tasks.find(task_id), request, services)
 
 
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
-async def cancel(
-    task_id: str, request: Request, services: Annotated[Services, Depends(get_services)]
-) -> ProcessingStatus | CompletedStatus | FailedStatus:
+async def cancel(task_id: str, request: Request, services: GetServices) -> Status:
     """Cancel a waiting or running task and return its new status. A finished task does not change."""
     return _status(await services.tasks.cancel(task_id), request, services)
 
 
-def _status(job: Job, request: Request, services: Services) -> ProcessingStatus | CompletedStatus | FailedStatus:
+def _status(job: Job, request: Request, services: Services) -> Status:
     if job.result is not None:
         return CompletedStatus(
             task_id=job.task_id,
@@ -220,7 +219,7 @@ def _status(job: Job, request: Request, services: Services) -> ProcessingStatus 
 
 
 @router.get("/health", responses=error_responses(500))
-async def health(services: Annotated[Services, Depends(get_services)]) -> Health:
+async def health(services: GetServices) -> Health:
     """Check the API server, its workers and its GPU. Always 200 while the server runs."""
     state: Literal["healthy", "degraded"] = "healthy"
     try:
@@ -252,7 +251,7 @@ def _vram_free(gpus: list[Gpu]) -> str:
 
 
 @router.get("/ready", responses=error_responses(500, 503))
-async def ready(request: Request, services: Annotated[Services, Depends(get_services)]) -> Ready:
+async def ready(request: Request, services: GetServices) -> Ready:
     """Check that the server accepts tasks and that its bucket answers: 200 or 503."""
     try:
         await services.queue.check_ready()

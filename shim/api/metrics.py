@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated, Final
+from typing import Final
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from shim.api.dependencies import Services, get_services
+from shim.api.dependencies import GetServices
 from shim.metrics import QueueFigures
 from shim.queue.base import JobQueue, QueueUnavailableError
 
@@ -20,7 +20,7 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/metrics")
-async def metrics(request: Request, services: Annotated[Services, Depends(get_services)]) -> Response:
+async def metrics(request: Request, services: GetServices) -> Response:
     """Every metric; without those of the queue if the queue does not answer."""
     queue = await _queue_in_time(services.queue)
     body, media_type = services.metrics.exposition(request.headers.get("accept", ""), services.version, queue)

@@ -27,13 +27,7 @@ class Platform:
     """Both sides of RunPod's protocol for one endpoint, behind its token. `router` is the app's to include."""
 
     def __init__(
-        self,
-        queue: SqlQueue,
-        dispatcher: Dispatcher,
-        *,
-        endpoint_id: str,
-        token: str,
-        hold: float = LONG_POLL_SECONDS,
+        self, queue: SqlQueue, dispatcher: Dispatcher, *, endpoint_id: str, token: str, hold: float = LONG_POLL_SECONDS
     ) -> None:
         self._token = token.encode()
         self._stopped = asyncio.Event()
@@ -58,7 +52,5 @@ class Platform:
     async def _authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if not hmac.compare_digest(given, self._token):
-            raise ApiError(
-                ServerErrorCode.UNAUTHORIZED,
-                "the platform's key is missing or wrong: send HUNYUAN_PLATFORM_TOKEN as Authorization: Bearer TOKEN",
-            )
+            text = "send the value of HUNYUAN_PLATFORM_TOKEN as Authorization: Bearer TOKEN"
+            raise ApiError(ServerErrorCode.UNAUTHORIZED, f"the platform's key is missing or wrong: {text}")

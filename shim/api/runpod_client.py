@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any, Final
 
+import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -14,7 +15,7 @@ from contract.errors import ErrorCode
 from contract.log_fields import bind
 from contract.result import Progress
 from shim.errors import ApiError, ServerErrorCode
-from shim.http.body import json_object
+from shim.http.body import json_body
 from shim.queue.base import Job, JobState
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import STATE_WORDS
@@ -58,15 +59,13 @@ class ClientApi:
         while not (job := await self._get(task_id)).state.is_terminal and time.monotonic() < deadline:
             if self._stopped.is_set():
                 break
-            try:
-                await asyncio.wait_for(self._dispatcher.changed.wait(), self._dispatcher.look_again)
-            except TimeoutError:
-                continue
+            with anyio.move_on_after(self._dispatcher.look_again):
+                await self._dispatcher.changed.wait()
         return JSONResponse(await self._described(job))
 
     async def _enqueue(self, request: Request) -> str:
-        body = await json_object(request, _MAX_REQUEST)
-        if not isinstance(body.get("input"), dict):
+        body = await json_body(request, _MAX_REQUEST)
+        if not isinstance(body, dict) or not isinstance(body.get("input"), dict):
             raise ApiError(ErrorCode.INVALID_REQUEST, 'the body must be a JSON object with an "input" object')
         extras = {name: value for name, value in body.items() if name not in ("id", "input")}
         task_id = await self._queue.enqueue(body["input"], extras)

@@ -27,7 +27,7 @@ from contract.result import Progress
 from contract.retry import RetryPolicy
 from contract.worker import WorkerReport
 from shim.errors import ApiError
-from shim.http.body import json_body, json_object
+from shim.http.body import json_body
 from shim.queue.base import QueueUnavailableError
 from shim.queue.dispatch import Delivery, Dispatcher, WorkerStoppingError
 
@@ -107,11 +107,14 @@ class WorkerApi:
 
     async def _done(self, worker_id: str, task_id: str, request: Request) -> Response:
         """A result, a failure, or progress. The body is JSON, whatever its Content-Type says."""
-        body = await json_object(request, _MAX_OUTPUT)
+        body = await json_body(request, _MAX_OUTPUT)
+        if not isinstance(body, dict):
+            raise ApiError(ErrorCode.INVALID_REQUEST, "the body must be a JSON object")
         if body.get("status") == "IN_PROGRESS":
             await self._progress(worker_id, task_id, body.get("output"))
         elif "error" in body:
-            failure = JobFailure.from_wire(_text(body["error"]))
+            error = body["error"]
+            failure = JobFailure.from_wire(error if isinstance(error, str) else json.dumps(error))
             await self._store(lambda: self._dispatcher.fail(worker_id, task_id, failure))
         else:
             await self._store(lambda: self._dispatcher.complete(worker_id, task_id, body.get("output")))
@@ -130,10 +133,7 @@ class WorkerApi:
         try:
             progress = Progress.model_validate(output)
         except ValidationError:
-            log.warning(
-                "the worker's progress is not in this server's format; ignoring it. "
-                "Check that the worker runs this server's version"
-            )
+            log.warning("ignoring progress in an unknown format; does the worker run the server's version?")
             return
         await self._dispatcher.record_progress(worker_id, task_id, progress)
 
@@ -150,9 +150,8 @@ class WorkerApi:
         try:
             report = WorkerReport.model_validate(await json_body(request, _MAX_REPORT))
         except ValidationError as exc:
-            raise ApiError(
-                ErrorCode.INVALID_REQUEST, f"the worker's report has {exc.error_count()} invalid fields"
-            ) from exc
+            text = f"the worker's report has {exc.error_count()} invalid fields"
+            raise ApiError(ErrorCode.INVALID_REQUEST, text) from exc
         await self._dispatcher.report(worker_id, report)
         return JSONResponse({})
 
@@ -169,7 +168,3 @@ async def _first_of(*events: asyncio.Event, timeout: float) -> None:
 
 def _job(delivery: Delivery) -> dict[str, Any]:
     return {**delivery.extras, "id": delivery.task_id, "input": delivery.input}
-
-
-def _text(error: Any) -> str:
-    return error if isinstance(error, str) else json.dumps(error)

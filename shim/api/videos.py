@@ -13,16 +13,16 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import httpx
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
 from contract.errors import ErrorCode
 from contract.result import Manifest
-from shim.api.dependencies import Services, get_services
+from shim.api.dependencies import GetServices, Services
 from shim.api.documented import error_responses
 from shim.errors import ApiError, ServerErrorCode
 from storage import layout
@@ -95,7 +95,7 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.head("/videos/{file_name:path}", operation_id="head_video", response_class=Response, responses=_RESPONSES)
 @router.get("/videos/{file_name:path}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
-async def video(file_name: str, request: Request, services: Annotated[Services, Depends(get_services)]) -> Response:
+async def video(file_name: str, request: Request, services: GetServices) -> Response:
     """Download the generated video file."""
     task_id, dot, extension = file_name.rpartition(".")
     if not dot or extension != "mp4":

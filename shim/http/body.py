@@ -44,11 +44,3 @@ async def json_body(request: Request, limit: int) -> Any:
         return json.loads(body or b"null")
     except (ValueError, RecursionError) as exc:
         raise ApiError(ErrorCode.INVALID_REQUEST, "the body is not valid JSON") from exc
-
-
-async def json_object(request: Request, limit: int) -> dict[str, Any]:
-    """As `json_body`, for a body that must be a JSON object."""
-    body = await json_body(request, limit)
-    if not isinstance(body, dict):
-        raise ApiError(ErrorCode.INVALID_REQUEST, "the body must be a JSON object")
-    return body

@@ -93,9 +93,7 @@ class Connection(HttpToolsProtocol):
         if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
             return _head_too_large()
         if len(self.pipeline) >= MAX_PIPELINED:
-            return ApiError(
-                ErrorCode.INVALID_REQUEST, f"more than {MAX_PIPELINED} requests were sent before their responses"
-            )
+            return ApiError(ErrorCode.INVALID_REQUEST, f"more than {MAX_PIPELINED} requests wait for their responses")
         if self.parser.should_upgrade() and _BODY_HEADERS & {name for name, _ in self.headers}:
             # httptools would pass the body on as the first bytes of the other protocol.
             return ApiError(ErrorCode.INVALID_REQUEST, "this server speaks HTTP/1.1: leave out the Upgrade header")
@@ -136,8 +134,8 @@ class Connection(HttpToolsProtocol):
             self._start_receive_timer(seconds)
         elif not self.transport.is_closing():
             part = "head" if self._reading_head else "body"
-            text = f"the request {part} did not arrive within {seconds:g} s"
-            self._reject(ApiError(ServerErrorCode.REQUEST_TIMEOUT, text))
+            error = f"the request {part} did not arrive within {seconds:g} s"
+            self._reject(ApiError(ServerErrorCode.REQUEST_TIMEOUT, error))
 
     def _reject(self, error: ApiError) -> None:
         """Closes the connection; sends the error first unless a response has begun."""

@@ -13,15 +13,36 @@ import pytest
 
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
-from tests.support.queues import JOB, TOKEN, Bench, platform_bench, result
+from tests.support.postgres import Postgres
+from tests.support.queues import JOB, TOKEN, Bench, empty, platform_bench, result
 
 INPUT = JOB.wire()
 
 
-@pytest.fixture
-async def bench(database_url: str) -> AsyncIterator[Bench]:
-    async with platform_bench(database_url) as made:
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, and with it one server for each kind of database."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path_factory.mktemp('queue')}/queue.sqlite3"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_database()
+
+
+@pytest.fixture(scope="module")
+async def shared(shared_database_url: str) -> AsyncIterator[Bench]:
+    async with platform_bench(shared_database_url) as made:
         yield made
+
+
+@pytest.fixture
+async def bench(shared: Bench) -> Bench:
+    await empty(shared.database)
+    return shared
 
 
 @pytest.fixture

@@ -55,15 +55,21 @@ async def running(
             platform.stop()
 
 
-@pytest.fixture
-async def locked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with running(tmp_path, Access(KEYS)) as http:
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, and with it one server with keys and one without."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def locked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(tmp_path_factory.mktemp("locked"), Access(KEYS)) as http:
         yield http
 
 
-@pytest.fixture
-async def unlocked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with running(tmp_path, Access()) as http:
+@pytest.fixture(scope="module")
+async def unlocked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(tmp_path_factory.mktemp("unlocked"), Access()) as http:
         yield http
 
 
