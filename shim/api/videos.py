@@ -270,5 +270,5 @@ class StoredVideo:
             raise self._unavailable(f"the bucket responded with {response.status_code}")
 
     def _unavailable(self, why: object) -> ApiError:
-        log.error("cannot read %s from the bucket: %s", self._key, why or "it does not answer")
+        log.error("cannot read %s from the bucket: %s", self._key, str(why) or type(why).__name__)
         return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")
