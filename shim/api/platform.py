@@ -37,8 +37,9 @@ class Platform:
             dependencies=[Depends(self._authorize), Depends(bind_path_ids)],
             include_in_schema=False,
         )
-        self.router.include_router(self._worker_api.router)
-        self.router.include_router(ClientApi(queue, dispatcher, self._stopped).router)
+        # Not by include_router: a nested router's routes lose the prefix in logs and metrics.
+        for method, path, route in (*self._worker_api.routes, *ClientApi(queue, dispatcher, self._stopped).routes):
+            self.router.add_api_route(path, route, methods=[method])
 
     def drain(self) -> None:
         """Hand out no more jobs. Long polls become short: a worker that stops waits for the end of its own."""

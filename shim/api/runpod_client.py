@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import anyio
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from contract.errors import ErrorCode
@@ -35,8 +36,7 @@ class ClientApi:
         self._queue = queue
         self._dispatcher = dispatcher
         self._stopped = stopped
-        self.router = APIRouter()
-        for method, path, route in (
+        self.routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
             ("POST", "/run", self._run),
             ("POST", "/runsync", self._run_sync),
             ("GET", "/status/{task_id}", self._status),
@@ -45,8 +45,7 @@ class ClientApi:
             ("POST", "/retry/{task_id}", self._retry),
             ("POST", "/purge-queue", self._purge),
             ("GET", "/health", self._health),
-        ):
-            self.router.add_api_route(path, route, methods=[method])
+        )
 
     async def _run(self, request: Request) -> Response:
         task_id = await self._enqueue(request)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
@@ -51,8 +51,7 @@ class WorkerApi:
         self._stopped = stopped
         self._long_poll_seconds = long_poll_seconds
         self._draining = False
-        self.router = APIRouter()
-        for method, path, route in (
+        self.routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
             ("GET", "/job-take/{worker_id}", self._take),
             ("GET", "/job-take-batch/{worker_id}", self._take_batch),
             ("GET", "/job-stop/{worker_id}", self._cancellations),
@@ -60,8 +59,7 @@ class WorkerApi:
             ("POST", "/job-stream/{worker_id}/{task_id}", self._stream),
             ("GET", "/ping/{worker_id}", self._ping),
             ("POST", "/worker-report/{worker_id}", self._report),
-        ):
-            self.router.add_api_route(path, route, methods=[method])
+        )
 
     def drain(self, long_poll_seconds: float) -> None:
         """Hand out no more jobs, and keep each long poll that short."""

@@ -554,7 +554,7 @@ async def test_a_new_field_of_the_schema_is_on_the_form_and_in_the_request(site:
         await visit.page.get_by_label("Looped").select_option("true")
         async with visit.page.expect_request("**/generate") as sent:
             await visit.make()
-        request = (await sent.value).post_data_json
+        request = (await sent.value).post_data_json or {}
         assert {name: request[name] for name in new_fields} == {
             **{"motion": 5, "frame_rate": "30", "grain": 0.5, "looped": True}
         }
