@@ -137,7 +137,7 @@ class JobInput(BaseModel):
         default=DEFAULT_MODEL, description="Model version to use.", json_schema_extra={"enum": list(KNOWN_MODELS)}
     )
     aspect_ratio: Annotated[AspectRatio, Takes.one_of(AspectRatio)] = Field(
-        default=AspectRatio.WIDE, description="Width to height."
+        default=AspectRatio.WIDE, title="Aspect ratio", description="Width to height."
     )
     seed: Annotated[int | None, Takes(f"an integer from 0 to {MAX_SEED}")] = Field(
         default=None, strict=True, ge=0, le=MAX_SEED, description="The same seed gives the same video again."
@@ -150,7 +150,12 @@ class JobInput(BaseModel):
         description="What the video must not show. Models without guidance ignore it.",
     )
     num_inference_steps: Annotated[int | None, Takes("an integer from 1 to 100")] = Field(
-        default=None, strict=True, ge=1, le=100, description="Denoising steps; the default depends on the profile."
+        default=None,
+        strict=True,
+        ge=1,
+        le=100,
+        title="Steps",
+        description="Denoising steps; the default depends on the profile.",
     )
     guidance_scale: Annotated[float | None, Takes("a number from 1 to 20")] = Field(
         default=None,
@@ -158,12 +163,14 @@ class JobInput(BaseModel):
         ge=1,
         le=20,
         allow_inf_nan=False,
+        title="Guidance",
         description="How closely to follow the prompt; 1 turns guidance off, the default depends on the profile.",
     )
     image: Annotated[str | None, Takes("an http(s) URL or a data:image/...;base64 URL")] = Field(
         default=None,
         max_length=MAX_IMAGE_LENGTH,
         pattern=r"^(https?://|data:image/[a-z+.-]+;base64,)",
+        title="First frame",
         description="The image that the video starts from: an http(s) URL, or a base64 data URL. JPEG, PNG or WebP.",
     )
 

@@ -1,11 +1,11 @@
-"""The one place where the parts of the server meet."""
+"""Makes the server's app from its parts."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -21,7 +21,7 @@ from shim.api.dependencies import Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.http.access_log import AccessLog
-from shim.http.guard import DOCS_PATH, OPEN_PATHS, error_response, guarded
+from shim.http.guard import DOCS_PATH, error_response, guarded
 from shim.http_client import HttpClient
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
@@ -29,7 +29,15 @@ from shim.tasks import StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
-DISTRIBUTION = "hunyuan-video-service"
+DISTRIBUTION: Final = "hunyuan-video-service"
+#: Paths that need no key: probes for load balancers, and what is the same on every server.
+OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"}) | page.PATHS
+_BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
+#: What a route may raise. `Exception` stands for every other error: a 500.
+_HANDLED: Final = (
+    *(ApiError, InvalidInputError, QueueError, StorageError, TaskNotFoundError),
+    *(ClientDisconnect, HTTPException, Exception),
+)
 
 
 def create_app(
@@ -42,64 +50,66 @@ def create_app(
     routers: Sequence[APIRouter] = (),
     access: Access = OPEN_TO_ALL,
 ) -> FastAPI:
-    """The REST server over `queue` and `bucket`, both the caller's to close; `routers` are further faces.
+    """The REST server over `queue` and `bucket`, which the caller closes. `routers` are further routes.
 
-    `metrics` are those that `queue` and `bucket` were given, too; without them /metrics has its own of requests only.
-    A store that sends nothing for `store_timeout` seconds in a download counts as away.
+    `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
+    A download fails if the bucket sends nothing for `store_timeout` seconds.
     """
-    metrics = metrics or Metrics()
-    # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
-    store = HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=httpx.Limits(max_connections=200))
+    return _app(
+        Services(
+            tasks=Tasks(queue, StoredVideos(bucket)),
+            queue=queue,
+            bucket=bucket,
+            # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
+            bucket_http=HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=_BUCKET_LIMITS),
+            metrics=metrics or Metrics(),
+            version=version(DISTRIBUTION),
+            public_url=public_url,
+            rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
+        ),
+        access,
+        routers,
+    )
 
+
+def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with store:
+        async with services.bucket_http:
             yield
 
-    app = _Observed(
-        metrics, access, title="HunyuanVideo API", version=version(DISTRIBUTION), lifespan=lifespan, redoc_url=None
-    )
-    app.state.services = Services(
-        tasks=Tasks(queue, StoredVideos(bucket)),
-        queue=queue,
-        bucket=bucket,
-        store=store,
-        metrics=metrics,
-        version=version(DISTRIBUTION),
-        public_url=public_url,
-        rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
-    )
+    app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
+    app.state.services = services
     for router in (documented.router, videos.router, page.router, metrics_router, *routers):
         app.include_router(router)
-    for expected in (
-        ApiError,
-        InvalidInputError,
-        QueueError,
-        StorageError,
-        TaskNotFoundError,
-        ClientDisconnect,
-        HTTPException,
-        Exception,
-    ):
-        app.add_exception_handler(expected, _on_error)
+    for error in _HANDLED:
+        app.add_exception_handler(error, _on_error)
     return app
 
 
-class _Observed(FastAPI):
-    """FastAPI with every request counted and logged, and behind `shim.api.guard`, which its document tells of."""
+class _GuardedApp(FastAPI):
+    """FastAPI inside shim.http's middleware. Its OpenAPI document lists the API keys that shim.http.guard checks."""
 
     def __init__(self, metrics: Metrics, access: Access, **options: Any) -> None:
-        super().__init__(docs_url=DOCS_PATH, swagger_ui_oauth2_redirect_url=None, redirect_slashes=False, **options)
+        super().__init__(
+            title="HunyuanVideo API",
+            docs_url=DOCS_PATH,
+            redoc_url=None,
+            swagger_ui_oauth2_redirect_url=None,
+            redirect_slashes=False,
+            **options,
+        )
         self._metrics = metrics
         self._keys = ApiKeys(access.api_keys)
         self._cors_origins = access.cors_origins
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Everything there is, with the log outermost: what makes a 500 of an error is within it, too."""
-        return AccessLog(guarded(super().build_middleware_stack(), self._keys, self._cors_origins), self._metrics)
+        """The access log is outermost, so that it has the 500 that FastAPI makes of an unexpected error."""
+        stack = super().build_middleware_stack()
+        return AccessLog(guarded(stack, self._keys, OPEN_PATHS, self._cors_origins), self._metrics)
 
     def openapi(self) -> dict[str, Any]:
-        """The document; where keys are set, with what needs one."""
+        """The OpenAPI document. On a server with keys it says which paths need one."""
         if self.openapi_schema is None and self._keys:
             document = super().openapi()
             document["components"]["securitySchemes"] = {
@@ -114,10 +124,10 @@ class _Observed(FastAPI):
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:
-    """Every error in the documented shape, the framework's own 404 and 405 too."""
+    """Every error in the documented shape, including FastAPI's own 404 and 405."""
     if isinstance(exc, HTTPException):
         code = ServerErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ServerErrorCode.NOT_FOUND
         exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", exc.headers)
     if isinstance(exc, ClientDisconnect):
-        exc = ApiError(ErrorCode.INVALID_REQUEST, "the request broke off")
+        exc = ApiError(ErrorCode.INVALID_REQUEST, "the client closed the connection before its request was complete")
     return error_response(api_error(exc))

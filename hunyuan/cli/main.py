@@ -89,8 +89,7 @@ def worker(
     token: Annotated[str | None, typer.Option(help="The server's key; else HUNYUAN_PLATFORM_TOKEN.")] = None,
 ) -> None:
     """Render jobs of a server on another host. It needs the server's bucket in BUCKET_*."""
-    from shim.api.runpod_worker import ENDPOINT_ID
-    from shim.host.worker_environment import worker_environment
+    from shim.host.worker_environment import ENDPOINT_ID, worker_environment
 
     given: dict[str, Any] = {"HUNYUAN_PLATFORM_URL": platform, "HUNYUAN_PLATFORM_TOKEN": token}
     with _settings_explained():

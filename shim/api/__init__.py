@@ -1,1 +1,1 @@
-"""The faces of the REST server, one module each."""
+"""The routes of the server, one module for each group of clients."""

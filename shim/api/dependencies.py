@@ -1,15 +1,15 @@
-"""What the routes are given: one bundle, made in `create_app`."""
+"""What the routes depend on: one object, made in `create_app`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import anyio
 import anyio.to_thread
 import httpx
-from fastapi import Request
+from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
 from shim.errors import ApiError, ServerErrorCode
@@ -19,25 +19,25 @@ from shim.tasks import Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageUnavailableError
 
-#: Under the time that load balancers give a probe, or not far over it.
+#: About as long as load balancers wait for a probe's response.
 _CHECK_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts behind the routes."""
+    """The objects that routes use."""
 
     tasks: Tasks
     queue: JobQueue
     bucket: Bucket
-    store: httpx.AsyncClient
+    bucket_http: httpx.AsyncClient
     metrics: Metrics
     version: str
     public_url: str | None
     rate_limit: RateLimit | None
 
     async def check_bucket(self) -> None:
-        """Raise StorageError unless the bucket answers soon."""
+        """Raise StorageError unless the bucket answers within 5 s."""
         try:
             with anyio.fail_after(_CHECK_SECONDS):
                 await anyio.to_thread.run_sync(self.bucket.check, abandon_on_cancel=True)
@@ -45,19 +45,23 @@ class Services:
             raise StorageUnavailableError(f"the bucket did not answer within {_CHECK_SECONDS:.0f} s") from exc
 
 
-def services(request: Request) -> Services:
+def get_services(request: Request) -> Services:
     """The app's services."""
-    bundle: Services = request.app.state.services
-    return bundle
+    services: Services = request.app.state.services
+    return services
 
 
-def public_url(request: Request, use: Services) -> str:
-    """Where clients reach this server, with no slash at the end: as configured, else as this request came."""
-    return (use.public_url or str(request.base_url)).rstrip("/")
+#: A route's parameter that is the app's services.
+GetServices = Annotated[Services, Depends(get_services)]
+
+
+def public_url(request: Request, services: Services) -> str:
+    """The URL by which clients reach this server, without a slash at its end: the setting, or the request's own."""
+    return (services.public_url or str(request.base_url)).rstrip("/")
 
 
 def client(request: Request) -> str:
-    """Who asks, for limits and logs: the name of the key, else the address."""
+    """Who sent the request, for limits and logs: the name of the API key, or the address."""
     name: str | None = getattr(request.state, "client", None)
     if name is not None:
         return name
@@ -65,18 +69,19 @@ def client(request: Request) -> str:
 
 
 def is_anonymous(request: Request) -> bool:
-    """Whether the server has keys and the request none of them: an open path tells it what it must and no more."""
+    """Whether the server has API keys and the request came without one: then a response must not contain details."""
     return getattr(request.state, "client", "") is None
 
 
 async def within_rate_limit(request: Request) -> None:
-    """For routes that make videos.
+    """A dependency of routes that make videos.
 
     Raises:
         ApiError: RATE_LIMITED, with the seconds to wait.
     """
-    limit = services(request).rate_limit
+    limit = get_services(request).rate_limit
     wait = limit.take(client(request)) if limit is not None else 0.0
     if wait > 0:
         headers = {"Retry-After": str(math.ceil(wait))}
-        raise ApiError(ServerErrorCode.RATE_LIMITED, "too many videos were asked for in the last minute", headers)
+        text = f"this client requested too many videos in the last minute; retry in {headers['Retry-After']} s"
+        raise ApiError(ServerErrorCode.RATE_LIMITED, text, headers)

@@ -1,46 +1,45 @@
-"""GET /metrics, for Prometheus: what the server counted, and the queue as of now."""
+"""GET /metrics for Prometheus: this server's counters, and the queue at the time of the scrape."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated, Final
+from typing import Final
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from shim.api.dependencies import Services, services
+from shim.api.dependencies import GetServices
 from shim.metrics import QueueSnapshot
 from shim.queue.base import JobQueue, QueueUnavailableError
 
-#: Seconds that the queue has to answer: well within the 10 s after which Prometheus gives a scrape up.
-_PATIENCE: Final = 3.0
+#: Seconds that the queue gets to answer. Prometheus gives up a scrape after 10 s.
+_QUEUE_SECONDS: Final = 3.0
 
 log = logging.getLogger(__name__)
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/metrics")
-async def metrics(request: Request, use: Annotated[Services, Depends(services)]) -> Response:
-    """Every metric. A queue that does not answer costs its own figures only."""
-    figures = await _figures(use.queue)
-    body, media_type = use.metrics.exposition(request.headers.get("accept", ""), use.version, figures)
+async def metrics(request: Request, services: GetServices) -> Response:
+    """Every metric; without those of the queue if the queue does not answer."""
+    queue = await _queue_in_time(services.queue)
+    body, media_type = services.metrics.exposition(request.headers.get("accept", ""), services.version, queue)
     return Response(body, headers={"Content-Type": media_type})
 
 
-async def _figures(queue: JobQueue) -> QueueSnapshot | None:
-    asking = asyncio.create_task(_ask(queue))
-    done, _ = await asyncio.wait({asking}, timeout=_PATIENCE)
+async def _queue_in_time(queue: JobQueue) -> QueueSnapshot | None:
+    reading = asyncio.create_task(_read(queue))
+    done, _ = await asyncio.wait({reading}, timeout=_QUEUE_SECONDS)
     if done:
-        return asking.result()
-    # Not waited for: a database driver takes its time to give up, too.
-    asking.cancel()
-    log.warning("the queue takes longer than %.0f s to give its figures", _PATIENCE)
+        return reading.result()
+    reading.cancel()  # and not awaited: a database driver may take long to stop
+    log.warning("/metrics has no queue metrics: the queue did not answer within %.0f s", _QUEUE_SECONDS)
     return None
 
 
-async def _ask(queue: JobQueue) -> QueueSnapshot | None:
+async def _read(queue: JobQueue) -> QueueSnapshot | None:
     try:
         return QueueSnapshot(await queue.backlog(), await queue.workers())
     except QueueUnavailableError as exc:
-        log.warning("the queue gives no figures: %s", exc)
+        log.warning("/metrics has no queue metrics: %s", exc)
         return None

@@ -1,14 +1,16 @@
-"""The web page: GET /, and the files it is made of under /static. Read once, when the server starts."""
+"""The web page: GET /, and its files under /static. The files are read once, when the server starts."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib import resources
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
+from shim.api.documented import input_schema
 from shim.api.videos import names_etag
 
 _MEDIA_TYPES: Final = {
@@ -17,7 +19,7 @@ _MEDIA_TYPES: Final = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-#: Everything comes from this server, nothing stands inline. A blob is a video that was fetched with a key.
+#: The page loads everything from this server and has nothing inline. A blob is a video that was fetched with a key.
 _POLICY: Final = (
     "default-src 'self'; media-src 'self' blob:; object-src 'none'; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'none'; require-trusted-types-for 'script'"
@@ -33,22 +35,23 @@ class _File:
     def headers(self) -> dict[str, str]:
         return {
             "ETag": f'"{hashlib.sha256(self.body).hexdigest()}"',
-            "Cache-Control": "no-cache",  # kept, but asked about each time: the files fit one another
+            "Cache-Control": "no-cache",  # a browser asks each time, so its files are all of one version
             "Content-Security-Policy": _POLICY,
         }
 
 
 def _files() -> dict[str, _File]:
-    """Every file of the page by its path on the server."""
+    """Every file of the page by its path on the server; schema.js is JobInput's schema, for the form's fields."""
     found = {}
     for file in resources.files("shim").joinpath("web").iterdir():
         path = "/" if file.name == "index.html" else f"/static/{file.name}"
         found[path] = _File(file.read_bytes(), _MEDIA_TYPES[file.name.rpartition(".")[2]])
-    return found
+    schema = f"export default {json.dumps(input_schema())};\n"
+    return {**found, "/static/schema.js": _File(schema.encode(), _MEDIA_TYPES["js"])}
 
 
 _FILES: Final = _files()
-#: They hold nothing of anybody's: a browser gets them before its user can give a key.
+#: A browser gets these without a key, because it needs the page to ask its user for the key.
 PATHS: Final = frozenset(_FILES)
 
 router = APIRouter(include_in_schema=False)

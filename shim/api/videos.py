@@ -1,8 +1,8 @@
-"""GET and HEAD /videos/{task_id}.mp4: the bucket's bytes, streamed in constant memory.
+"""GET and HEAD /videos/{task_id}.mp4: streams the video from the bucket in constant memory.
 
-`curl -O` follows no redirect, so the bytes pass through here: a presigned URL is read with httpx and handed on
-chunk by chunk. Conditional and range requests are decided here, from the manifest (size, sha256), because S3
-servers differ in which of them they honour. RFC 9110, sections 13 (conditional requests) and 14 (ranges).
+`curl -O` follows no redirect, so the bytes pass through the server: it reads a presigned URL with httpx and sends on
+each chunk. It answers conditional and range requests from the manifest (size, sha256), because S3 servers differ in
+which of them they support. RFC 9110, sections 13 (conditional requests) and 14 (ranges).
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import httpx
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
 from contract.errors import ErrorCode
 from contract.result import Manifest
-from shim.api.dependencies import Services, services
+from shim.api.dependencies import GetServices, Services
 from shim.api.documented import error_responses
 from shim.errors import ApiError, ServerErrorCode
 from storage import layout
 
-#: Life of a presigned URL that never leaves this process: long enough for clocks that are minutes apart, no longer. A
-#: slow client keeps its connection, not its URL.
+#: Seconds for which a presigned URL is valid: enough for clocks that differ by minutes. The URL stays in this process,
+#: and a download may take longer, because only the start of a request needs a valid URL.
 _URL_EXPIRES_IN: Final = 300
 _CHUNK: Final = 256 * 1024
-#: Seconds before each new try at reading on; so many in a row that bring no byte, and the body breaks off.
-_PAUSES: Final = (0.0, 0.5, 1.0, 2.0, 4.0)
+#: Waits in seconds before each retry of a read that broke off. The response breaks off after as many retries in a row
+#: without a byte.
+_RETRY_WAITS: Final = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -40,28 +41,27 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes `start` to `end`, both included."""
+    """Bytes `start` to `end`, inclusive."""
 
     start: int
     end: int
 
     @property
     def length(self) -> int:
-        """How many bytes."""
         return self.end - self.start + 1
 
 
 class UnsatisfiableRangeError(ValueError):
-    """The range lies behind the end."""
+    """The range begins after the last byte."""
 
 
 def parse_range(header: str, size: int) -> ByteRange | None:
-    """The one range that a Range header asks for in `size` bytes; None where it is to be ignored.
+    """The range that a Range header asks for in `size` bytes; None if the header is to be ignored.
 
-    A server may ignore Range: we do where it is malformed, in another unit, or asks for several ranges.
+    A server may ignore Range. This one does if the header is malformed, has another unit, or names several ranges.
 
     Raises:
-        UnsatisfiableRangeError: answer 416.
+        UnsatisfiableRangeError: respond with 416.
     """
     match = re.fullmatch(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", header, re.ASCII | re.IGNORECASE)
     if match is None or match.groups() == ("", ""):
@@ -81,26 +81,26 @@ def parse_range(header: str, size: int) -> ByteRange | None:
 
 
 def etag_of(manifest: Manifest) -> str:
-    """A strong validator: the content's own hash, the same from every server and store."""
+    """A strong validator: the hash of the content, the same from every server and bucket."""
     return f'"{manifest.sha256}"'
 
 
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"video/mp4": {}}, "description": "The video."},
-    206: {"content": {"video/mp4": {}}, "description": "The range asked for."},
-    304: {"description": "The client has it already."},
+    206: {"content": {"video/mp4": {}}, "description": "The requested range."},
+    304: {"description": "The client has the video already."},
     **error_responses(401, 404, 416, 500, 503),
 }
 
 
 @router.head("/videos/{file_name:path}", operation_id="head_video", response_class=Response, responses=_RESPONSES)
 @router.get("/videos/{file_name:path}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
-async def video(file_name: str, request: Request, use: Annotated[Services, Depends(services)]) -> Response:
+async def video(file_name: str, request: Request, services: GetServices) -> Response:
     """Download the generated video file."""
     task_id, dot, extension = file_name.rpartition(".")
     if not dot or extension != "mp4":
         raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
-    manifest = await _finished(task_id, use)
+    manifest = await _finished(task_id, services)
     etag = etag_of(manifest)
     headers = {
         "Accept-Ranges": "bytes",
@@ -116,7 +116,7 @@ async def video(file_name: str, request: Request, use: Annotated[Services, Depen
     if wanted is not None:
         headers["Content-Range"] = f"bytes {wanted.start}-{wanted.end}/{manifest.file_size}"
     headers["Content-Length"] = str((wanted or whole).length)
-    source = StoredVideo(use, task_id)
+    source = StoredVideo(services, task_id)
     if request.method == "HEAD":
         await source.check()
         return Response(status_code=status, headers=headers, media_type="video/mp4")
@@ -124,8 +124,8 @@ async def video(file_name: str, request: Request, use: Annotated[Services, Depen
     return VideoResponse(body, status_code=status, headers=headers, media_type="video/mp4")
 
 
-async def _finished(task_id: str, use: Services) -> Manifest:
-    job = await use.tasks.find_video(task_id)
+async def _finished(task_id: str, services: Services) -> Manifest:
+    job = await services.tasks.find_video(task_id)
     if job.result is not None:
         return job.result
     if job.failure is not None:
@@ -142,11 +142,11 @@ def names_etag(header: str | None, etag: str) -> bool:
 
 
 def _range(request: Request, etag: str, size: int) -> ByteRange | None:
-    # Of a HEAD request it is to be ignored: RFC 9110, section 14.2.
+    # Only GET has ranges: RFC 9110, section 14.2.
     header = request.headers.get("range") if request.method == "GET" else None
     condition = request.headers.get("if-range")
     if header is None or (condition is not None and condition.strip() != etag):
-        return None  # the client's part is of another file: it gets the whole new one
+        return None  # the client has a part of another version, so it needs the whole video
     try:
         return parse_range(header, size)
     except UnsatisfiableRangeError as exc:
@@ -156,12 +156,12 @@ def _range(request: Request, etag: str, size: int) -> ByteRange | None:
 
 
 class BrokenOffError(Exception):
-    """The store does not give the rest of a video."""
+    """The bucket did not return the rest of a video."""
 
 
 class VideoResponse(StreamingResponse):
-    """A body that may break off. Content-Length has promised all of it, and the server closes a connection whose
-    response is not completed: no client takes what it has for the whole.
+    """A response whose body may break off. It is then shorter than its Content-Length and its connection is closed, so
+    that no client takes the part for the whole.
     """
 
     def __init__(self, body: AsyncGenerator[bytes, None], **options: Any) -> None:
@@ -169,7 +169,6 @@ class VideoResponse(StreamingResponse):
         self._body = body
 
     async def stream_response(self, send: Send) -> None:
-        """Send what there is."""
         async with aclosing(self._body):
             try:
                 await super().stream_response(send)
@@ -180,29 +179,29 @@ class VideoResponse(StreamingResponse):
 class StoredVideo:
     """One video in the bucket, read through presigned URLs."""
 
-    def __init__(self, use: Services, task_id: str) -> None:
-        self._store = use.store
-        self._bucket = use.bucket
-        self._observe = use.metrics.s3_request
+    def __init__(self, services: Services, task_id: str) -> None:
+        self._http = services.bucket_http
+        self._bucket = services.bucket
+        self._observe = services.metrics.s3_request
         self._key = layout.video_key(task_id)
 
     async def check(self) -> None:
-        """Raise ApiError unless the video can be read now."""
+        """Raise ApiError unless the bucket returns the video's head."""
         url = self._bucket.presign(self._key, method="HEAD", expires_in=_URL_EXPIRES_IN, public=False)
         try:
             with self._observe("head_video"):
-                self._raise_for_status(await self._store.head(url))
+                self._raise_for_status(await self._http.head(url))
         except httpx.HTTPError as exc:
             raise self._unavailable(exc) from exc
 
     async def open(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
-        """Start reading. Once this returns, the first bytes have come, and the rest follows.
+        """Start reading. Returns when the first bytes are here; the returned body yields them and the rest.
 
-        A connection to the store that breaks is taken up again where it broke. The body raises BrokenOffError where
-        that fails.
+        If the connection to the bucket breaks, the body reads on from that byte; it raises BrokenOffError when the
+        retries are used up.
 
         Raises:
-            ApiError: the store does not have the video or does not answer.
+            ApiError: the bucket does not have the video, or does not answer.
         """
         parts = self._read(wanted)
         try:
@@ -210,7 +209,7 @@ class StoredVideo:
         except httpx.HTTPError as exc:
             raise self._unavailable(exc) from exc
         if not first:
-            raise self._unavailable("the store sent nothing")
+            raise self._unavailable("the bucket sent an empty body")
         return self._relay(first, parts, wanted)
 
     async def _relay(
@@ -219,7 +218,7 @@ class StoredVideo:
         yield first
         sent, failures = len(first), 0
         while True:
-            why = f"the store sent {sent} of {wanted.length} bytes"
+            why = f"the bucket sent {sent} of {wanted.length} bytes"
             try:
                 async with aclosing(parts):
                     async for part in parts:
@@ -230,27 +229,29 @@ class StoredVideo:
             if sent == wanted.length:
                 return
             position = wanted.start + sent
-            if failures == len(_PAUSES):
-                raise BrokenOffError(f"{self._key} broke off at byte {position}: {why}")
-            log.warning("%s: reading on at byte %d after %s", self._key, position, why)
-            await asyncio.sleep(_PAUSES[failures])
+            if failures == len(_RETRY_WAITS):
+                raise BrokenOffError(
+                    f"the download of {self._key} broke off at byte {position}, retries are used up: {why}"
+                )
+            log.warning("the download of %s broke, reading on at byte %d: %s", self._key, position, why)
+            await asyncio.sleep(_RETRY_WAITS[failures])
             failures += 1
             parts = self._read(ByteRange(position, wanted.end))
 
     async def _read(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
-        """The bytes of `wanted`, or fewer: as they come over one connection.
+        """The bytes of `wanted` from one request; fewer if the response is shorter.
 
         Raises:
-            ApiError: the store does not have the video, or refuses.
-            httpx.HTTPError: it does not answer, or the connection breaks.
+            ApiError: the bucket does not have the video, or rejects the request.
+            httpx.HTTPError: the bucket does not answer, or the connection breaks.
         """
         url = self._bucket.presign(self._key, expires_in=_URL_EXPIRES_IN, public=False)
         headers = {"Range": f"bytes={wanted.start}-{wanted.end}", "Accept-Encoding": "identity"}
         async with AsyncExitStack() as stack:
             with self._observe("get_video"):
-                response = await stack.enter_async_context(self._store.stream("GET", url, headers=headers))
+                response = await stack.enter_async_context(self._http.stream("GET", url, headers=headers))
                 self._raise_for_status(response)
-            # Some stores (rclone) ignore the Range of a presigned request: what lies before it is passed over.
+            # Some S3 servers (rclone) ignore the Range of a presigned request: skip the bytes before the range.
             skip = wanted.start if response.status_code == 200 else 0
             left = wanted.length
             async for chunk in response.aiter_raw(_CHUNK):
@@ -266,8 +267,8 @@ class StoredVideo:
         if response.status_code == 404:
             raise ApiError(ServerErrorCode.VIDEO_NOT_READY, "The video is no longer in the bucket")
         if response.status_code not in (200, 206):
-            raise self._unavailable(f"the store answered {response.status_code}")
+            raise self._unavailable(f"the bucket responded with {response.status_code}")
 
     def _unavailable(self, why: object) -> ApiError:
-        log.error("%s: %s", self._key, why or "the store does not answer")
+        log.error("cannot read %s from the bucket: %s", self._key, str(why) or type(why).__name__)
         return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")

@@ -17,26 +17,26 @@ from typing import Final, TypeVar
 
 import anyio.to_thread
 import uvloop
-from fastapi import FastAPI
 from pydantic import ValidationError
 
 from contract import log_fields as logs
 from contract.job import DEMO_MODEL
 from contract.settings import explain
-from shim.api.runpod_worker import ENDPOINT_ID, Platform
+from shim.api.platform import Platform
 from shim.app import create_app
 from shim.gpu import local_gpus
 from shim.host.gateway import EmbeddedBucket
 from shim.host.secret_file import secret_file
 from shim.host.supervisor import Launch, LocalError, Supervised
-from shim.host.worker_environment import worker_environment
-from shim.http.server import HttpServer
+from shim.host.worker_environment import ENDPOINT_ID, worker_environment
+from shim.http.server import App, HttpServer
 from shim.metrics import Metrics
 from shim.queue.base import QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
+from shim.queue.sweep import sweep_forever
 from shim.settings import ShimSettings, child_environment
 from shim.tasks import StoredVideos
 from storage.bucket import Bucket
@@ -166,7 +166,7 @@ async def _serve_local(
         ]
         async with _listening(app, listener) as server:
             keepers = [asyncio.create_task(worker.run()) for worker in workers]
-            chores = [asyncio.create_task(platform.sweep_forever()), asyncio.create_task(database.listen())]
+            chores = [asyncio.create_task(sweep_forever(dispatcher)), asyncio.create_task(database.listen())]
             try:
                 await _until(stopping, [server, *chores, *keepers])
             finally:
@@ -336,7 +336,7 @@ def _public_url(settings: ShimSettings) -> str | None:
 
 
 @asynccontextmanager
-async def _listening(app: FastAPI, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+async def _listening(app: App, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
     """Serve `app` until the block ends; requests under way are finished within their grace."""
     server = HttpServer(app, grace=_CONNECTION_GRACE)
     task = asyncio.create_task(server.serve(sockets=[listener]))

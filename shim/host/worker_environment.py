@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+#: The endpoint id of our own platform: `/v2/local/run` and so on.
+ENDPOINT_ID: Final = "local"
+
 
 def worker_environment(base_url: str, endpoint_id: str, worker_id: str, token: str) -> dict[str, str]:
     """What the SDK's worker loop needs in its environment to work for us.

@@ -1,1 +1,1 @@
-"""What stands around every route."""
+"""What surrounds every route: the HTTP server, its limits, the access log and the API key."""

@@ -1,11 +1,11 @@
-"""What stands before every route, those to come included: the key, the browsers' origins, the safe headers.
+"""Middleware around every route: the API key, CORS, and headers that tell browsers to trust nothing.
 
-Plain ASGI, so that a stream stays a stream and a client that leaves is seen to leave.
+Plain ASGI, so that responses stay streams and a client's disconnect reaches the route.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from fastapi import Response
@@ -15,36 +15,33 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shim.access import ApiKeys
-from shim.api import page
 from shim.errors import ApiError, ServerErrorCode
 
 DOCS_PATH: Final = "/docs"
-#: What needs no key: for load balancers, and what is the same on every server.
-OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"}) | page.PATHS
-#: The platform's routes: each checks the platform's own token.
-PLATFORM_PREFIX: Final = "/v2/"
-#: An answer is no place for scripts, frames or forms; a browser that opens a video may play it.
+#: The platform's routes check the platform's own token instead of an API key.
+_PLATFORM_PREFIX: Final = "/v2/"
+#: A response runs no script and shows no frame or form. A browser that opens a video may play it.
 _POLICY: Final = "default-src 'none'; media-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-#: FastAPI's page loads Swagger UI from its usual place, and starts it with a script of its own.
+#: FastAPI's documentation page loads Swagger UI from these hosts and starts it with an inline script.
 _DOCS_POLICY: Final = (
     "default-src 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; frame-ancestors 'none'; "
     "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
 )
 _CORS_REQUEST: Final = ("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Range", "X-Request-ID")
-_CORS_ANSWER: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "X-Request-ID")
+_CORS_RESPONSE: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "X-Request-ID")
 
 
-def guarded(app: ASGIApp, keys: ApiKeys, cors_origins: Sequence[str]) -> ASGIApp:
-    """`app` behind everything in this module. Outside of its error handling: a 500 has the headers, too."""
+def guarded(app: ASGIApp, keys: ApiKeys, open_paths: Collection[str], cors_origins: Sequence[str]) -> ASGIApp:
+    """`app` inside this module's middleware, which surrounds the error handling too: a 500 has the headers."""
     if keys:
-        app = RequireKey(app, keys)
+        app = RequireKey(app, keys, open_paths)
     if cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=cors_origins,
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=_CORS_REQUEST,
-            expose_headers=_CORS_ANSWER,
+            expose_headers=_CORS_RESPONSE,
         )
     return SafeHeaders(app)
 
@@ -55,22 +52,22 @@ def error_response(error: ApiError) -> Response:
 
 
 class RequireKey:
-    """Lets through who has a key, whatever the path; but for OPEN_PATHS, and the platform's own.
+    """Rejects a request without a valid API key, except on `open_paths` and on the platform's routes.
 
-    The scope's `state["client"]` is then the key's name, None for who came without one.
+    Sets the scope's `state["client"]` to the key's name, or to None for a request without a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: Collection[str]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        name = self._keys.name_of(_given_key(Headers(scope=scope)).encode("latin-1"))
-        if name is None and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(PLATFORM_PREFIX):
+        name = self._keys.name_of(_key_in(Headers(scope=scope)).encode("latin-1"))
+        if name is None and not self._is_open(scope["path"]):
             error = ApiError(
                 ServerErrorCode.UNAUTHORIZED,
                 "an API key is needed: send it as Authorization: Bearer KEY, or X-API-Key: KEY",
@@ -81,26 +78,28 @@ class RequireKey:
         scope.setdefault("state", {})["client"] = name
         await self._app(scope, receive, send)
 
+    def _is_open(self, path: str) -> bool:
+        return path in self._open_paths or path.startswith(_PLATFORM_PREFIX)
 
-def _given_key(headers: Headers) -> str:
+
+def _key_in(headers: Headers) -> str:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 class SafeHeaders:
-    """Tells browsers to trust an answer with nothing, and caches to keep none, where the route says no other."""
+    """Adds headers that forbid browsers to run anything and caches to store anything. A route may set its own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         policy = _DOCS_POLICY if scope["path"] == DOCS_PATH else _POLICY
 
-        async def send_safely(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
@@ -109,4 +108,4 @@ class SafeHeaders:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        await self._app(scope, receive, send_safely)
+        await self._app(scope, receive, send_with_headers)

@@ -1,7 +1,8 @@
-"""Uvicorn as this server uses it: with bounds on what one client may hold, keep open, or send.
+"""Uvicorn with limits on what one client may send, keep open or leave unread.
 
-Uvicorn itself sets none on a head that never ends, a body that drips in, requests sent ahead of their answers, or a
-client that reads no answer; and it writes errors of its own as plain text.
+Uvicorn has no limit for a head that never ends, a body that arrives too slowly, requests that are sent before the
+earlier responses, or a client that does not read. Its own errors are plain text. tests/integration/shim/
+test_hostile_clients.py has a test for each.
 """
 
 from __future__ import annotations
@@ -12,134 +13,133 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from contract.errors import ErrorCode
 from shim.errors import ApiError, ServerErrorCode
 
-#: Bytes of a request line and its headers, and how many headers there may be.
+#: What HttpServer serves. shim.host has the name from here, so that it imports no web framework.
+App = ASGIApp
+
+#: Bytes of a request line and its headers, and the number of headers.
 MAX_HEAD: Final = 32 * 1024
 MAX_HEADERS: Final = 100
-#: Requests that one client may send ahead of their answers. No browser and no client library sends any.
+#: Requests that one client may send before their responses. Browsers and client libraries send none.
 MAX_PIPELINED: Final = 16
-#: Open connections: below the usual limit of 1,024 open files, with room for those to the bucket.
+#: Open connections: fewer than the usual limit of 1,024 open files, which the bucket's connections need too.
 MAX_CONNECTIONS: Final = 600
 
 _BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection. Every request must arrive whole in its time, or the connection is closed.
+    """One client's connection. It is closed if a request does not arrive within its time.
 
-    A request that can't be taken is answered in the shape that clients know, where no answer has begun.
+    An invalid request gets an error in the documented shape, unless another response has begun.
     """
 
-    #: Seconds for a request's head, from the connection's first moment or the request's first byte.
+    #: Seconds for a request's head, from the start of the connection or from the request's first byte.
     head_seconds: ClassVar[float] = 10.0
-    #: Seconds for the rest of it. A body of 64 KiB takes as long at 9 kbit/s; one of 10 MB needs 1.4 Mbit/s.
+    #: Seconds for its body: 64 KiB need 9 kbit/s, 10 MB need 1.4 Mbit/s.
     body_seconds: ClassVar[float] = 60.0
-    #: Seconds in which a client must read something of its answer.
+    #: Seconds in which a client must read some of its response.
     stall_seconds: ClassVar[float] = 60.0
     max_connections: ClassVar[int] = MAX_CONNECTIONS
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._arrival: asyncio.TimerHandle | None = None
-        self._departure: asyncio.TimerHandle | None = None
+        self._receive_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
         self._reading_head = True
         self._unparsed = 0
         self._chunk = 0
-        self._fault: ApiError | None = None
+        self._error: ApiError | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
-        """A client has connected."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            self._refuse(ApiError(ServerErrorCode.SERVER_BUSY, "too many connections are open"))
+            self._reject(ApiError(ServerErrorCode.SERVER_BUSY, "too many connections are open"))
         else:
-            self._expect(self.head_seconds)
+            self._start_receive_timer(self.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended."""
-        self._stop_waiting()
+        self._stop_receive_timer()
         self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request, or of several."""
         if self.transport.is_closing():
             return
-        if self._arrival is None and self._reading_head:
-            self._expect(self.head_seconds)
+        if self._receive_timer is None and self._reading_head:
+            self._start_receive_timer(self.head_seconds)
         self._chunk = len(data)
         super().data_received(data)
         self._unparsed += len(data)
         if self._reading_head and self._unparsed > MAX_HEAD and not self.transport.is_closing():
-            self._refuse(_head_too_large())
+            self._reject(_head_too_large())
 
     def on_headers_complete(self) -> None:
-        """A request's head is there. An error raised here ends the parsing, and `send_400_response` follows."""
+        """Checks a request's head. An error raised here makes the parser call `send_400_response`."""
         self._reading_head = False
-        self._fault = self._fault_of_head()
-        if self._fault is not None:
-            raise self._fault
-        self._expect(self.body_seconds)
+        self._error = self._error_of_head()
+        if self._error is not None:
+            raise self._error
+        self._start_receive_timer(self.body_seconds)
         super().on_headers_complete()
 
-    def _fault_of_head(self) -> ApiError | None:
+    def _error_of_head(self) -> ApiError | None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
             return _head_too_large()
         if len(self.pipeline) >= MAX_PIPELINED:
-            return ApiError(ErrorCode.INVALID_REQUEST, "too many requests were sent ahead of their answers")
+            return ApiError(ErrorCode.INVALID_REQUEST, f"more than {MAX_PIPELINED} requests wait for their responses")
         if self.parser.should_upgrade() and _BODY_HEADERS & {name for name, _ in self.headers}:
-            # httptools would take the body for the other protocol's first bytes.
-            return ApiError(ErrorCode.INVALID_REQUEST, "HTTP/1.1 is spoken here: leave out the Upgrade header")
+            # httptools would pass the body on as the first bytes of the other protocol.
+            return ApiError(ErrorCode.INVALID_REQUEST, "this server speaks HTTP/1.1: leave out the Upgrade header")
         return None
 
     def on_message_complete(self) -> None:
-        """A request is there as a whole."""
-        self._stop_waiting()
+        self._stop_receive_timer()
         self._reading_head = True
-        self._unparsed = -self._chunk  # what follows it in this chunk is not counted
+        self._unparsed = -self._chunk  # data_received adds it again: what follows in this chunk is not counted
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn fixes the signature
-        """What was sent is no request."""
-        self._refuse(self._fault or ApiError(ErrorCode.INVALID_REQUEST, "this is no HTTP/1.1 request"))
+        self._reject(self._error or ApiError(ErrorCode.INVALID_REQUEST, "this is not an HTTP/1.1 request"))
 
     def pause_writing(self) -> None:
-        """The client does not read."""
+        """Starts a timer because the client does not read."""
         super().pause_writing()
-        if self._departure is None:
-            self._departure = self.loop.call_later(self.stall_seconds, self.transport.abort)
+        if self._send_timer is None:
+            self._send_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has read."""
-        if self._departure is not None:
-            self._departure.cancel()
-            self._departure = None
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
         super().resume_writing()
 
-    def _expect(self, seconds: float) -> None:
-        self._stop_waiting()
-        self._arrival = self.loop.call_later(seconds, self._late, seconds)
+    def _start_receive_timer(self, seconds: float) -> None:
+        self._stop_receive_timer()
+        self._receive_timer = self.loop.call_later(seconds, self._on_receive_timeout, seconds)
 
-    def _stop_waiting(self) -> None:
-        if self._arrival is not None:
-            self._arrival.cancel()
-            self._arrival = None
+    def _stop_receive_timer(self) -> None:
+        if self._receive_timer is not None:
+            self._receive_timer.cancel()
+            self._receive_timer = None
 
-    def _late(self, seconds: float) -> None:
-        if self.flow.read_paused:  # the client may have sent it: it is we who do not read
-            self._expect(seconds)
+    def _on_receive_timeout(self, seconds: float) -> None:
+        if self.flow.read_paused:  # the server has stopped reading, so the client may have sent everything
+            self._start_receive_timer(seconds)
         elif not self.transport.is_closing():
-            self._refuse(ApiError(ServerErrorCode.REQUEST_TIMEOUT, f"the request was not whole after {seconds:g} s"))
+            part = "head" if self._reading_head else "body"
+            error = f"the request {part} did not arrive within {seconds:g} s"
+            self._reject(ApiError(ServerErrorCode.REQUEST_TIMEOUT, error))
 
-    def _refuse(self, error: ApiError) -> None:
-        """Close, with an answer where the client waits for none of another request."""
-        self._stop_waiting()
+    def _reject(self, error: ApiError) -> None:
+        """Closes the connection; sends the error first unless a response has begun."""
+        self._stop_receive_timer()
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             self.transport.write(_raw(error))
         self.transport.close()
@@ -148,7 +148,7 @@ class Connection(HttpToolsProtocol):
 def _head_too_large() -> ApiError:
     return ApiError(
         ServerErrorCode.HEADERS_TOO_LARGE,
-        f"the head is larger than {MAX_HEAD // 1024} KiB or has over {MAX_HEADERS} headers",
+        f"the request head is larger than {MAX_HEAD // 1024} KiB or has over {MAX_HEADERS} headers",
     )
 
 
@@ -167,9 +167,9 @@ def _raw(error: ApiError) -> bytes:
 
 
 class HttpServer(uvicorn.Server):
-    """Serves `app` until `should_exit`; then requests under way get `grace` seconds. Installs no signal handlers."""
+    """Serves `app` until `should_exit`; open requests then get `grace` seconds. Installs no signal handlers."""
 
-    def __init__(self, app: FastAPI, *, grace: int, connection: type[Connection] = Connection) -> None:
+    def __init__(self, app: App, *, grace: int, connection: type[Connection] = Connection) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -184,5 +184,5 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """When to stop is for the caller to say."""
+        """Leaves the signals to shim.host."""
         yield

@@ -1,29 +1,29 @@
-/** The server's API: requests with the key, and every failure as one kind of error. */
+/** Requests to the server's API with the key. Every failure is an ApiError. */
 
-const ANSWER_WITHIN = 20_000; // ms
+const TIMEOUT = 20_000; // ms
 const KEY = "hunyuan.key";
 
-/** Why a request came to nothing. `code` is the server's error_code, "" where it gave none. */
+/** A request that failed. `code` is the server's error_code, "" without one. */
 export class ApiError extends Error {
   constructor(text, { code = "", status = 0, retryAfter = null } = {}) {
     super(text);
     this.code = code;
-    this.status = status; // 0: no answer came
+    this.status = status; // 0: no response
     this.retryAfter = retryAfter; // seconds
   }
 
-  /** Whether the same request may do later. */
-  get passes() {
+  /** Whether the same request may succeed later. */
+  get isTemporary() {
     return this.status === 0 || this.status === 408 || this.status === 429 || this.status >= 500;
   }
 
-  /** Whether it may have been done all the same: the server's own answer, which has a code, did not come through. */
+  /** Whether the server may have handled the request: its own response, which has a code, did not arrive. */
   get isLost() {
     return this.status === 0 || (this.status >= 500 && this.code === "");
   }
 }
 
-/** The API key that was given, or null. */
+/** The user's API key, or null. */
 export function currentKey() {
   return sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY);
 }
@@ -39,7 +39,7 @@ let ask = async () => false;
 let asking = null;
 let declined = false;
 
-/** `askForKey(wrong)` has the user give a key and says whether there is one; `wrong`: the last one was refused. */
+/** `askForKey(wrong)` asks the user for a key and resolves to whether there is one; `wrong`: the last one was invalid. */
 export function onKeyNeeded(askForKey) {
   ask = askForKey;
 }
@@ -54,8 +54,8 @@ function keyFromUser(wrong) {
 }
 
 /**
- * The response, if it is a good one; else throws ApiError. Where a key is needed the user is asked for it; a request
- * in the `background` does not ask again who has declined. Paths are relative to the page.
+ * The response, if its status is 2xx; otherwise throws ApiError. On a 401 it asks the user for a key and retries, except
+ * in the `background` after the user has declined. A `patient` request has no timeout. Paths are relative to the page.
  */
 export async function request(path, { method = "GET", body, headers = {}, background = false, patient = false } = {}) {
   for (;;) {
@@ -64,7 +64,7 @@ export async function request(path, { method = "GET", body, headers = {}, backgr
       method,
       body,
       headers: { ...headers, ...(key !== null && { Authorization: `Bearer ${key}` }) },
-      signal: patient ? null : AbortSignal.timeout(ANSWER_WITHIN),
+      signal: patient ? null : AbortSignal.timeout(TIMEOUT),
     }));
     if (response.ok) return response;
     const error = await errorOf(response);
@@ -73,24 +73,24 @@ export async function request(path, { method = "GET", body, headers = {}, backgr
   }
 }
 
-/** The decoded answer to such a request. */
+/** The decoded body of the response to such a request. */
 export async function json(path, options) {
   const response = await request(path, options);
   return unlessLost(response.json());
 }
 
-/** What it resolves to; ApiError where the connection fails it. */
+/** What `pending` resolves to; ApiError if the connection fails. */
 export async function unlessLost(pending) {
   try {
     return await pending;
   } catch {
-    throw new ApiError("The server can’t be reached"); // no network, no server, too slow, or broken off
+    throw new ApiError("The server can’t be reached"); // no network, no server, a timeout, or a connection that broke
   }
 }
 
 async function errorOf(response) {
-  const answer = await response.json().catch(() => ({})); // a proxy's own words, say
-  return new ApiError(answer.error ?? `The server answered ${response.status}`, {
+  const answer = await response.json().catch(() => ({})); // a proxy's error may not be JSON
+  return new ApiError(answer.error ?? `The server responded with ${response.status}`, {
     code: answer.error_code,
     status: response.status,
     retryAfter: Number.parseInt(response.headers.get("Retry-After"), 10) || null,

@@ -1,20 +1,12 @@
-/** The page: the form, the server's health in its header, the dialog for the key, and the cards below. */
+/** The page: the form, the server's health in its header, the dialog for the API key, and the list of videos. */
 
 import { ApiError, currentKey, json, keepKey, onKeyNeeded } from "./api.js";
 import { Card } from "./card.js";
+import { addFields, DEFAULT_MODEL, hasOptional, PROMPT, readFields } from "./fields.js";
 import { forget, keep, keptTasks, makeRoom, newTask, pause, pollDelay, submit, wake } from "./tasks.js";
 
-const MAX_FILE = 45 * 1024; // bytes; as base64 it leaves 4 KiB of the request's 64 for the rest
+const MAX_FILE = 45 * 1024; // bytes; 60 KiB in base64, which leaves 4 KiB of a request's 64 KiB for the other fields
 const HEALTH_INTERVAL = 5_000; // ms, at least
-const FIELD_OF = {
-  INVALID_PROMPT: "prompt",
-  INVALID_DURATION: "duration",
-  INVALID_RESOLUTION: "resolution",
-  INVALID_MODEL: "model",
-  REQUEST_TOO_LARGE: "image",
-};
-const PROMPT = { least: 10, most: 500 };
-const DEFAULT_MODEL = "HunyuanVideo-1.5";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
@@ -23,20 +15,20 @@ const cards = byId("cards");
 
 // The form
 
-/** What the form asks for, as the body of POST /generate. What can't be a number goes as it is: the server judges. */
+addFields(byId("main"), byId("optional"));
+byId("image").after(byId("image-file-row").content);
+byId("model").closest(".field").hidden = true; // until the server offers a choice
+
+/** The form as the body of POST /generate. */
 async function readForm() {
-  const given = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== ""));
-  const input = { ...given, prompt: form.elements.prompt.value.trim(), duration: Number(given.duration) };
-  for (const name of ["seed", "num_inference_steps", "guidance_scale"]) {
-    if (given[name]?.trim() && !Number.isNaN(Number(given[name]))) input[name] = Number(given[name]);
-  }
+  const input = { ...readFields(form), prompt: form.elements.prompt.value.trim() };
   const [file] = byId("image-file").files;
   if (file) input.image = await dataUrl(file);
   else if (chosenImage !== null) input.image = chosenImage;
   return input;
 }
 
-/** An image that came with settings that are used again. A browser lets no page fill in a file. */
+/** The image of a task whose settings are used again. A page cannot put a file into a file field. */
 let chosenImage = null;
 
 function dataUrl(file) {
@@ -58,8 +50,7 @@ function fillForm(input) {
   }
   if (image?.startsWith("data:")) chooseImage(image);
   else if (image) form.elements.image.value = image;
-  const more = ["negative_prompt", "seed", "num_inference_steps", "guidance_scale", "image"];
-  byId("more").open = more.some((name) => name in input);
+  byId("more").open = hasOptional(input);
   showErrors();
   showChoices();
   form.elements.prompt.focus();
@@ -67,9 +58,9 @@ function fillForm(input) {
 
 function showChoices() {
   const length = [...form.elements.prompt.value.trim()].length; // code points, as the server counts
-  byId("count").textContent = `${length} / ${PROMPT.most}`;
-  byId("count").dataset.off = length > 0 && (length < PROMPT.least || length > PROMPT.most);
-  byId("seconds").textContent = `${form.elements.duration.value} seconds`;
+  byId("count").textContent = `${length} / ${PROMPT.maxLength}`;
+  byId("count").dataset.off = length > 0 && (length < PROMPT.minLength || length > PROMPT.maxLength);
+  for (const output of form.querySelectorAll("output")) output.value = form.elements[output.htmlFor.value].value;
 }
 
 function showFile() {
@@ -101,9 +92,9 @@ function clearImage() {
   byId("image-clear").hidden = true;
 }
 
-/** Show the error where it belongs, or none any more. */
+/** Show the error at its field, or above the button; without an error, clear them all. */
 function showErrors(error = null, advice = "") {
-  const named = error?.code === "INVALID_REQUEST" ? error.message.match(/^(\w+)/)?.[1] : FIELD_OF[error?.code];
+  const named = fieldOf(error);
   let placed = false;
   for (const field of form.querySelectorAll("[data-field]")) {
     const here = field.dataset.field === named && !field.hidden;
@@ -116,6 +107,12 @@ function showErrors(error = null, advice = "") {
     control.focus();
   }
   byId("form-error").textContent = error && !placed ? [error.message, advice].filter(Boolean).join(". ") : "";
+}
+
+/** The field that an error is about: the server's messages begin with its name. */
+function fieldOf(error) {
+  if (error?.code === "REQUEST_TOO_LARGE") return "image";
+  return error?.code.startsWith("INVALID_") ? error.message.match(/^\w+/)?.[0] : null;
 }
 
 let busy = false;
@@ -137,7 +134,7 @@ async function make(event) {
   }
 }
 
-/** Kept before it is sent: a page that is closed meanwhile goes on with it. */
+/** The task is kept before it is sent: if the page is closed meanwhile, the next page sends it. */
 async function send(task) {
   makeRoom();
   keep(task);
@@ -148,18 +145,18 @@ async function send(task) {
     if (!error.isLost) {
       forget(task);
       throw error;
-    } // else its card sends it again under the same key
+    } // else the card sends it again with the same Idempotency-Key
   }
   addCard(task).scrollIntoView({ block: "nearest" }); // on a phone it is below the form
 }
 
 function setBusy(text) {
   busy = text !== null;
-  button.setAttribute("aria-disabled", String(busy)); // not `disabled`, which would lose the focus
+  button.setAttribute("aria-disabled", String(busy)); // `disabled` would lose the focus
   button.textContent = text ?? "Make video";
 }
 
-/** Offer the button again after so many seconds. */
+/** Enable the button again after so many seconds. */
 async function countDown(seconds) {
   for (let left = seconds; left > 0; left -= 1) {
     setBusy(`Again in ${left} s`);
@@ -202,7 +199,7 @@ async function watchHealth() {
       if (!(error instanceof ApiError)) throw error;
       failures += 1;
       showChip("health", error.message, "bad");
-      for (const chip of ["model", "gpu", "queue"]) byId(chip).hidden = true;
+      for (const chip of ["loaded-model", "gpu", "queue"]) byId(chip).hidden = true;
     }
     await pause(Math.max(pollDelay(failures), HEALTH_INTERVAL));
   }
@@ -210,7 +207,7 @@ async function watchHealth() {
 
 function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue }) {
   showChip("health", ...stateInWords(status, model_loaded, workers));
-  showChip("model", model && `Model: ${model}`);
+  showChip("loaded-model", model && `Model: ${model}`);
   showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
   const busy = queue.waiting + queue.running > 0;
   showChip("queue", busy ? `${queue.waiting} waiting, ${queue.running} running` : "Queue empty");
@@ -234,7 +231,7 @@ function showChip(id, text, tone = "") {
 }
 
 function offerModels(models) {
-  const choice = byId("model-choice");
+  const choice = byId("model");
   choice.closest(".field").hidden = models.length < 2;
   const profiles = models.filter((name) => name !== DEFAULT_MODEL);
   if (choice.dataset.offered === profiles.join()) return;
@@ -255,11 +252,11 @@ function profileInWords(model) {
 
 const dialog = byId("key-dialog");
 
-/** Ask the user; true once there is a key to try. */
+/** Ask the user for a key; true if there is a new one. */
 function askForKey(wrong) {
   return new Promise((resolve) => {
     byId("key-offer").hidden = false;
-    byId("key-error").textContent = wrong ? "The server does not take this key" : "";
+    byId("key-error").textContent = wrong ? "The server does not accept this key" : "";
     byId("key-forget").hidden = currentKey() === null;
     dialog.returnValue = "";
     dialog.addEventListener("close", () => {
@@ -273,8 +270,8 @@ function askForKey(wrong) {
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = byId("key").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(key)) { // what a header can carry
-    byId("key-error").textContent = "A key is letters, digits and signs, with no space";
+  if (!/^[\x21-\x7e]+$/.test(key)) { // what a header can contain
+    byId("key-error").textContent = "A key has only letters, digits and punctuation, and no spaces";
     return;
   }
   keepKey(key, byId("key-remember").checked);

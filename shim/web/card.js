@@ -1,4 +1,4 @@
-/** A task on the page: its progress while it runs, then its video or what went wrong. */
+/** A task on the page: its progress while it runs, then its video or its error. */
 
 import { ApiError, currentKey, json, request, unlessLost } from "./api.js";
 import { forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
@@ -16,7 +16,7 @@ const PARTS = [
   "cancel", "download", "copy", "reuse", "remove",
 ];
 
-/** A video is loaded when its player comes near the part of the page that is seen. */
+/** A video is loaded when its player comes near the visible part of the page. */
 const nearby = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
@@ -25,7 +25,7 @@ const nearby = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "300px" });
 
-/** Follows `task` from its making to its end. `onReuse(input)`: its settings are wanted again; `onRemove()`: it is gone. */
+/** Shows `task` until it is removed. `onReuse(input)`: the user wants its settings again; `onRemove()`: it was removed. */
 export class Card {
   #task;
   #parts;
@@ -55,7 +55,7 @@ export class Card {
     prompt.textContent = input.prompt;
     settings.textContent = settingsInWords(input);
     for (const named of [this.element.firstElementChild, video]) named.setAttribute("aria-labelledby", prompt.id);
-    [video.width, video.height] = input.aspect_ratio.split(":").map(Number); // its shape until it is loaded
+    [video.width, video.height] = input.aspect_ratio.split(":").map(Number); // the player's shape until the video is loaded
   }
 
   async #follow() {
@@ -68,7 +68,7 @@ export class Card {
         failures = 0;
       } catch (error) {
         if (!(error instanceof ApiError)) throw error;
-        if (!error.passes && error.status !== 401) {
+        if (!error.isTemporary && error.status !== 401) {
           this.#update({ status: "failed", error: error.message, error_code: error.code });
           break;
         }
@@ -122,7 +122,7 @@ export class Card {
 
   async #cancel() {
     const { cancel } = this.#parts;
-    if (this.#task.taskId === null) { // whether the server has it is unknown: it is asked no more
+    if (this.#task.taskId === null) { // nobody knows whether the server has it, so the page stops sending it
       this.#update({ status: "failed", error: "Given up before the server answered", error_code: "" });
       return;
     }
@@ -141,7 +141,7 @@ export class Card {
     return `videos/${encodeURIComponent(this.#task.taskId)}.mp4`;
   }
 
-  /** Straight from the server; where there is a key, which a player can't send, by way of a blob. */
+  /** Straight from the server. With a key, which a player can't send, the page fetches the video into a blob. */
   async #loadVideo() {
     const { download, video } = this.#parts;
     let source = this.#videoPath;
@@ -164,7 +164,7 @@ export class Card {
     return this.#blobUrl;
   }
 
-  /** The player does not say why it failed: the server does. */
+  /** The player does not say why it failed, so ask the server. */
   async #explainVideo() {
     const key = currentKey();
     try {
@@ -174,20 +174,20 @@ export class Card {
       return;
     }
     if (currentKey() !== key) await this.#loadVideo();
-    else this.#say("This browser can’t play the video. It can be downloaded.");
+    else this.#say("This browser can’t play the video. You can download it.");
   }
 
   async #videoFailed(error) {
     if (!(error instanceof ApiError)) throw error;
     this.#say(error.message);
-    if (!error.passes && error.status !== 401) return;
+    if (!error.isTemporary && error.status !== 401) return;
     await pause(pollDelay(3, error.retryAfter ?? 0));
     if (!this.#removed) nearby.observe(this.#parts.video);
   }
 
   async #copyLink() {
     const { copy } = this.#parts;
-    copy.textContent = await copied(this.#task.status.video_url) ? "Copied" : "The browser forbids it";
+    copy.textContent = await copied(this.#task.status.video_url) ? "Copied" : "Copying is not allowed";
     await pause(2_000);
     copy.textContent = "Copy link";
   }
@@ -200,7 +200,7 @@ export class Card {
   }
 }
 
-/** Change only what differs: a live region announces each change. */
+/** Change the text only if it differs: a live region announces each change. */
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -216,14 +216,10 @@ function timeInWords(elapsed, estimate) {
 }
 
 function settingsInWords(input) {
-  const extras = [
-    input.model,
-    input.seed !== undefined && `seed ${input.seed}`,
-    input.num_inference_steps !== undefined && `${input.num_inference_steps} steps`,
-    input.guidance_scale !== undefined && `guidance ${input.guidance_scale}`,
-    input.image && "from an image",
-  ];
-  return [`${input.duration} s`, input.resolution, input.aspect_ratio, ...extras.filter(Boolean)].join(" · ");
+  const { duration, resolution, aspect_ratio, model, image, ...others } = input;
+  const numbers = Object.entries(others).filter(([, value]) => typeof value === "number");
+  const extras = [model, ...numbers.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`), image && "from an image"];
+  return [`${duration} s`, resolution, aspect_ratio, ...extras.filter(Boolean)].join(" · ");
 }
 
 function clock(seconds) {
@@ -234,13 +230,13 @@ function megabytes(bytes) {
   return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
-/** Put the text on the clipboard; whether that went. navigator.clipboard is there over https and on localhost only. */
+/** Copy the text; true if that worked. Browsers have navigator.clipboard over https and on localhost only. */
 async function copied(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
   const area = document.body.appendChild(document.createElement("textarea"));
   area.value = text;
   area.select();
-  const went = document.execCommand("copy");
+  const worked = document.execCommand("copy");
   area.remove();
-  return went;
+  return worked;
 }

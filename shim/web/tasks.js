@@ -1,4 +1,4 @@
-/** Tasks: kept in the browser, sent under a key of their own, asked about at a decent pace. */
+/** Tasks: the browser keeps them, sends each with an Idempotency-Key, and polls their status. */
 
 import { json } from "./api.js";
 
@@ -6,19 +6,19 @@ const PREFIX = "hunyuan.task.";
 const KEPT = 30;
 const POLL = { shown: 1_000, hidden: 10_000, failing: 30_000 }; // ms
 
-/** A new task for that body of POST /generate. Its id is the Idempotency-Key, too: sent twice it is still one task. */
+/** A new task for a body of POST /generate. Its id is the Idempotency-Key, so that a task sent twice is one task. */
 export function newTask(input) {
   return { id: uniqueId(), created: Date.now(), input, taskId: null, estimate: null, status: null };
 }
 
-/** crypto.randomUUID is there over https and on localhost only. */
+/** Browsers have crypto.randomUUID over https and on localhost only. */
 function uniqueId() {
   if (crypto.randomUUID) return crypto.randomUUID();
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** Whether nothing more will come of it. `status` is the last answer of GET /status. */
+/** Whether the task has completed or failed. `status` is the last response of GET /status. */
 export function hasEnded(task) {
   return task.status !== null && task.status.status !== "processing";
 }
@@ -31,26 +31,25 @@ export function keptTasks() {
     .sort((one, other) => other.created - one.created);
 }
 
-/** Keep the task as it is now over reloads, each under a name of its own: other tabs keep theirs. */
+/** Keep the task over reloads. Each task has its own entry, so that two tabs do not overwrite each other's. */
 export function keep(task) {
   try {
     localStorage.setItem(PREFIX + task.id, JSON.stringify(task));
   } catch (error) {
-    console.warn("This browser has no room to keep the task over a reload:", error);
+    console.warn("The browser's storage is full, the task will be lost on a reload:", error);
   }
 }
 
-/** Keep it no more. */
 export function forget(task) {
   localStorage.removeItem(PREFIX + task.id);
 }
 
-/** Forget the oldest that have ended, so that one more can be kept. */
+/** Forget the oldest ended tasks, so that one more fits. */
 export function makeRoom() {
   keptTasks().slice(KEPT - 1).filter(hasEnded).forEach(forget);
 }
 
-/** Have the server accept the task. Throws ApiError; where no answer came, it may have been accepted all the same. */
+/** Send the task to the server. Throws ApiError; if its `isLost`, the server may have accepted the task. */
 export async function submit(task, options) {
   const accepted = await json("generate", {
     ...options,
@@ -62,7 +61,7 @@ export async function submit(task, options) {
   task.estimate = accepted.estimated_time;
 }
 
-/** End every `pause`: there is reason to ask the server now. */
+/** End every `pause`, so that every task polls the server now. */
 export function wake() {
   dispatchEvent(new Event("wake"));
 }
@@ -70,7 +69,7 @@ export function wake() {
 document.addEventListener("visibilitychange", () => { if (!document.hidden) wake(); });
 addEventListener("online", wake);
 
-/** Wait so many ms, or until `wake`. */
+/** Wait `ms`, or until `wake`. */
 export function pause(ms) {
   return new Promise((resolve) => {
     const done = () => {
@@ -83,7 +82,7 @@ export function pause(ms) {
   });
 }
 
-/** ms until the next question, after so many failures in a row; the last of them may have said `retryAfter`, seconds. */
+/** ms until the next poll, after so many failures in a row. `retryAfter` is the last one's, in seconds. */
 export function pollDelay(failures = 0, retryAfter = 0) {
   const usual = document.hidden ? POLL.hidden : POLL.shown;
   return failures === 0 ? usual : Math.max(Math.min(usual * 2 ** failures, POLL.failing), retryAfter * 1000);

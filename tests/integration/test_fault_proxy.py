@@ -66,7 +66,7 @@ def get(proxy: FaultProxy, timeout: float = 10.0) -> bytes:
     return httpx.get(proxy.url, timeout=timeout).content
 
 
-def test_unbroken_it_passes_everything_both_ways(proxy: FaultProxy) -> None:
+def test_without_faults_the_proxy_forwards_both_ways(proxy: FaultProxy) -> None:
     assert get(proxy) == BODY
     with httpx.Client(base_url=proxy.url) as client:
         for _ in range(3):
@@ -74,7 +74,7 @@ def test_unbroken_it_passes_everything_both_ways(proxy: FaultProxy) -> None:
     assert not proxy.hits
 
 
-def test_refused_is_refused_for_open_connections_too_and_ends(proxy: FaultProxy) -> None:
+def test_refuse_closes_open_connections_and_rejects_new_ones(proxy: FaultProxy) -> None:
     with httpx.Client(base_url=proxy.url) as client:
         client.get("/")
         with proxy.broken(refuse=True):
@@ -85,7 +85,7 @@ def test_refused_is_refused_for_open_connections_too_and_ends(proxy: FaultProxy)
         assert client.get("/").content == BODY
 
 
-def test_accepted_and_reset(proxy: FaultProxy) -> None:
+def test_reset_on_accept_resets_each_connection(proxy: FaultProxy) -> None:
     with (
         proxy.broken(reset_on_accept=True),
         pytest.raises(ConnectionResetError),
@@ -110,7 +110,7 @@ def received(proxy: FaultProxy) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 100_000])
-def test_truncated_is_closed_cleanly_after_so_many_bytes(proxy: FaultProxy, limit: int) -> None:
+def test_truncate_after_closes_the_connection_after_so_many_bytes(proxy: FaultProxy, limit: int) -> None:
     with proxy.broken(truncate_after=limit):
         assert received(proxy) == (limit, False)
     assert received(proxy)[0] > len(BODY)
@@ -155,7 +155,7 @@ def test_latency_and_bandwidth_take_their_time(proxy: FaultProxy) -> None:
         assert time.monotonic() - started >= 0.5
 
 
-def test_chance_is_the_same_again_with_the_same_seed(server: tuple[str, int]) -> None:
+def test_random_faults_repeat_with_the_same_seed(server: tuple[str, int]) -> None:
     def sizes(seed: int) -> list[tuple[int, bool]]:
         with FaultProxy(server) as proxy:
             proxy.break_at_random(random.Random(seed), 0.5, [Faults(truncate_after=len(BODY))])

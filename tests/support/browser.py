@@ -14,9 +14,9 @@ from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locato
 CHROMIUM = shutil.which("chromium")
 HOW_TO_GET_IT = "needs a browser: apt-get install --no-install-recommends chromium"
 PROMPT = "A paper boat on a rainy street at night"
-#: A name of this machine that is no `localhost` to the browser: over http its origin is not a secure context.
+#: A name of this machine other than `localhost`: over http its origin is not a secure context.
 PLAIN_HOST = "films.test"
-#: ms that a page gets to show what it must.
+#: ms until the page must show what a test expects.
 PATIENCE = 15_000
 
 expect.set_options(timeout=PATIENCE)
@@ -24,10 +24,10 @@ expect.set_options(timeout=PATIENCE)
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """The browser, with no window."""
+    """A headless browser."""
     arguments = [f"--host-resolver-rules=MAP {PLAIN_HOST} 127.0.0.1"]
     if os.geteuid() == 0:
-        arguments.append("--no-sandbox")  # Chromium has none for root
+        arguments.append("--no-sandbox")  # Chromium cannot sandbox root
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         try:
@@ -38,11 +38,11 @@ async def chromium() -> AsyncIterator[Browser]:
 
 @dataclass
 class Visit:
-    """A browser with one page open, which may say nothing on its console but what the test expects."""
+    """A browser with one open page. Only what the test expects may be on its console."""
 
     context: BrowserContext
     page: Page
-    #: What the browser itself says of answers that are errors.
+    #: Parts of the browser's own messages about error responses.
     expected: list[str] = field(default_factory=list)
     console: list[str] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class Visit:
 
     @property
     def card(self) -> Locator:
-        """The newest."""
+        """The newest card."""
         return self.page.locator(".card").first
 
     async def click(self, name: str) -> None:
@@ -72,7 +72,7 @@ class Visit:
 
 @asynccontextmanager
 async def visiting(browser: Browser, address: str, **options: Any) -> AsyncIterator[Visit]:
-    """Fails at the end for errors and warnings on the console; breaches of the content policy are among them."""
+    """Fails at the end if the console has errors or warnings, including violations of the content policy."""
     context = await browser.new_context(**options)
     context.set_default_timeout(PATIENCE)
     visit = Visit(context, await context.new_page())

@@ -28,7 +28,7 @@ _RESET: Final = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Faults:
-    """What is broken; nothing by default. "Up" is from the client to the server.
+    """The faults; none by default. "Up" is from the client to the server.
 
     A change holds for open connections, too: but for `reset_on_accept`, and limits count from a connection's start.
     """
@@ -50,7 +50,7 @@ class Faults:
     bandwidth: float | None = None
 
     def drawn(self, chance: random.Random) -> Faults:
-        """The same with limits between 0 and what they are here."""
+        """The same faults with random limits, at most these."""
         return replace(
             self,
             reset_up_after=_at_most(self.reset_up_after, chance),
@@ -86,7 +86,7 @@ class _Answer:
 
 
 class _EndedError(Exception):
-    """The connection is to end now."""
+    """The connection must end now."""
 
     def __init__(self, *, reset: bool) -> None:
         self.reset = reset
@@ -94,7 +94,7 @@ class _EndedError(Exception):
 
 @dataclass(eq=False)
 class _Connection:
-    """A client's connection, ours to the server for it, and the faults that chance gave to it alone."""
+    """A client's connection, the proxy's connection to the server, and this connection's random faults."""
 
     from_client: asyncio.StreamReader
     to_client: asyncio.StreamWriter
@@ -147,7 +147,7 @@ class FaultProxy:
 
     @property
     def faults(self) -> Faults:
-        """What is broken now. What is assigned holds when the assignment returns."""
+        """The current faults. An assignment takes effect before it returns."""
         return self._faults
 
     @faults.setter
@@ -177,7 +177,7 @@ class FaultProxy:
         self._draw = lambda: chance.choice(kinds).drawn(chance) if chance.random() < share else None
 
     def heal(self) -> None:
-        """Let nothing be broken any more."""
+        """End every fault."""
         self._answers.clear()
         self._draw = lambda: None
         self.faults = Faults()
@@ -238,7 +238,7 @@ class FaultProxy:
         except* _EndedError as ended:
             reset = any(isinstance(exc, _EndedError) and exc.reset for exc in ended.exceptions)
         except* OSError:
-            reset = True  # one side broke: the other sees it break
+            reset = True  # one side failed, so the other is reset
         finally:
             self._connections.discard(connection)
             connection.end(reset=reset)
@@ -247,7 +247,7 @@ class FaultProxy:
         while piece := await connection.from_client.read(_PIECE):
             await self._pass_up(connection, piece)
         with contextlib.suppress(OSError):
-            connection.to_server.write_eof()  # half closed: the answer may still come
+            connection.to_server.write_eof()  # half closed: the response may still arrive
 
     async def _down(self, connection: _Connection) -> None:
         while piece := await connection.from_server.read(_PIECE):
@@ -331,14 +331,14 @@ def _end(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     if not reset:
         writer.close()
         return
-    with contextlib.suppress(OSError):  # it is gone already
+    with contextlib.suppress(OSError):  # the connection has ended
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     writer.transport.abort()
 
 
 def _bound(port: int) -> socket.socket:
     made = socket.socket()
-    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # bound again before it is let go
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # the port is bound again before it is released
         made.setsockopt(socket.SOL_SOCKET, option, 1)
     made.bind(("127.0.0.1", port))
     return made

@@ -1,4 +1,4 @@
-"""`make picture`: docs/page.png, the page of a whole server with the demo model, one video made and one on its way."""
+"""`make picture`: docs/page.png, the page of a server with the demo model, one video completed and one running."""
 
 from __future__ import annotations
 

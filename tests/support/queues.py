@@ -17,13 +17,14 @@ from sqlalchemy import text
 from contract.job import JobInput, Resolution, num_frames
 from contract.result import JobResult
 from contract.worker import WorkerReport, WorkerState
-from shim.api.runpod_worker import Platform
+from shim.api.platform import Platform
 from shim.app import create_app
 from shim.metrics import Metrics
 from shim.queue.base import Discard, FindResult, JobQueue
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.runpod import RunPodQueue
+from shim.queue.schema import jobs, outcomes, render_times, workers
 from shim.queue.sql import SqlQueue
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
@@ -145,6 +146,14 @@ async def runpod_bench(url: str) -> AsyncIterator[Bench]:
             yield bench
         finally:
             await queue.close()
+
+
+async def empty(database: Database) -> None:
+    """Delete every job and worker, and what was measured of them: several tests share one server."""
+    async with database.write() as connection:
+        for table in (jobs, workers, render_times):
+            await connection.execute(table.delete())
+        await connection.execute(outcomes.update().values(total=0))
 
 
 async def add_history(database: Database, count: int) -> None:

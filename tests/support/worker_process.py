@@ -12,8 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from shim.api.runpod_worker import ENDPOINT_ID
-from shim.host.worker_environment import worker_environment
+from shim.host.worker_environment import ENDPOINT_ID, worker_environment
 from storage.settings import BucketSettings
 
 

@@ -13,20 +13,41 @@ import pytest
 
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
-from tests.support.queues import JOB, TOKEN, Bench, platform_bench, result
+from tests.support.postgres import Postgres
+from tests.support.queues import JOB, TOKEN, Bench, empty, platform_bench, result
 
 INPUT = JOB.wire()
 
 
-@pytest.fixture
-async def bench(database_url: str) -> AsyncIterator[Bench]:
-    async with platform_bench(database_url) as made:
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, and with it one server for each kind of database."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path_factory.mktemp('queue')}/queue.sqlite3"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_database()
+
+
+@pytest.fixture(scope="module")
+async def shared(shared_database_url: str) -> AsyncIterator[Bench]:
+    async with platform_bench(shared_database_url) as made:
         yield made
 
 
 @pytest.fixture
+async def bench(shared: Bench) -> Bench:
+    await empty(shared.database)
+    return shared
+
+
+@pytest.fixture
 async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """The client's side, with the headers of `runpod.Endpoint`."""
+    """The client's side, with headers as `runpod.Endpoint` sends them."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=10) as client:
         yield client
@@ -34,7 +55,7 @@ async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def worker(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """The worker's side, with the headers of the SDK: the key without Bearer."""
+    """The worker's side, with headers as the SDK sends them: the key without Bearer."""
     headers = {"Authorization": TOKEN}
     async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=10) as client:
         yield client
@@ -50,7 +71,7 @@ async def run(http: httpx.AsyncClient, **extras: Any) -> str:
 
 
 async def done(worker: httpx.AsyncClient, task_id: str, body: Any, worker_id: str = "w1") -> httpx.Response:
-    """The SDK's request: JSON with a form's Content-Type."""
+    """As the SDK sends it: JSON with the Content-Type of a form."""
     headers = {"Content-Type": "application/x-www-form-urlencoded", "X-Request-ID": task_id}
     path = f"/job-done/{worker_id}/{task_id}?source=hunyuan&isStream=false"
     return await worker.post(path, content=json.dumps(body), headers=headers)
@@ -88,9 +109,7 @@ async def test_a_job_goes_from_run_to_completed(http: httpx.AsyncClient, worker:
     assert ended["executionTime"] >= 0
 
 
-async def test_failures_are_strings_and_tracebacks_are_not_shown(
-    http: httpx.AsyncClient, worker: httpx.AsyncClient
-) -> None:
+async def test_failures_are_strings_without_tracebacks(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
     ours = json.dumps({"error": "Out of memory", "error_code": "OOM_ERROR"})
     for error, code in ((ours, "OOM_ERROR"), ("Traceback (most recent call last)", "GENERATION_FAILED")):
         task_id = await run(http)
@@ -102,7 +121,7 @@ async def test_failures_are_strings_and_tracebacks_are_not_shown(
         assert "Traceback" not in ended["error"]
 
 
-async def test_an_empty_queue_holds_back_its_response_to_the_worker(
+async def test_an_empty_queue_answers_a_worker_late(
     worker: httpx.AsyncClient,
 ) -> None:
     for path in ("/job-take/w1?a=b", "/job-take-batch/w1?a=b&batch_size=4", "/job-stop/w1?a=b"):
@@ -111,7 +130,7 @@ async def test_an_empty_queue_holds_back_its_response_to_the_worker(
         assert time.monotonic() - started >= 0.25, path
 
 
-async def test_a_worker_that_waits_gets_a_new_job_at_once(database_url: str) -> None:
+async def test_a_long_poll_returns_a_new_job_at_once(database_url: str) -> None:
     async with platform_bench(database_url, hold=20) as bench:
         headers = {"Authorization": TOKEN}
         async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local", headers=headers, timeout=30) as client:
@@ -124,15 +143,13 @@ async def test_a_worker_that_waits_gets_a_new_job_at_once(database_url: str) -> 
             assert time.monotonic() - started < 1
 
 
-async def test_the_batch_form_gives_one_job_in_a_list(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
+async def test_job_take_batch_returns_one_job_in_a_list(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
     first, _ = await run(http), await run(http)
     batch = (await worker.get("/job-take-batch/w1?a=b&batch_size=4")).json()
     assert [job["id"] for job in batch] == [first]
 
 
-async def test_a_worker_receives_the_cancellation_of_its_job(
-    http: httpx.AsyncClient, worker: httpx.AsyncClient
-) -> None:
+async def test_job_stop_names_a_cancelled_job(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
     task_id = await run(http)
     await worker.get("/job-take/w1?a=b")
     assert (await http.post(f"/cancel/{task_id}")).json() == {"id": task_id, "status": "CANCELLED"}
@@ -140,7 +157,7 @@ async def test_a_worker_receives_the_cancellation_of_its_job(
     assert (await status(http, task_id))["status"] == "CANCELLED"
 
 
-async def test_a_failed_job_is_retried_with_every_field_of_its_request(
+async def test_a_failed_job_is_retried_with_its_other_fields(
     http: httpx.AsyncClient, worker: httpx.AsyncClient
 ) -> None:
     task_id = await run(http, s3Config={"bucketName": "mine"})
@@ -151,9 +168,7 @@ async def test_a_failed_job_is_retried_with_every_field_of_its_request(
     assert (await worker.get("/job-take/w1?a=b")).json()["s3Config"] == {"bucketName": "mine"}
 
 
-async def test_a_purge_cancels_waiting_jobs_and_no_running_one(
-    http: httpx.AsyncClient, worker: httpx.AsyncClient
-) -> None:
+async def test_purging_the_queue_leaves_running_jobs(http: httpx.AsyncClient, worker: httpx.AsyncClient) -> None:
     running, waiting = await run(http), await run(http)
     await worker.get("/job-take/w1?a=b")
     assert (await http.post("/purge-queue")).json() == {"removed": 1, "status": "completed"}
@@ -183,7 +198,7 @@ async def test_runsync_answers_when_the_job_ends(http: httpx.AsyncClient, worker
     assert (answer["id"], answer["status"], answer["output"]) == (task_id, "COMPLETED", {"any": "thing"})
 
 
-async def test_a_full_queue_is_503_with_a_retry_after(http: httpx.AsyncClient) -> None:
+async def test_a_full_queue_is_503_with_retry_after(http: httpx.AsyncClient) -> None:
     for _ in range(3):
         await run(http)
     response = await http.post("/run", json={"input": INPUT})
@@ -200,14 +215,14 @@ async def test_worker_reports_reach_health(bench: Bench, worker: httpx.AsyncClie
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"input": 3}', b'{"inputs": {}}', b"[" * 100_000])
-async def test_an_invalid_run_request_is_rejected(http: httpx.AsyncClient, body: bytes) -> None:
+async def test_an_invalid_run_is_400(http: httpx.AsyncClient, body: bytes) -> None:
     response = await http.post("/run", content=body)
     assert response.status_code == 400
     assert response.json()["error_code"] == "INVALID_REQUEST"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"3", b"null"])
-async def test_an_invalid_result_leaves_the_job_running(
+async def test_an_invalid_result_is_400_and_the_job_goes_on(
     http: httpx.AsyncClient, worker: httpx.AsyncClient, body: bytes
 ) -> None:
     task_id = await run(http)
@@ -250,7 +265,7 @@ async def test_unknown_jobs_are_404(http: httpx.AsyncClient) -> None:
         ("GET", "/health"),
     ],
 )
-async def test_every_route_needs_the_key(bench: Bench, method: str, path: str) -> None:
+async def test_every_route_needs_the_platforms_token(bench: Bench, method: str, path: str) -> None:
     async with httpx.AsyncClient(base_url=f"{bench.address}/v2/local") as stranger:
         for key in (None, "wrong", "Bearer", "Bearer wrong", f"Basic {TOKEN}", TOKEN[:-1], "Bearer é"):
             headers = {b"Authorization": key.encode()} if key else {}
@@ -259,7 +274,7 @@ async def test_every_route_needs_the_key(bench: Bench, method: str, path: str) -
             assert response.json()["error_code"] == "UNAUTHORIZED"
 
 
-async def test_a_ping_extends_the_lease_of_the_job_that_it_names(
+async def test_a_ping_extends_the_lease_of_its_jobs(
     bench: Bench, http: httpx.AsyncClient, worker: httpx.AsyncClient
 ) -> None:
     task_id = await run(http)

@@ -15,7 +15,7 @@ import pytest
 
 from contract.worker import WorkerState
 from shim.access import Access, parse_api_keys
-from shim.api.runpod_worker import Platform
+from shim.api.platform import Platform
 from shim.app import create_app
 from shim.errors import ServerErrorCode
 from shim.queue.sql import SqlQueue
@@ -35,7 +35,7 @@ BEARER = {"Authorization": f"Bearer {ALICE}"}
 async def running(
     directory: Path, access: Access, bucket: Bucket | None = None, **worker: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """The whole app with a worker, ready unless told otherwise, the platform's routes included."""
+    """The app with the platform's routes and a worker, which is ready by default."""
     async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=50) as bench:
         await bench.worker(**worker)
         assert isinstance(bench.queue, SqlQueue)
@@ -44,7 +44,7 @@ async def running(
 
         @app.get("/added-later")
         def added_later() -> str:
-            return "for those with a key"
+            return "for clients with a key"
 
         @app.get("/broken")
         def broken() -> None:
@@ -55,15 +55,21 @@ async def running(
             platform.stop()
 
 
-@pytest.fixture
-async def locked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with running(tmp_path, Access(KEYS)) as http:
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, and with it one server with keys and one without."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def locked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(tmp_path_factory.mktemp("locked"), Access(KEYS)) as http:
         yield http
 
 
-@pytest.fixture
-async def unlocked(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with running(tmp_path, Access()) as http:
+@pytest.fixture(scope="module")
+async def unlocked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(tmp_path_factory.mktemp("unlocked"), Access()) as http:
         yield http
 
 
@@ -77,7 +83,7 @@ def assert_refused(response: httpx.Response) -> None:
 
 
 @pytest.mark.parametrize("headers", [BEARER, {"authorization": f"bEARER {BOB}"}, {"X-API-Key": BOB}])
-async def test_any_of_the_keys_opens_the_server_either_way(locked: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_every_key_is_accepted_in_either_header(locked: httpx.AsyncClient, headers: dict[str, str]) -> None:
     response = await locked.post("/generate", json=JOB.wire(), headers=headers)
     assert response.status_code == 202
     status = await locked.get(f"/status/{response.json()['task_id']}", headers=headers)
@@ -101,7 +107,7 @@ async def test_any_of_the_keys_opens_the_server_either_way(locked: httpx.AsyncCl
         {"Cookie": f"key={ALICE}"},
     ],
 )
-async def test_what_is_no_key_opens_nothing(locked: httpx.AsyncClient, headers: dict[str, str]) -> None:
+async def test_an_invalid_key_is_rejected(locked: httpx.AsyncClient, headers: dict[str, str]) -> None:
     response = await locked.post("/generate", json=JOB.wire(), headers=headers)
     assert_refused(response)
     assert ALICE not in response.text
@@ -130,9 +136,7 @@ async def test_what_is_no_key_opens_nothing(locked: httpx.AsyncClient, headers: 
         ("GET", "/added-later?api_key=" + ALICE),
     ],
 )
-async def test_without_a_key_every_path_is_closed_those_to_come_too(
-    locked: httpx.AsyncClient, method: str, path: str
-) -> None:
+async def test_every_path_needs_a_key_even_an_unknown_one(locked: httpx.AsyncClient, method: str, path: str) -> None:
     url = httpx.URL(str(locked.base_url).rstrip("/") + path)
     response = await locked.request(method, url)
     if method == "HEAD":
@@ -141,7 +145,7 @@ async def test_without_a_key_every_path_is_closed_those_to_come_too(
         assert_refused(response)
 
 
-async def test_an_idempotency_key_is_one_clients_own(locked: httpx.AsyncClient) -> None:
+async def test_two_clients_may_use_the_same_idempotency_key(locked: httpx.AsyncClient) -> None:
     task_ids = []
     for key in (ALICE, ALICE, BOB):
         headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "order 1"}
@@ -149,8 +153,8 @@ async def test_an_idempotency_key_is_one_clients_own(locked: httpx.AsyncClient) 
     assert task_ids[0] == task_ids[1] != task_ids[2]
 
 
-async def test_a_route_added_later_opens_with_a_key(locked: httpx.AsyncClient) -> None:
-    assert (await locked.get("/added-later", headers=BEARER)).text == '"for those with a key"'
+async def test_a_route_that_is_added_later_needs_a_key(locked: httpx.AsyncClient) -> None:
+    assert (await locked.get("/added-later", headers=BEARER)).text == '"for clients with a key"'
     assert (await locked.get("/no-such-path", headers=BEARER)).status_code == 404
 
 
@@ -161,7 +165,7 @@ async def test_health_readiness_and_documentation_need_no_key(locked: httpx.Asyn
     assert (await locked.get("/openapi.json")).status_code == 200
 
 
-async def test_why_the_model_is_not_loaded_is_told_to_those_with_a_key(tmp_path: Path) -> None:
+async def test_only_clients_with_a_key_see_why_the_model_is_not_loaded(tmp_path: Path) -> None:
     async with running(tmp_path, Access(KEYS), state=WorkerState.FAILED, error="no /srv/weights") as http:
         answers = [await http.get("/ready", headers=headers) for headers in ({}, {"X-API-Key": "wrong"}, BEARER)]
         assert [answer.json()["error_code"] for answer in answers] == [ServerErrorCode.MODEL_NOT_LOADED] * 3
@@ -169,7 +173,7 @@ async def test_why_the_model_is_not_loaded_is_told_to_those_with_a_key(tmp_path:
         assert "/srv" not in (await http.get("/health")).text
 
 
-async def test_the_platforms_routes_ask_for_their_own_token(locked: httpx.AsyncClient) -> None:
+async def test_the_platforms_routes_need_the_platforms_token(locked: httpx.AsyncClient) -> None:
     for path in ("/v2/local/health", "/v2/local/job-take/w2", "/v2/local/status/any"):
         for headers in ({}, BEARER, {"X-API-Key": ALICE}, {"Authorization": ""}):
             response = await locked.get(path, headers=headers)
@@ -179,7 +183,7 @@ async def test_the_platforms_routes_ask_for_their_own_token(locked: httpx.AsyncC
     assert (await locked.get("/v2/other/health", headers={"Authorization": TOKEN})).status_code == 404
 
 
-async def test_the_openapi_document_tells_what_needs_a_key(
+async def test_the_openapi_document_says_which_paths_need_a_key(
     locked: httpx.AsyncClient, unlocked: httpx.AsyncClient
 ) -> None:
     document = (await locked.get("/openapi.json")).json()
@@ -230,7 +234,7 @@ async def test_more_videos_than_the_limit_are_429_and_each_key_has_its_own(tmp_p
             assert_refused(await http.post("/generate", json=JOB.wire()))
 
 
-async def test_where_no_keys_are_set_the_limit_is_the_addresss(tmp_path: Path) -> None:
+async def test_without_keys_the_rate_limit_is_per_address(tmp_path: Path) -> None:
     async with running(tmp_path, Access(rate_limit=1)) as http:
         assert (await http.post("/generate", json=JOB.wire())).status_code == 202
         assert (await http.post("/generate", json=JOB.wire(), headers=BEARER)).status_code == 429
@@ -249,9 +253,7 @@ async def test_an_invalid_request_counts_too(tmp_path: Path) -> None:
 # Browsers
 
 
-async def test_other_origins_pages_are_let_in_only_where_the_setting_names_them(
-    tmp_path: Path, unlocked: httpx.AsyncClient
-) -> None:
+async def test_only_the_origins_of_the_setting_are_allowed(tmp_path: Path, unlocked: httpx.AsyncClient) -> None:
     preflight = {
         "Origin": "https://films.example",
         "Access-Control-Request-Method": "POST",
@@ -292,7 +294,7 @@ async def test_every_answer_has_the_safe_headers(unlocked: httpx.AsyncClient, pa
     assert "secret detail" not in response.text
 
 
-async def test_the_page_of_documentation_loads_from_nowhere_that_its_policy_forbids(
+async def test_the_documentation_page_loads_only_from_hosts_that_its_policy_allows(
     unlocked: httpx.AsyncClient,
 ) -> None:
     response = await unlocked.get("/docs")
@@ -302,5 +304,5 @@ async def test_the_page_of_documentation_loads_from_nowhere_that_its_policy_forb
         assert host in policy, source
 
 
-async def test_the_platforms_openapi_stays_hidden(unlocked: httpx.AsyncClient) -> None:
+async def test_the_platforms_routes_are_not_in_the_openapi_document(unlocked: httpx.AsyncClient) -> None:
     assert not [path for path in json.loads((await unlocked.get("/openapi.json")).text)["paths"] if "/v2" in path]

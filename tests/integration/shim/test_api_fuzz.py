@@ -1,4 +1,4 @@
-"""What the server's own OpenAPI document promises, held by schemathesis: every phase of it, on a real port."""
+"""Schemathesis checks the server against its own OpenAPI document, on a real port."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SECONDS = 12
 KEY = "key-of-the-fuzzer-0123456789"
 VIDEO = bytes(range(256)) * 40
 
-#: 503 is documented: the queue fills. What JSON Schema can't say is refused with 400: 5.0 is an integer to it, and
-#: ten spaces are ten characters. Schemathesis' other checks stand as they are.
+#: 503 is documented, because the queue fills up. 400 rejects what JSON Schema allows: 5.0 is an integer to it, and ten
+#: spaces are ten characters. Schemathesis' other checks are unchanged.
 CONFIG = """
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503]
@@ -44,7 +44,7 @@ def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket
 
 
 async def work(bench: Bench, bucket: Bucket) -> None:
-    """A worker that ends every other task with a video, and fails the rest."""
+    """A worker that completes every second task with a video, on average, and fails the others."""
     while True:
         delivery = await bench.dispatcher.take("w1")
         if delivery is None:

@@ -25,7 +25,7 @@ from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
-from tests.support.queues import JOB, NOWHERE, Bench, result, sql_bench
+from tests.support.queues import JOB, NOWHERE, Bench, empty, result, sql_bench
 from tests.support.s3_servers import juicefs
 
 REQUEST = JOB.wire()
@@ -78,11 +78,24 @@ class Server:
         return task_id
 
 
-@pytest.fixture
-async def server(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
-    async with running(tmp_path, Bucket(bucket_settings)) as made:
-        await made.bench.worker()
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, and with it one server."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
+    async with running(tmp_path_factory.mktemp("queue"), Bucket(bucket_settings)) as made:
         yield made
+
+
+@pytest.fixture
+async def server(shared: Server) -> Server:
+    """The module's server with an empty queue and a ready worker."""
+    await empty(shared.bench.database)
+    await shared.bench.worker()
+    return shared
 
 
 @asynccontextmanager
@@ -101,7 +114,7 @@ def assert_error(response: httpx.Response, status: int, code: AnyErrorCode, *wor
         assert word in response.json()["error"]
 
 
-# 202 and what it holds
+# 202 and its body
 
 
 async def test_a_task_is_accepted_with_an_estimate(server: Server) -> None:
@@ -110,7 +123,7 @@ async def test_a_task_is_accepted_with_an_estimate(server: Server) -> None:
     body = response.json()
     assert set(body) == {"task_id", "status", "estimated_time"}
     assert body["status"] == "processing"
-    assert 60 <= body["estimated_time"] <= 90, "the reference's figure for 1080p and 10 s"
+    assert 60 <= body["estimated_time"] <= 90, "the reference's value for 1080p and 10 s"
     second = (await server.generate(duration=10, resolution="1080p")).json()
     assert second["estimated_time"] > body["estimated_time"], "it waits behind the first"
 
@@ -146,7 +159,7 @@ async def test_a_request_that_is_sent_again_with_its_key_makes_one_task(server: 
     assert other.json()["task_id"] != responses[0].json()["task_id"]
 
 
-async def test_a_key_is_good_for_one_request(server: Server) -> None:
+async def test_an_idempotency_key_that_is_reused_for_another_request_is_409(server: Server) -> None:
     await server.generate(headers={"Idempotency-Key": "order 1"})
     response = await server.generate(duration=6, headers={"Idempotency-Key": "order 1"})
     assert_error(response, 409, ServerErrorCode.IDEMPOTENCY_KEY_REUSED)
@@ -168,7 +181,7 @@ async def test_a_waiting_task_is_cancelled_and_never_starts(server: Server) -> N
     assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY)
 
 
-async def test_what_a_running_task_had_stored_is_removed_when_it_is_cancelled(server: Server) -> None:
+async def test_cancelling_a_running_task_deletes_its_objects(server: Server) -> None:
     task_id = await server.task()
     await server.bench.take()
     await asyncio.to_thread(server.bucket.put_bytes, b"...", layout.video_key(task_id), content_type="video/mp4")
@@ -178,14 +191,14 @@ async def test_what_a_running_task_had_stored_is_removed_when_it_is_cancelled(se
     assert await server.bench.dispatcher.pending_cancellations("w1") == [task_id]
 
 
-async def test_a_finished_task_is_not_cancelled(server: Server) -> None:
+async def test_cancelling_a_finished_task_changes_nothing(server: Server) -> None:
     task_id = await server.finished()
     assert (await server.http.delete(f"/tasks/{task_id}")).json()["status"] == "completed"
     assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
 
 
 @pytest.mark.parametrize("task_id", ["no-such-task", "..%2f..%2fetc%2fpasswd", "%00", "x" * 300])
-async def test_a_task_that_is_not_known_can_not_be_cancelled(server: Server, task_id: str) -> None:
+async def test_cancelling_an_unknown_task_is_404(server: Server, task_id: str) -> None:
     assert_error(await server.http.delete(f"/tasks/{task_id}"), 404, ServerErrorCode.TASK_NOT_FOUND)
 
 
@@ -221,7 +234,7 @@ async def test_invalid_parameters_are_400_with_their_code(server: Server, fields
     assert (await server.bench.queue.backlog()).waiting == []
 
 
-async def test_a_model_whose_weights_are_not_there_is_refused_naming_those_that_are(server: Server) -> None:
+async def test_a_model_without_weights_is_rejected_with_the_names_of_the_others(server: Server) -> None:
     await server.bench.worker(models=("HunyuanVideo-1.5", "HunyuanVideo-1.5-fast"))
     assert (await server.generate(model="HunyuanVideo-1.5-fast")).status_code == 202
     response = await server.generate(model="HunyuanVideo-1.5-quality")
@@ -250,13 +263,13 @@ async def test_a_missing_prompt_is_an_invalid_prompt(server: Server) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'"text"', b"null", b"3", b"\xff\xfe", b"[" * 60_000, b'{"prompt": "\xff"}']
 )
-async def test_a_body_that_is_no_json_object_is_an_invalid_request(server: Server, body: bytes) -> None:
+async def test_a_body_that_is_not_a_json_object_is_an_invalid_request(server: Server, body: bytes) -> None:
     response = await server.http.post("/generate", content=body, headers={"Content-Type": "application/json"})
     assert_error(response, 400, ErrorCode.INVALID_REQUEST)
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_a_body_that_is_not_declared_as_json_is_an_invalid_request(server: Server, media_type: str) -> None:
+async def test_a_body_with_another_content_type_is_an_invalid_request(server: Server, media_type: str) -> None:
     headers = {"Content-Type": media_type} if media_type else {}
     response = await server.http.post("/generate", content=json.dumps(REQUEST).encode(), headers=headers)
     assert_error(response, 400, ErrorCode.INVALID_REQUEST, "application/json")
@@ -276,7 +289,7 @@ async def test_a_body_over_64_kib_is_413(server: Server, size: int) -> None:
         assert_error(response, 413, ServerErrorCode.REQUEST_TOO_LARGE)
 
 
-async def test_64_kib_exactly_is_read(server: Server) -> None:
+async def test_a_body_of_exactly_64_kib_is_accepted(server: Server) -> None:
     body = json.dumps(REQUEST).encode().ljust(64 * 1024)
     response = await server.http.post("/generate", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 202
@@ -285,7 +298,7 @@ async def test_64_kib_exactly_is_read(server: Server) -> None:
 # 503
 
 
-async def test_the_eleventh_waiting_task_is_refused(server: Server) -> None:
+async def test_the_eleventh_waiting_task_is_rejected(server: Server) -> None:
     for _ in range(10):
         assert (await server.generate()).status_code == 202
     response = await server.generate()
@@ -295,7 +308,7 @@ async def test_the_eleventh_waiting_task_is_refused(server: Server) -> None:
     assert (await server.generate()).status_code == 202, "one runs, ten wait"
 
 
-async def test_before_the_model_is_loaded_tasks_are_refused(tmp_path: Path, bucket_settings: BucketSettings) -> None:
+async def test_tasks_are_rejected_until_the_model_is_loaded(tmp_path: Path, bucket_settings: BucketSettings) -> None:
     async with running(tmp_path, Bucket(bucket_settings)) as server:
         response = await server.generate()
         assert_error(response, 503, ServerErrorCode.MODEL_NOT_LOADED)
@@ -385,14 +398,18 @@ async def test_an_unknown_or_malformed_id_is_404(server: Server, task_id: str) -
     assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.TASK_NOT_FOUND)
 
 
-async def test_no_status_is_told_while_the_queue_is_away_and_videos_go_on(server: Server) -> None:
-    """A video is stored before its task is completed: told from the bucket, a status could be taken back."""
-    task_id = await server.finished()
-    async with server.bench.database.write() as connection:
-        await connection.execute(text("DROP TABLE jobs"))
-    assert_error(await server.http.get(f"/status/{task_id}"), 503, ServerErrorCode.QUEUE_UNAVAILABLE)
-    assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
-    assert_error(await server.http.get("/videos/no-such-task.mp4"), 503, ServerErrorCode.QUEUE_UNAVAILABLE)
+async def test_while_the_queue_is_unavailable_a_status_is_503_and_videos_are_served(
+    tmp_path: Path, bucket_settings: BucketSettings
+) -> None:
+    """A video is stored before its task is completed, so a status from the bucket alone could be wrong."""
+    async with running(tmp_path, Bucket(bucket_settings)) as server:
+        await server.bench.worker()
+        task_id = await server.finished()
+        async with server.bench.database.write() as connection:
+            await connection.execute(text("DROP TABLE jobs"))
+        assert_error(await server.http.get(f"/status/{task_id}"), 503, ServerErrorCode.QUEUE_UNAVAILABLE)
+        assert (await server.http.get(f"/videos/{task_id}.mp4")).content == VIDEO
+        assert_error(await server.http.get("/videos/no-such-task.mp4"), 503, ServerErrorCode.QUEUE_UNAVAILABLE)
 
 
 async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
@@ -407,7 +424,7 @@ async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
         assert (await other.http.get(after["video_url"])).content == VIDEO
 
 
-async def test_a_manifest_that_is_none_is_no_task(server: Server) -> None:
+async def test_an_invalid_manifest_is_not_a_task(server: Server) -> None:
     key = layout.manifest_key("odd")
     await asyncio.to_thread(server.bucket.put_bytes, b"{}", key, content_type="application/json")
     assert_error(await server.http.get("/status/odd"), 404, ServerErrorCode.TASK_NOT_FOUND)
@@ -428,7 +445,7 @@ async def test_video_url_follows_the_request_or_the_setting(
 # GET /videos
 
 
-async def test_the_video_comes_whole_and_as_itself(server: Server) -> None:
+async def test_a_video_has_its_bytes_and_headers(server: Server) -> None:
     task_id = await server.finished()
     response = await server.http.get(f"/videos/{task_id}.mp4")
     assert response.status_code == 200
@@ -460,7 +477,7 @@ SIZE = len(VIDEO)
         (f"bytes={SIZE - 1}-", SIZE - 1, SIZE - 1),
     ],
 )
-async def test_a_part_can_be_asked_for(server: Server, asked: str, start: int, end: int) -> None:
+async def test_a_range_is_206_with_its_bytes(server: Server, asked: str, start: int, end: int) -> None:
     task_id = await server.finished()
     response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
     assert response.status_code == 206
@@ -470,7 +487,7 @@ async def test_a_part_can_be_asked_for(server: Server, asked: str, start: int, e
 
 
 @pytest.mark.parametrize("asked", [f"bytes={SIZE}-", f"bytes={SIZE + 5}-{SIZE + 9}", "bytes=-0"])
-async def test_a_part_behind_the_end_is_416_with_the_size(server: Server, asked: str) -> None:
+async def test_a_range_after_the_end_is_416_with_the_size(server: Server, asked: str) -> None:
     task_id = await server.finished()
     response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
     assert_error(response, 416, ServerErrorCode.RANGE_NOT_SATISFIABLE)
@@ -478,20 +495,20 @@ async def test_a_part_behind_the_end_is_416_with_the_size(server: Server, asked:
 
 
 @pytest.mark.parametrize("asked", ["bytes=9-5", "bytes=a-b", "lines=0-5", "bytes=0-1,5-6", "bytes=-", ""])
-async def test_a_range_that_makes_no_sense_is_passed_over(server: Server, asked: str) -> None:
+async def test_an_invalid_range_is_ignored(server: Server, asked: str) -> None:
     task_id = await server.finished()
     response = await server.http.get(f"/videos/{task_id}.mp4", headers={"Range": asked})
     assert (response.status_code, response.content) == (200, VIDEO)
 
 
-async def test_a_range_of_a_head_request_is_passed_over(server: Server) -> None:
+async def test_the_range_of_a_head_request_is_ignored(server: Server) -> None:
     task_id = await server.finished()
     for asked in ("bytes=0-9", f"bytes={SIZE}-"):
         response = await server.http.head(f"/videos/{task_id}.mp4", headers={"Range": asked})
         assert (response.status_code, response.headers["content-length"]) == (200, str(SIZE))
 
 
-async def test_what_the_client_has_already_is_not_sent_again(server: Server) -> None:
+async def test_a_matching_if_none_match_is_304(server: Server) -> None:
     task_id = await server.finished()
     etag = (await server.http.head(f"/videos/{task_id}.mp4")).headers["etag"]
     for tags in (etag, f"W/{etag}", f'"other", {etag}', "*"):
@@ -502,7 +519,7 @@ async def test_what_the_client_has_already_is_not_sent_again(server: Server) -> 
     assert response.status_code == 200
 
 
-async def test_a_part_of_another_file_is_not_continued(server: Server) -> None:
+async def test_a_range_of_another_version_gets_the_whole_video(server: Server) -> None:
     task_id = await server.finished()
     etag = (await server.http.head(f"/videos/{task_id}.mp4")).headers["etag"]
     for condition, status in ((etag, 206), ('"other"', 200), (f"W/{etag}", 200), ("Sat, 01 Jan 2022", 200)):
@@ -510,13 +527,13 @@ async def test_a_part_of_another_file_is_not_continued(server: Server) -> None:
         assert (await server.http.get(f"/videos/{task_id}.mp4", headers=headers)).status_code == status
 
 
-async def test_a_video_that_is_not_finished_is_404_and_says_so(server: Server) -> None:
+async def test_the_video_of_an_unfinished_task_is_404(server: Server) -> None:
     task_id = await server.task()
     assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY)
     assert (await server.http.head(f"/videos/{task_id}.mp4")).status_code == 404
 
 
-async def test_a_video_that_was_removed_from_the_bucket_is_404(server: Server) -> None:
+async def test_a_video_that_was_deleted_from_the_bucket_is_404(server: Server) -> None:
     task_id = await server.finished()
     await asyncio.to_thread(server.bucket.delete, layout.video_key(task_id))
     assert_error(await server.http.get(f"/videos/{task_id}.mp4"), 404, ServerErrorCode.VIDEO_NOT_READY)
@@ -524,11 +541,11 @@ async def test_a_video_that_was_removed_from_the_bucket_is_404(server: Server) -
 
 
 @pytest.mark.parametrize("name", ["x", "x.mov", "x.mp4.exe", ".mp4x"])
-async def test_only_mp4s_are_there(server: Server, name: str) -> None:
+async def test_a_name_that_does_not_end_in_mp4_is_404(server: Server, name: str) -> None:
     assert_error(await server.http.get(f"/videos/{name}"), 404, ServerErrorCode.NOT_FOUND)
 
 
-async def test_a_bucket_that_is_away_is_503_and_the_rest_goes_on(tmp_path: Path) -> None:
+async def test_an_unavailable_bucket_makes_videos_503_and_nothing_else(tmp_path: Path) -> None:
     async with running(tmp_path, Bucket(NOWHERE)) as server:
         await server.bench.worker()
         task_id = await server.task()
@@ -567,20 +584,20 @@ async def test_health_without_a_gpu(server: Server) -> None:
     assert (health["gpu_available"], health["vram_free"]) == (False, "0.0 GB")
 
 
-# The rest
+# Other errors and the OpenAPI document
 
 
-async def test_a_fault_of_the_server_is_500_with_no_traceback(server: Server) -> None:
+async def test_an_unexpected_error_is_500_without_a_traceback(server: Server) -> None:
     def broken() -> None:
         raise ZeroDivisionError("secret detail")
 
-    server.app.add_api_route("/broken", broken)
+    server.app.add_api_route("/broken", broken, include_in_schema=False)
     response = await server.http.get("/broken")
     assert_error(response, 500, ServerErrorCode.INTERNAL_ERROR)
     assert "secret detail" not in response.text
 
 
-async def test_other_paths_and_methods_answer_in_the_same_shape(server: Server) -> None:
+async def test_unknown_paths_and_methods_have_documented_errors(server: Server) -> None:
     assert_error(await server.http.get("/nothing"), 404, ServerErrorCode.NOT_FOUND)
     response = await server.http.get("/generate")
     assert_error(response, 405, ServerErrorCode.METHOD_NOT_ALLOWED)

@@ -1,4 +1,4 @@
-"""Clients that mean harm, on real sockets: each gets a documented answer in time, or its connection is closed."""
+"""Hostile clients on real sockets: each gets a documented response in time, or its connection is closed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from contract.errors import ErrorCode
 from shim.app import create_app
 from shim.errors import STATUS
 from shim.http.server import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, Connection
@@ -25,13 +24,13 @@ from tests.support.http_server import serving
 from tests.support.queues import JOB, Bench, result, sql_bench
 from tests.support.s3_servers import juicefs
 
-#: Seconds in which every case is over: nothing hangs.
+#: Seconds until each case must have ended.
 DEADLINE = 10.0
 PROMPT = "A paper boat on a rainy street"
 
 
-class Impatient(Connection):
-    """The same bounds, on a test's scale of time."""
+class ShortLimits(Connection):
+    """The same limits, with times that a test can wait for."""
 
     head_seconds = 0.5
     body_seconds = 0.8
@@ -47,14 +46,14 @@ class Answer:
 
 
 class Client:
-    """A TCP connection that sends what it is told."""
+    """A TCP connection that sends raw bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
 
     async def send(self, *parts: bytes) -> None:
-        """A server that has closed already is no error: what it answered stays to be read."""
+        """Send, even if the server has closed the connection: its response can still be read."""
         try:
             for part in parts:
                 self.writer.write(part)
@@ -63,7 +62,7 @@ class Client:
             pass
 
     async def answer(self, method: bytes = b"GET") -> Answer | None:
-        """The next answer, None if there is none."""
+        """The next response; None if the connection ends first."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -79,7 +78,7 @@ class Client:
         return Answer(int(status.split()[1]), headers, body)
 
     async def closed(self) -> bool:
-        """Whether the server has nothing more to say; waits for it to say so."""
+        """Whether the connection ends without another byte; waits until it does."""
         try:
             return await self.reader.read(1) == b""
         except ConnectionError:
@@ -108,7 +107,7 @@ class Server:
             return await client.answer(parts[0].partition(b" ")[0])
 
     async def queued(self) -> dict[str, Any]:
-        """The input that a worker gets for the task that waits; the task is over then."""
+        """The input that a worker gets for the waiting task, which is then cancelled."""
         delivery = await self.bench.dispatcher.take("w1")
         assert delivery is not None
         await self.bench.queue.cancel(delivery.task_id)
@@ -126,7 +125,7 @@ class Server:
         await self.bench.dispatcher.complete("w1", task_id, output.model_dump(mode="json"))
         return task_id
 
-    async def is_well(self) -> bool:
+    async def is_healthy(self) -> bool:
         answer = await self.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         return answer is not None and answer.status == 200
 
@@ -153,27 +152,27 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-async def patient(tmp_path_factory: pytest.TempPathFactory, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
+async def shared(tmp_path_factory: pytest.TempPathFactory, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
     async with running(tmp_path_factory.mktemp("queue"), Bucket(bucket_settings), Connection) as made:
         yield made
 
 
 @pytest.fixture
-async def server(patient: Server) -> Server:
-    """The module's server with nothing queued: whatever came before, it is well."""
-    assert isinstance(patient.bench.queue, SqlQueue)
-    await patient.bench.queue.purge()
-    return patient
+async def server(shared: Server) -> Server:
+    """The module's server with an empty queue."""
+    assert isinstance(shared.bench.queue, SqlQueue)
+    await shared.bench.queue.purge()
+    return shared
 
 
 @pytest.fixture
-async def impatient(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
-    async with running(tmp_path, Bucket(bucket_settings), Impatient) as made:
+async def with_short_limits(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
+    async with running(tmp_path, Bucket(bucket_settings), ShortLimits) as made:
         yield made
 
 
 def assert_documented(answer: Answer | None, *statuses: int) -> None:
-    """The answer is one of ours: the documented shape, and no traceback."""
+    """Asserts that the response has the documented shape and no traceback."""
     assert answer is not None
     assert answer.status in statuses, answer
     assert b"Traceback" not in answer.body
@@ -181,7 +180,7 @@ def assert_documented(answer: Answer | None, *statuses: int) -> None:
     if answer.status >= 400 and answer.body:
         error = json.loads(answer.body)
         assert set(error) == {"error", "error_code"}
-        assert STATUS[ErrorCode(error["error_code"])] == answer.status
+        assert {str(code): status for code, status in STATUS.items()}[error["error_code"]] == answer.status
 
 
 def get(path: bytes, *headers: bytes, method: bytes = b"GET") -> bytes:
@@ -234,17 +233,17 @@ TRAVERSALS = [
 
 
 @pytest.mark.parametrize("name", TRAVERSALS, ids=lambda name: repr(name[:40]))
-async def test_no_path_leads_out(server: Server, name: bytes) -> None:
+async def test_no_path_reaches_another_file(server: Server, name: bytes) -> None:
     for path in (b"/videos/" + name + b".mp4", b"/videos/" + name, b"/status/" + name, b"/" + name):
         answer = await server.ask(get(path))
         assert_documented(answer, 400, 404)
         assert answer is not None
         assert b"root:x:" not in answer.body
         assert "set-cookie" not in answer.headers
-    assert await server.is_well()
+    assert await server.is_healthy()
 
 
-# Prompts: what is refused, what is taken, and that what is taken arrives as it was sent
+# Prompts: which are valid, and that a valid one arrives unchanged
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,7 @@ async def test_any_text_of_10_to_500_characters_is_a_prompt(server: Server, body
         *("\\u0000" * 10, "nul\\u0000 in a prompt", " " * 10, "\\u2003" * 20, "\\n" * 10),
     ],
 )
-async def test_text_of_any_other_length_is_not_nor_is_a_nul(server: Server, body: str) -> None:
+async def test_text_of_another_length_or_with_a_nul_is_not_a_prompt(server: Server, body: str) -> None:
     answer = await server.ask(prompt_of(body))
     assert_documented(answer, 400)
     assert answer is not None
@@ -301,7 +300,7 @@ async def test_text_of_any_other_length_is_not_nor_is_a_nul(server: Server, body
         *("\x00" * 10, "raw\x01control character", "bad \\x escape here", "half \\u12 escape"),
     ],
 )
-async def test_what_is_no_unicode_text_is_no_json(server: Server, body: str) -> None:
+async def test_invalid_unicode_is_not_a_prompt(server: Server, body: str) -> None:
     answer = await server.ask(prompt_of(body))
     assert_documented(answer, 400)
     assert answer is not None
@@ -340,7 +339,7 @@ async def test_a_hostile_body_is_400(server: Server, body: bytes) -> None:
     assert len(answer.body) < 1000, "what was sent is not sent back"
 
 
-async def test_of_a_name_that_comes_twice_the_last_counts_for_check_and_job_alike(server: Server) -> None:
+async def test_the_last_of_two_fields_with_one_name_is_checked_and_queued(server: Server) -> None:
     body = b'{"prompt": "short", "prompt": "' + PROMPT.encode() + b'", "duration": 99, "duration": 6}'
     assert_documented(await server.ask(post(body)), 202)
     job_input = await server.queued()
@@ -359,12 +358,12 @@ async def test_of_a_name_that_comes_twice_the_last_counts_for_check_and_job_alik
         *((media_type, 400) for media_type in (b"text/plain", b"application/x-www-form-urlencoded", b"a" * 10_000)),
     ],
 )
-async def test_only_a_body_that_is_declared_as_json_is_read(server: Server, media_type: bytes, status: int) -> None:
+async def test_only_a_json_content_type_is_accepted(server: Server, media_type: bytes, status: int) -> None:
     body = json.dumps(JOB.wire()).encode()
     assert_documented(await server.ask(post(body, media_type=media_type)), status)
 
 
-# HTTP itself
+# HTTP
 
 
 BODY = json.dumps(JOB.wire()).encode()
@@ -388,17 +387,17 @@ def chunked(*chunks: bytes) -> bytes:
         (get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + b"zz\r\n", [400]),
         (get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + b"f" * 20 + b"\r\n", [400]),
         (get(b"/generate", JSON, b"Transfer-Encoding: gzip", method=b"POST") + BODY, [400]),
-        (post(BODY, b"Transfer-Encoding: chunked"), [400]),  # request smuggling's favourite
+        (post(BODY, b"Transfer-Encoding: chunked"), [400]),  # used for request smuggling
         (get(b"/generate", JSON, b"Content-Length: 3", b"Content-Length: 4", method=b"POST") + b"{}  ", [400]),
         (get(b"/generate", JSON, b"Content-Length: -1", method=b"POST") + BODY, [400]),
         (get(b"/generate", JSON, b"Content-Length: " + b"9" * 30, method=b"POST") + BODY, [400]),
         (get(b"/generate", JSON, b"Content-Length: five", method=b"POST") + BODY, [400]),
-        (get(b"/generate", JSON, b"Content-Length: 10", method=b"POST") + BODY, [400]),  # the rest is no request
+        (get(b"/generate", JSON, b"Content-Length: 10", method=b"POST") + BODY, [400]),  # the rest is not a request
         (get(b"/generate", JSON, b"Content-Length: 0", method=b"POST"), [400]),
         (get(b"/generate", JSON, method=b"POST"), [400]),
         (post(BODY, b"Expect: 100-continue"), [202]),
         (post(BODY, b"Expect: a-miracle"), [202]),
-        (post(BODY, b"Content-Encoding: gzip"), [202]),  # it is JSON all the same: nothing is unpacked
+        (post(BODY, b"Content-Encoding: gzip"), [202]),  # the body is JSON and is not decompressed
         (post(BODY, b"Upgrade: h2c", b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAMAAABk"), [400]),
         (get(b"/health", b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"), [200]),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
@@ -436,19 +435,21 @@ def chunked(*chunks: bytes) -> bytes:
     ],
     ids=lambda value: repr(value[:70]) if isinstance(value, bytes) else "",
 )
-async def test_odd_http_gets_a_documented_answer(server: Server, request_bytes: bytes, statuses: list[int]) -> None:
+async def test_unusual_http_gets_a_documented_response(
+    server: Server, request_bytes: bytes, statuses: list[int]
+) -> None:
     assert_documented(await server.ask(request_bytes), *statuses)
-    assert await server.is_well()
+    assert await server.is_healthy()
 
 
 @pytest.mark.parametrize("host", [b"[", b"a b", b"\xff", b"x" * 5_000, b"evil.example/path?", b"", b"%00", b"x:99999"])
-async def test_no_host_header_breaks_the_address_of_a_video(server: Server, host: bytes) -> None:
+async def test_a_host_header_cannot_break_a_video_url(server: Server, host: bytes) -> None:
     task_id = await server.finished(b"")
     request = f"GET /status/{task_id} HTTP/1.1\r\nHost: ".encode() + host + b"\r\n\r\n"
     assert_documented(await server.ask(request), 200, 400)
 
 
-async def test_a_head_that_never_ends_is_cut_at_its_size(server: Server) -> None:
+async def test_a_head_that_never_ends_is_rejected_at_its_limit(server: Server) -> None:
     async with server.client() as client:
         await client.send(b"GET /health HTTP/1.1\r\n", *(b"X: " + b"a" * 1000 + b"\r\n" for _ in range(300)))
         assert_documented(await client.answer(), 431)
@@ -458,24 +459,24 @@ async def test_a_head_that_never_ends_is_cut_at_its_size(server: Server) -> None
         assert_documented(await client.answer(), 431)
 
 
-async def test_a_body_in_one_piece_with_its_head_is_no_long_head(server: Server) -> None:
+async def test_a_body_that_arrives_with_its_head_does_not_count_as_head(server: Server) -> None:
     async with server.client() as client:
         for _ in range(3):
             await client.send(post(BODY.ljust(60_000)))
             assert_documented(await client.answer(), 202)
 
 
-# Requests ahead of their answers
+# Pipelined requests
 
 
-async def test_requests_sent_ahead_are_answered_in_their_order(server: Server) -> None:
+async def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     async with server.client() as client:
         await client.send(get(b"/health") + post(BODY) + get(b"/status/none") + get(b"/nothing"))
         statuses = [answer.status for _ in range(4) if (answer := await client.answer()) is not None]
         assert statuses == [200, 202, 404, 404]
 
 
-async def test_more_requests_ahead_than_are_kept_end_the_connection(server: Server) -> None:
+async def test_too_many_pipelined_requests_end_the_connection(server: Server) -> None:
     async with server.client() as client:
         await client.send(get(b"/health") * (MAX_PIPELINED * 40))
         answers = 0
@@ -483,14 +484,14 @@ async def test_more_requests_ahead_than_are_kept_end_the_connection(server: Serv
             assert_documented(answer, 200, 400)
             answers += 1
         assert answers <= MAX_PIPELINED + 2
-    assert await server.is_well()
+    assert await server.is_healthy()
 
 
-# Time
+# Timeouts
 
 
-async def test_a_connection_that_sends_nothing_is_closed(impatient: Server) -> None:
-    async with impatient.client() as client:
+async def test_a_connection_that_sends_nothing_is_closed(with_short_limits: Server) -> None:
+    async with with_short_limits.client() as client:
         assert_documented(await client.answer(), 408)
         assert await client.closed()
 
@@ -509,8 +510,8 @@ async def drip(client: Client, data: bytes) -> None:
         b"GET /" + b"a" * 1000,
     ],
 )
-async def test_a_head_that_drips_in_is_cut_off(impatient: Server, data: bytes) -> None:
-    async with impatient.client() as client:
+async def test_a_slow_head_is_rejected(with_short_limits: Server, data: bytes) -> None:
+    async with with_short_limits.client() as client:
         dripping = asyncio.create_task(drip(client, data))
         assert_documented(await client.answer(), 408)
         assert await client.closed()
@@ -518,19 +519,19 @@ async def test_a_head_that_drips_in_is_cut_off(impatient: Server, data: bytes) -
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000", b"Transfer-Encoding: chunked"])
-async def test_a_body_that_drips_in_is_cut_off(impatient: Server, framing: bytes) -> None:
-    async with impatient.client() as client:
+async def test_a_slow_body_is_rejected(with_short_limits: Server, framing: bytes) -> None:
+    async with with_short_limits.client() as client:
         await client.send(get(b"/generate", JSON, framing, method=b"POST"))
         dripping = asyncio.create_task(drip(client, b"1\r\n \r\n" * 200))
         answer = await client.answer()
         assert_documented(answer, 408)
         assert await client.closed()
         dripping.cancel()
-    assert (await impatient.bench.queue.backlog()).waiting == []
+    assert (await with_short_limits.bench.queue.backlog()).waiting == []
 
 
-async def test_an_answered_request_whose_body_still_drips_in_is_cut_off(impatient: Server) -> None:
-    async with impatient.client() as client:
+async def test_a_slow_body_after_its_response_ends_the_connection(with_short_limits: Server) -> None:
+    async with with_short_limits.client() as client:
         await client.send(get(b"/generate", b"Content-Type: text/plain", b"Content-Length: 100000", method=b"POST"))
         assert_documented(await client.answer(), 400)
         dripping = asyncio.create_task(drip(client, b"x" * 400))
@@ -540,9 +541,9 @@ async def test_an_answered_request_whose_body_still_drips_in_is_cut_off(impatien
         dripping.cancel()
 
 
-async def test_a_second_request_that_never_comes_whole_is_cut_off(impatient: Server) -> None:
+async def test_a_second_request_that_stays_incomplete_is_rejected(with_short_limits: Server) -> None:
     for beginning in (b"\r\n", b"G", b"GET /health HTTP/1.1\r\n"):
-        async with impatient.client() as client:
+        async with with_short_limits.client() as client:
             await client.send(get(b"/health"))
             assert_documented(await client.answer(), 200)
             await client.send(beginning)
@@ -557,39 +558,42 @@ async def test_a_slow_but_steady_client_is_served(server: Server) -> None:
         assert_documented(await client.answer(), 202)
 
 
-async def test_a_client_that_leaves_in_the_middle_leaves_no_traceback(
+async def test_a_client_that_disconnects_early_causes_no_traceback(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     for data in (post(BODY)[:-10], get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST") + b"5\r\nab"):
         async with server.client() as client:
             await client.send(data)
-    assert await server.is_well()
+    assert await server.is_healthy()
     assert "Traceback" not in caplog.text
     assert "Exception in ASGI" not in caplog.text
     assert (await server.bench.queue.backlog()).waiting == []
 
 
-async def test_connections_beyond_the_limit_are_turned_away_and_the_others_served(impatient: Server) -> None:
+async def test_connections_over_the_limit_are_rejected_and_the_others_served(with_short_limits: Server) -> None:
     async with asyncio.timeout(DEADLINE):
-        idle = [await asyncio.open_connection(impatient.host, impatient.port) for _ in range(Impatient.max_connections)]
+        idle = [
+            await asyncio.open_connection(with_short_limits.host, with_short_limits.port)
+            for _ in range(ShortLimits.max_connections)
+        ]
         await asyncio.gather(*(reader.read(0) for reader, _ in idle))
-        turned_away = await impatient.ask(get(b"/health"))
+        turned_away = await with_short_limits.ask(get(b"/health"))
         assert_documented(turned_away, 503)
         assert turned_away is not None
         assert turned_away.headers["retry-after"] == "5"
         for reader, writer in idle:
             assert (await reader.read()).startswith(b"HTTP/1.1 408")
             writer.close()
-    assert await impatient.is_well(), "idle ones are dropped, and there is room again"
+    assert await with_short_limits.is_healthy(), "idle ones are dropped, and there is room again"
 
 
-async def test_a_client_that_reads_nothing_is_dropped(impatient: Server) -> None:
+async def test_a_client_that_does_not_read_is_disconnected(with_short_limits: Server) -> None:
     video = bytes(64 * 1024 * 1024)
-    task_id = await impatient.finished(video)
-    async with impatient.client() as client:
+    task_id = await with_short_limits.finished(video)
+    async with with_short_limits.client() as client:
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await client.send(get(f"/videos/{task_id}.mp4".encode()))
-        await asyncio.sleep(3 * Impatient.stall_seconds)
+        await asyncio.sleep(3 * ShortLimits.stall_seconds)
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         received = 0
         try:
@@ -600,7 +604,7 @@ async def test_a_client_that_reads_nothing_is_dropped(impatient: Server) -> None
         assert received < len(video)
 
 
-def test_every_bound_is_documented() -> None:
+def test_every_limit_is_documented() -> None:
     page = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
     numbers: dict[str, Any] = {
         "head": f"{Connection.head_seconds:g} s",

@@ -1,4 +1,4 @@
-"""Connections that break, on the event loop that the server runs on."""
+"""Connections that break, on uvloop, which the server runs on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from shim.http_client import HttpClient
 from tests.support.fault_proxy import FaultProxy, Faults
 
 
-def test_a_connection_that_is_reset_at_once_is_one_of_httpx_errors_on_a_busy_loop() -> None:
-    """On a busy loop the connection and its reset are seen in the same turn."""
+def test_a_connection_that_is_reset_at_once_is_an_httpx_error_on_a_busy_loop() -> None:
+    """A busy loop sees the connection and its reset in one iteration."""
 
     async def ask(url: str) -> None:
         loop = asyncio.get_running_loop()

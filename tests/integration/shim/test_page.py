@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -57,7 +58,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Five seconds as the worker makes them, but small."""
+    """A video of five seconds, encoded as the worker does, with fewer pixels."""
     target = Target(tmp_path_factory.mktemp("video") / "video.mp4", Path("/dev/null"), 320, 180, FRAMES)
     shades = (np.full((1, 36, 64, 3), (2 * index, 90, 200), dtype=np.uint8) for index in range(FRAMES))
     encode(shades, target, lambda _: None)
@@ -66,14 +67,14 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @dataclass
 class Site:
-    """The server, and the worker's side of it."""
+    """The server, and what its worker does."""
 
     bench: Bench
     bucket: Bucket
     address: str
 
     async def take(self) -> tuple[str, JobInput]:
-        """The next task and what it asks for, once it has come."""
+        """The next task and its input; waits until there is one."""
         dispatcher = self.bench.dispatcher
         with anyio.fail_after(PATIENCE / 1000):
             changed = dispatcher.changed
@@ -98,7 +99,7 @@ class Site:
         assert await self.bench.dispatcher.complete("w1", task_id, output.model_dump(mode="json"))
 
     async def backlog(self) -> tuple[int, int]:
-        """How many tasks wait and run."""
+        """The numbers of waiting and running tasks."""
         seen = await self.bench.queue.backlog()
         return len(seen.waiting), len(seen.running)
 
@@ -124,7 +125,7 @@ async def visit(browser: Browser, site: Site) -> AsyncIterator[Visit]:
 
 
 async def plays(player: Locator) -> None:
-    """The player has the whole of the five seconds, and moves on."""
+    """Asserts that the player has loaded the whole video and plays it."""
     await expect(player).to_be_visible()
     await expect(player).to_have_js_property("readyState", 4)
     assert await player.evaluate("video => video.duration") == pytest.approx(FRAMES / 24, abs=0.05)
@@ -139,7 +140,7 @@ async def downloaded(visit: Visit) -> bytes:
     return (await (await started.value).path()).read_bytes()
 
 
-# A video, from the prompt to the player
+# From the prompt to the video
 
 
 async def test_a_prompt_becomes_a_video_that_plays_and_can_be_downloaded(
@@ -204,7 +205,7 @@ async def test_a_running_task_can_be_cancelled(site: Site, visit: Visit) -> None
     assert await site.backlog() == (0, 0)
 
 
-async def test_an_image_travels_in_the_request(site: Site, visit: Visit) -> None:
+async def test_an_image_file_is_sent_in_the_request(site: Site, visit: Visit) -> None:
     await visit.page.get_by_text("More").click()
     small = FilePayload(name="boat.png", mimeType="image/png", buffer=b"\x89PNG" + bytes(1000))
     await visit.page.get_by_label("or a file").set_input_files(small)
@@ -214,10 +215,10 @@ async def test_an_image_travels_in_the_request(site: Site, visit: Visit) -> None
     assert (asked.image or "").startswith("data:image/png;base64,iVBORw")
 
 
-# What the server refuses, and where it is shown
+# Errors of the server, and where the page shows them
 
 
-async def test_an_error_stands_at_its_field_in_the_servers_words(site: Site, visit: Visit) -> None:
+async def test_an_error_is_shown_at_its_field_with_the_servers_message(site: Site, visit: Visit) -> None:
     visit.expected += ["status of 400", "status of 413"]
     await visit.page.get_by_text("More").click()
     for label, value, words in (
@@ -242,21 +243,21 @@ async def test_an_error_stands_at_its_field_in_the_servers_words(site: Site, vis
     await expect(visit.page.locator(".error:not(:empty)")).to_have_count(0)
 
 
-async def test_an_error_of_no_field_stands_above_the_button(site: Site, visit: Visit) -> None:
+async def test_an_error_without_a_field_is_shown_above_the_button(site: Site, visit: Visit) -> None:
     visit.expected.append("status of 400")
     await visit.page.locator("#seed").evaluate("field => { field.name = 'sed'; field.value = '1'; }")
     await visit.make()
     await expect(visit.page.get_by_role("alert")).to_contain_text('unknown field "sed"')
 
 
-async def test_a_file_too_large_is_refused_before_it_is_sent(visit: Visit) -> None:
+async def test_a_file_that_is_too_large_is_rejected_before_it_is_sent(visit: Visit) -> None:
     await visit.page.get_by_text("More").click()
     large = FilePayload(name="boat.png", mimeType="image/png", buffer=bytes(46_081))
     await visit.page.get_by_label("or a file").set_input_files(large)
     await expect(visit.page.locator("#image-error")).to_have_text("boat.png has 46 KiB; at most 45 fit a request")
 
 
-async def test_a_full_queue_says_when_to_try_again_and_offers_it_then(site: Site, visit: Visit) -> None:
+async def test_after_a_full_queue_the_button_counts_down_and_works_again(site: Site, visit: Visit) -> None:
     visit.expected.append("status of 503")
     await visit.page.clock.install()
     await visit.page.reload()
@@ -273,10 +274,10 @@ async def test_a_full_queue_says_when_to_try_again_and_offers_it_then(site: Site
     await expect(visit.page.locator(".card")).to_have_count(3)
 
 
-# Answers that are lost, and pages that are closed
+# Lost responses, and pages that are closed
 
 
-async def test_a_reload_in_mid_job_goes_on(site: Site, visit: Visit, video: bytes) -> None:
+async def test_a_task_goes_on_after_a_reload(site: Site, visit: Visit, video: bytes) -> None:
     await visit.make()
     await expect(visit.card).to_be_visible()
     task_id, asked = await site.take()
@@ -293,7 +294,7 @@ async def test_a_reload_in_mid_job_goes_on(site: Site, visit: Visit, video: byte
 
 
 @pytest.mark.parametrize("how", ["broken off", "proxy"])
-async def test_an_answer_that_was_lost_is_asked_for_again_and_makes_no_second_task(
+async def test_a_request_whose_response_was_lost_is_sent_again_and_makes_no_second_task(
     site: Site, visit: Visit, how: str
 ) -> None:
     visit.expected += ["ERR_FAILED", "status of 502"]
@@ -305,7 +306,7 @@ async def test_an_answer_that_was_lost_is_asked_for_again_and_makes_no_second_ta
             await route.continue_()
             return
         lost += 1
-        await route.fetch()  # the server has it, and its answer goes nowhere
+        await route.fetch()  # the server handles the request, and its response is lost
         if how == "proxy":
             await route.fulfill(status=502, body="<h1>Bad Gateway</h1>")
         else:
@@ -318,7 +319,7 @@ async def test_an_answer_that_was_lost_is_asked_for_again_and_makes_no_second_ta
     assert await site.backlog() == (1, 0)
 
 
-async def test_a_server_that_went_away_is_waited_for(site: Site, browser: Browser, video: bytes) -> None:
+async def test_the_page_waits_for_a_server_that_is_unavailable(site: Site, browser: Browser, video: bytes) -> None:
     async with visiting(browser, "about:blank") as visit:
         visit.expected += ["ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE"]
         async with serving(create_app(site.bench.queue, site.bucket)) as address:
@@ -337,7 +338,7 @@ async def test_a_server_that_went_away_is_waited_for(site: Site, browser: Browse
             await expect(visit.page.locator("#health")).to_have_text("Healthy")
 
 
-async def test_a_page_that_nobody_looks_at_asks_seldom_until_it_is_seen_again(site: Site, visit: Visit) -> None:
+async def test_a_hidden_page_polls_rarely_until_it_is_visible(site: Site, visit: Visit) -> None:
     await visit.make()
     await expect(visit.card).to_be_visible()
     await visit.page.evaluate(
@@ -357,7 +358,7 @@ async def test_a_page_that_nobody_looks_at_asks_seldom_until_it_is_seen_again(si
 
 
 @pytest.mark.parametrize("remember", [False, True])
-async def test_a_key_is_asked_for_and_kept_and_opens_the_video_too(
+async def test_the_page_asks_for_a_key_keeps_it_and_loads_the_video_with_it(
     tmp_path: Path, bucket: Bucket, browser: Browser, video: bytes, remember: bool
 ) -> None:
     async with (
@@ -369,7 +370,7 @@ async def test_a_key_is_asked_for_and_kept_and_opens_the_video_too(
         await visit.make()
         await dialog.get_by_label("API key").fill("not-the-key-0123456789")
         await visit.click("Go on")
-        await expect(dialog).to_contain_text("The server does not take this key")
+        await expect(dialog).to_contain_text("The server does not accept this key")
         await dialog.get_by_label("API key").fill(KEY)
         await dialog.get_by_label("Remember").set_checked(remember)
         await visit.click("Go on")
@@ -387,7 +388,7 @@ async def test_a_key_is_asked_for_and_kept_and_opens_the_video_too(
         assert kept == ([None, KEY] if remember else [KEY, None])
 
 
-async def test_who_gives_no_key_is_asked_once_and_told_why_nothing_happens(
+async def test_a_user_without_a_key_is_asked_once_and_sees_the_error(
     tmp_path: Path, bucket: Bucket, browser: Browser
 ) -> None:
     async with (
@@ -409,7 +410,7 @@ async def test_who_gives_no_key_is_asked_once_and_told_why_nothing_happens(
 # The header
 
 
-async def test_a_model_that_is_not_there_is_told_of(site: Site, visit: Visit) -> None:
+async def test_the_header_says_why_no_model_is_loaded(site: Site, visit: Visit) -> None:
     visit.expected.append("status of 503")
     for state, words in (
         (WorkerState.LOADING, "Loading the model"),
@@ -424,7 +425,7 @@ async def test_a_model_that_is_not_there_is_told_of(site: Site, visit: Visit) ->
     await expect(visit.page.get_by_role("alert")).to_contain_text("It can be sent again in 10 s.")
 
 
-async def test_the_demo_model_is_no_real_one(site: Site, browser: Browser) -> None:
+async def test_the_page_warns_about_the_demo_model(site: Site, browser: Browser) -> None:
     await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
     async with visiting(browser, site.address) as visit:
         await expect(visit.page.get_by_text("Demo model: moving colour, no real video.")).to_be_visible()
@@ -435,9 +436,7 @@ async def test_the_demo_model_is_no_real_one(site: Site, browser: Browser) -> No
         await expect(visit.page.locator("#queue")).to_have_text("0 waiting, 1 running")
 
 
-async def test_a_choice_of_models_is_offered_where_there_is_one(
-    tmp_path: Path, bucket: Bucket, browser: Browser
-) -> None:
+async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucket: Bucket, browser: Browser) -> None:
     models = ("HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-quality")
     async with running(tmp_path, bucket, models=models) as site, visiting(browser, site.address) as visit:
         await visit.page.get_by_label("Model").select_option("Quality")
@@ -451,10 +450,10 @@ async def test_a_choice_of_models_is_offered_where_there_is_one(
         await expect(visit.page.get_by_label("Model")).to_be_hidden()
 
 
-# For everybody, everywhere
+# Accessibility, phones and plain http
 
 
-async def test_all_of_it_works_by_keyboard(site: Site, visit: Visit) -> None:
+async def test_the_form_works_by_keyboard(site: Site, visit: Visit) -> None:
     await visit.prompt.focus()
     await visit.page.keyboard.type(PROMPT)
     await visit.page.keyboard.press("Tab")
@@ -501,7 +500,7 @@ async def test_nothing_scrolls_sideways_on_a_phone(site: Site, browser: Browser,
         assert await visit.page.evaluate("document.documentElement.scrollWidth") == 360
 
 
-async def test_it_works_over_plain_http_from_another_machine(site: Site, browser: Browser, video: bytes) -> None:
+async def test_the_page_works_over_plain_http_from_another_machine(site: Site, browser: Browser, video: bytes) -> None:
     async with visiting(browser, site.address.replace("127.0.0.1", PLAIN_HOST)) as visit:
         assert await visit.page.evaluate("[window.isSecureContext, typeof crypto.randomUUID]") == [False, "undefined"]
         await visit.make()
@@ -515,10 +514,48 @@ async def test_it_works_over_plain_http_from_another_machine(site: Site, browser
         await expect(visit.prompt).to_have_value(f"http://{PLAIN_HOST}{site.address[16:]}/videos/{task_id}.mp4")
 
 
-async def test_what_stands_in_the_page_itself_neither_runs_nor_styles(visit: Visit) -> None:
+async def test_inline_scripts_and_styles_are_blocked(visit: Visit) -> None:
     visit.expected += ["TrustedScript", "Content Security Policy"]
     with pytest.raises(Error, match="TrustedScript"):
         await visit.page.evaluate("document.createElement('script').textContent = 'ran = 1'")
     async with visit.page.expect_console_message(lambda message: "Content Security Policy" in message.text):
         await visit.page.evaluate("document.body.setAttribute('style', 'margin: 99px')")
     assert await visit.page.evaluate("getComputedStyle(document.body).marginTop") == "0px"
+
+
+# Fields that only the schema has
+
+
+async def test_a_new_field_of_the_schema_is_on_the_form_and_in_the_request(site: Site, browser: Browser) -> None:
+    """No file of the page names these fields: POST /generate rejects them, so only the request shows them."""
+    new_fields = {
+        "motion": {"type": "integer", "minimum": 1, "maximum": 9, "default": 3, "title": "Motion"},
+        "frame_rate": {"type": "string", "enum": ["24", "30"], "default": "24", "title": "Frame Rate"},
+        "grain": {"anyOf": [{"type": "number"}, {"type": "null"}], "title": "Grain", "description": "Film grain."},
+        "looped": {"anyOf": [{"type": "boolean"}, {"type": "null"}], "title": "Looped"},
+    }
+    async with visiting(browser, "about:blank") as visit:
+        visit.expected.append("status of 400")
+
+        async def add_fields(route: Route) -> None:
+            body = await (await route.fetch()).text()
+            schema = json.loads(body.removeprefix("export default ").rstrip(";\n"))
+            schema["properties"] |= new_fields
+            await route.fulfill(body=f"export default {json.dumps(schema)};", content_type="text/javascript")
+
+        await visit.page.route("**/static/schema.js", add_fields)
+        await visit.page.goto(site.address)
+        await visit.page.get_by_label("Motion").fill("5")
+        await visit.page.get_by_label("30", exact=True).check()
+        await visit.page.get_by_text("More").click()
+        grain = visit.page.get_by_label("Grain")
+        await expect(grain).to_have_accessible_description("Film grain.")
+        await grain.fill("0.5")
+        await visit.page.get_by_label("Looped").select_option("true")
+        async with visit.page.expect_request("**/generate") as sent:
+            await visit.make()
+        request = (await sent.value).post_data_json or {}
+        assert {name: request[name] for name in new_fields} == {
+            **{"motion": 5, "frame_rate": "30", "grain": 0.5, "looped": True}
+        }
+        await expect(visit.page.get_by_role("alert")).to_contain_text("unknown field")

@@ -1,4 +1,4 @@
-"""The files of the web page: who gets them, and what a browser is told of them."""
+"""The files of the web page: access and headers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.queues import NOWHERE, sql_bench
 _SCRIPT = "text/javascript; charset=utf-8"
 FILES = {
     "/": "text/html; charset=utf-8",
-    **dict.fromkeys(("/static/app.js", "/static/api.js", "/static/card.js", "/static/tasks.js"), _SCRIPT),
+    **dict.fromkeys((f"/static/{name}.js" for name in ("app", "api", "card", "fields", "schema", "tasks")), _SCRIPT),
     "/static/style.css": "text/css; charset=utf-8",
     "/static/icon.svg": "image/svg+xml",
 }
@@ -32,7 +32,7 @@ async def client(directory: Path, access: Access = OPEN_TO_ALL) -> AsyncIterator
             yield http
 
 
-async def test_the_page_comes_without_a_key_and_may_load_nothing_from_elsewhere(tmp_path: Path) -> None:
+async def test_the_page_needs_no_key_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
     async with client(tmp_path, Access(parse_api_keys("alices-key-0123456789"))) as http:
         for path, kind in FILES.items():
             response = await http.get(path)
@@ -46,11 +46,11 @@ async def test_the_page_comes_without_a_key_and_may_load_nothing_from_elsewhere(
             assert (head.status_code, head.content) == (200, b"")
             again = await http.get(path, headers={"If-None-Match": response.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
-            assert again.headers["content-security-policy"] == policy, "a browser takes a 304's headers over"
+            assert again.headers["content-security-policy"] == policy, "a browser uses the headers of a 304"
         assert (await http.get("/static/other.js")).status_code == 401
 
 
-async def test_what_is_no_file_of_the_page_is_not_found(tmp_path: Path) -> None:
+async def test_other_paths_than_the_pages_files_are_404(tmp_path: Path) -> None:
     async with client(tmp_path) as http:
         for path in ("/static/", "/static/index.html", "/static/../settings.py", "/static/%2e%2e/settings.py"):
             response = await http.get(path)
@@ -58,7 +58,7 @@ async def test_what_is_no_file_of_the_page_is_not_found(tmp_path: Path) -> None:
         assert (await http.post("/")).status_code == 405
 
 
-async def test_the_page_is_no_part_of_the_api_that_is_documented(tmp_path: Path) -> None:
+async def test_the_page_is_not_in_the_openapi_document(tmp_path: Path) -> None:
     async with client(tmp_path) as http:
         document = (await http.get("/openapi.json")).json()
         assert FILES.keys() & document["paths"].keys() == set()

@@ -1,4 +1,4 @@
-"""Downloads from a store that breaks: whole, or an error that every client sees; never a short file with status 200."""
+"""Downloads while the bucket fails: the whole video, or an error that every client notices."""
 
 from __future__ import annotations
 
@@ -90,17 +90,19 @@ async def shim(tmp_path: Path, server: BucketSettings) -> AsyncIterator[Shim]:
                 proxy.heal()
 
 
-# It breaks and can be read on
+# Failures that are retried
 
 
 @pytest.mark.parametrize("fault", ["truncate_after", "reset_down_after"])
-async def test_a_store_that_breaks_off_again_and_again_still_gives_the_whole_video(shim: Shim, fault: str) -> None:
-    with shim.proxy.broken(**{fault: MEGABYTE}, bandwidth=20 * MEGABYTE):  # a reset costs what is not read yet
+async def test_a_download_that_breaks_repeatedly_is_still_whole(shim: Shim, fault: str) -> None:
+    with shim.proxy.broken(
+        **{fault: MEGABYTE}, bandwidth=20 * MEGABYTE
+    ):  # a reset discards bytes that are not read yet
         await shim.assert_whole()
     assert shim.proxy.hits[fault] >= SIZE // MEGABYTE - 1
 
 
-async def test_a_part_is_read_on_too(shim: Shim) -> None:
+async def test_a_range_that_breaks_is_read_on(shim: Shim) -> None:
     async with shim.client() as http:
         with shim.proxy.broken(truncate_after=MEGABYTE):
             response = await http.get(shim.url, headers={"Range": f"bytes=1000-{3 * MEGABYTE}"})
@@ -110,7 +112,7 @@ async def test_a_part_is_read_on_too(shim: Shim) -> None:
 
 
 @pytest.mark.parametrize("faults", [{"refuse": True}, {"stall": True}], ids=["away", "silent"])
-async def test_a_store_that_is_away_for_a_while_in_mid_download_is_waited_for(
+async def test_a_download_waits_for_a_bucket_that_is_unavailable_for_a_while(
     shim: Shim, faults: dict[str, Any]
 ) -> None:
     digest, broken = hashlib.sha256(), False
@@ -126,7 +128,7 @@ async def test_a_store_that_is_away_for_a_while_in_mid_download_is_waited_for(
     assert digest.hexdigest() == SHA256
 
 
-# It breaks for good
+# Failures that outlast the retries
 
 
 def with_httpx(url: str, path: Path) -> bool:
@@ -160,7 +162,7 @@ def with_curl(url: str, path: Path) -> bool:
 CLIENTS: dict[str, Callable[[str, Path], bool]] = {"httpx": with_httpx, "requests": with_requests, "curl": with_curl}
 
 
-async def test_no_client_takes_a_video_that_breaks_off_for_a_whole_one(shim: Shim, tmp_path: Path) -> None:
+async def test_every_client_notices_a_download_that_broke_off(shim: Shim, tmp_path: Path) -> None:
     shim.proxy.faults = Faults(bandwidth=2 * MEGABYTE)
     paths = [tmp_path / name for name in CLIENTS]
     downloads = [
@@ -182,7 +184,7 @@ async def test_no_client_takes_a_video_that_breaks_off_for_a_whole_one(shim: Shi
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == SHA256
 
 
-# It breaks before the first byte
+# Failures before the first byte
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -191,7 +193,7 @@ async def test_no_client_takes_a_video_that_breaks_off_for_a_whole_one(shim: Shi
     [{"refuse": True}, {"stall": True}, {"reset_down_after": 0}, {"truncate_after": 50}],
     ids=["away", "silent", "reset", "truncated"],
 )
-async def test_before_the_first_byte_it_is_503_soon_and_says_when_to_come_back(
+async def test_a_failure_before_the_first_byte_is_503_with_retry_after(
     shim: Shim, faults: dict[str, Any], method: str
 ) -> None:
     started = time.monotonic()
@@ -205,7 +207,7 @@ async def test_before_the_first_byte_it_is_503_soon_and_says_when_to_come_back(
 
 
 def headers_size(bucket: Bucket, key: str) -> int:
-    """Bytes of the store's answer before the video's first."""
+    """Bytes of the bucket's response before the video's first byte."""
     url = urlsplit(bucket.presign(key, public=False))
     request = f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\nRange: bytes=0-{SIZE - 1}\r\n\r\n"
     with socket.create_connection((str(url.hostname), url.port or 80), timeout=10) as store:
@@ -214,7 +216,7 @@ def headers_size(bucket: Bucket, key: str) -> int:
             return sum(len(line) for line in iter(answer.readline, b"\r\n")) + 2
 
 
-async def test_headers_with_no_byte_behind_them_are_503(shim: Shim, server: BucketSettings) -> None:
+async def test_a_bucket_response_without_a_body_is_503(shim: Shim, server: BucketSettings) -> None:
     size = await asyncio.to_thread(headers_size, Bucket(server), layout.video_key(shim.task_id))
     async with shim.client() as http:
         with shim.proxy.broken(truncate_after=size):
@@ -224,7 +226,7 @@ async def test_headers_with_no_byte_behind_them_are_503(shim: Shim, server: Buck
 
 
 @pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (403, "AccessDenied")])
-async def test_what_the_store_refuses_is_503(shim: Shim, status: int, code: str) -> None:
+async def test_an_error_of_the_bucket_is_503(shim: Shim, status: int, code: str) -> None:
     shim.proxy.answer(status, code, times=1)
     async with shim.client() as http:
         response = await http.get(shim.url)
@@ -232,10 +234,10 @@ async def test_what_the_store_refuses_is_503(shim: Shim, status: int, code: str)
     await shim.assert_whole()
 
 
-# What does not need the store
+# Requests that do not need the bucket
 
 
-async def test_with_a_silent_store_what_the_queue_knows_is_answered_and_ready_says_no(shim: Shim) -> None:
+async def test_with_a_silent_bucket_the_queues_tasks_are_answered_and_ready_is_503(shim: Shim) -> None:
     async with shim.client() as http:
         waiting = (await shim.bench.queue.submit(JOB)).task_id
         with shim.proxy.broken(stall=True):
@@ -251,7 +253,7 @@ async def test_with_a_silent_store_what_the_queue_knows_is_answered_and_ready_sa
         assert (await http.get("/status/some-other-task")).status_code == 404
 
 
-async def test_ready_does_not_wait_for_a_patient_bucket(tmp_path: Path, server: BucketSettings) -> None:
+async def test_ready_does_not_wait_for_a_slow_bucket(tmp_path: Path, server: BucketSettings) -> None:
     with behind(server) as proxy:
         bucket = Bucket(server.model_copy(update={"endpoint_url": HttpUrl(proxy.url)}), timeout=20, attempts=1)
         async with (

@@ -21,7 +21,7 @@ class Clock:
         return self.now
 
 
-def test_each_key_is_known_by_its_name_or_its_place() -> None:
+def test_each_key_has_its_own_name_or_one_of_its_place() -> None:
     keys = ApiKeys(parse_api_keys(f"alice:{ALICE}, {BOB} ,"))
     assert keys.name_of(ALICE.encode()) == "alice"
     assert keys.name_of(BOB.encode()) == "key-2"
@@ -80,7 +80,7 @@ def test_an_origin_that_no_browser_sends_is_refused(origin: str, monkeypatch: py
         ShimSettings()
 
 
-def test_a_minutes_worth_is_let_through_at_once_and_then_it_flows_evenly() -> None:
+def test_the_limit_allows_one_minutes_requests_at_once_and_then_evenly() -> None:
     clock = Clock()
     limit = RateLimit(6, clock=clock)
     assert [limit.take("alice") for _ in range(6)] == [0.0] * 6
@@ -94,7 +94,7 @@ def test_a_minutes_worth_is_let_through_at_once_and_then_it_flows_evenly() -> No
     assert [limit.take("alice") for _ in range(7)] == [0.0] * 6 + [pytest.approx(10.0)]
 
 
-def test_the_limit_remembers_no_more_than_ten_thousand_clients() -> None:
+def test_the_limit_keeps_at_most_ten_thousand_clients() -> None:
     limit = RateLimit(1, clock=Clock())
     assert limit.take("first") == 0.0
     for number in range(9_999):

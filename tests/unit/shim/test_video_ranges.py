@@ -26,16 +26,16 @@ def test_one_range_is_read(header: str, expected: ByteRange) -> None:
 @pytest.mark.parametrize(
     "header", ["bytes=", "bytes=-", "bytes=5-2", "bytes=0-1,5-6", "items=0-5", "bytes=a-b", "bytes=٣-", "0-5"]
 )
-def test_what_is_no_single_range_of_bytes_is_ignored(header: str) -> None:
+def test_a_header_without_a_single_byte_range_is_ignored(header: str) -> None:
     assert parse_range(header, SIZE) is None
 
 
 @pytest.mark.parametrize("header", ["bytes=1000-", "bytes=1000-1001", "bytes=-0"])
-def test_a_range_behind_the_end_can_not_be_satisfied(header: str) -> None:
+def test_a_range_after_the_end_cannot_be_satisfied(header: str) -> None:
     with pytest.raises(UnsatisfiableRangeError):
         parse_range(header, SIZE)
 
 
-def test_nothing_of_an_empty_file_can_be_asked_for() -> None:
+def test_an_empty_file_has_no_range() -> None:
     with pytest.raises(UnsatisfiableRangeError):
         parse_range("bytes=-5", 0)
