@@ -162,9 +162,13 @@ async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:
     Raises:
         StartError: the database can't be used, or did not answer for half a minute.
     """
+
+    async def attempt() -> T:  # tenacity awaits coroutine functions only
+        return await ask()
+
     what = "a query of the queue's database (HUNYUAN_DATABASE_URL)"
     try:
-        return await _DATABASE_START.async_retrying(QueueUnavailableError, what=what)(ask)
+        return await _DATABASE_START.async_retrying(QueueUnavailableError, what=what)(attempt)
     except (ValueError, QueueError) as exc:
         raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc
 

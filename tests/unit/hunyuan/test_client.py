@@ -1,4 +1,4 @@
-"""The command's client, where the network fails it."""
+"""The client's retries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hunyuan.client import Client, UnreachableError
 
 
 class ForgetfulServer(BaseHTTPRequestHandler):
-    """Takes a task, and loses its first answer on the way."""
+    """Accepts a task, but its first answer is lost."""
 
     keys: ClassVar[list[str | None]] = []
 
@@ -31,21 +31,21 @@ class ForgetfulServer(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def address() -> Iterator[str]:
     ForgetfulServer.keys = []
     with ThreadingHTTPServer(("127.0.0.1", 0), ForgetfulServer) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
 
 
-def test_a_lost_answer_is_asked_for_again_under_the_same_key(address: str) -> None:
+def test_a_request_whose_answer_was_lost_is_sent_again_under_the_same_key(address: str) -> None:
     with Client(address) as client:
         assert client.generate({"prompt": "A paper boat on a rainy street"}) == "t1"
     assert len(ForgetfulServer.keys) == 2
@@ -53,6 +53,39 @@ def test_a_lost_answer_is_asked_for_again_under_the_same_key(address: str) -> No
     assert len(set(ForgetfulServer.keys)) == 1
 
 
-def test_a_server_that_is_not_there_is_not_asked_again() -> None:
+def test_an_unreachable_server_is_not_retried() -> None:
     with Client("http://127.0.0.1:9") as client, pytest.raises(UnreachableError):
         client.generate({"prompt": "A paper boat on a rainy street"})
+
+
+class RestartingServer(BaseHTTPRequestHandler):
+    """Answers /status with an error twice, as during a restart, and then with the end of the task."""
+
+    statuses: ClassVar[list[int]] = []
+
+    def do_GET(self) -> None:
+        self.statuses.append(503 if len(self.statuses) < 2 else 200)
+        status = {"task_id": "t1", "status": "completed", "file_size": 5, "added_later": "kept"}
+        body = json.dumps(status).encode() if self.statuses[-1] == 200 else b""
+        self.send_response(self.statuses[-1])
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def test_wait_continues_when_the_server_is_back() -> None:
+    RestartingServer.statuses = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), RestartingServer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+            status = client.wait("t1")
+        server.shutdown()
+        thread.join()
+    assert RestartingServer.statuses == [503, 503, 200]
+    assert (status.status, status.file_size) == ("completed", 5)
+    assert status.model_dump(exclude_unset=True)["added_later"] == "kept"
