@@ -9,14 +9,6 @@ with Client("http://localhost:8000") as client:
     client.download(task_id, Path("boat.mp4"))
 """
 
-from hunyuan.client import (
-    Client,
-    ClientError,
-    Health,
-    RefusedError,
-    TaskFailedError,
-    TaskStatus,
-    UnreachableError,
-)
+from hunyuan.client import Client, ClientError, Health, RefusedError, TaskFailedError, TaskStatus, UnreachableError
 
 __all__ = ["Client", "ClientError", "Health", "RefusedError", "TaskFailedError", "TaskStatus", "UnreachableError"]

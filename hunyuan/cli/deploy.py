@@ -17,46 +17,40 @@ from hunyuan.settings import DeploySettings, deployed_environment
 app = typer.Typer(help="Run workers on RunPod. Needs RUNPOD_API_KEY.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Option(help="Name of the template and of the endpoint.")]
+GpuPools = Annotated[
+    list[str] | None, typer.Option(help="GPU pool; up to three, the preferred one first. Default: by profile.")
+]
+Timeout = Annotated[int | None, typer.Option(min=5, help="Seconds that one job may run. Default: by profile.")]
+IdleTimeout = Annotated[int, typer.Option(min=1, max=3600, help="Seconds without a job before a worker is stopped.")]
+Secrets = Annotated[
+    list[str] | None, typer.Option(metavar="VARIABLE=SECRET", help="Set a variable from a secret stored at RunPod.")
+]
 
 
 @app.command()
 def runpod(
     image: Annotated[str, typer.Option(help="The worker's image, with registry and tag.")],
     name: Name = "hunyuan-video",
-    profile: Annotated[
-        Profile | None, typer.Option(help="Selects GPU pools and timeout. Default: HUNYUAN_PROFILE.")
-    ] = None,
-    gpu: Annotated[
-        list[str] | None, typer.Option(help="GPU pool; up to three, the preferred one first. Default: by profile.")
-    ] = None,
-    execution_timeout: Annotated[
-        int | None, typer.Option(min=5, help="Seconds that one job may run. Default: by profile.")
-    ] = None,
+    profile: Annotated[Profile | None, typer.Option(help="Profile to serve. Default: HUNYUAN_PROFILE.")] = None,
+    gpu: GpuPools = None,
+    execution_timeout: Timeout = None,
     disk: Annotated[int, typer.Option(min=1, help="Container disk in GB.")] = 100,
     network_volume: Annotated[str | None, typer.Option(help="Id of a network volume for weights.")] = None,
     registry: Annotated[str | None, typer.Option(help="Id of RunPod's credential for a private registry.")] = None,
-    idle_timeout: Annotated[
-        int, typer.Option(min=1, max=3600, help="Seconds without a job before a worker is stopped.")
-    ] = 60,
+    idle_timeout: IdleTimeout = 60,
     min_workers: Annotated[int, typer.Option(min=0, help="Workers that always run and always cost.")] = 0,
     max_workers: Annotated[int, typer.Option(min=0, help="Maximum number of workers.")] = 3,
     min_cuda: Annotated[str, typer.Option(help="Minimum CUDA version of a worker's driver.")] = "13.0",
-    secret: Annotated[
-        list[str] | None, typer.Option(metavar="VARIABLE=SECRET", help="Set a variable from a secret stored at RunPod.")
-    ] = None,
+    secret: Secrets = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes and make none.")] = False,
 ) -> None:
     """Create or update a template and an endpoint. Workers get BUCKET_* and the workers' HUNYUAN_* variables."""
     settings = _settings(profile)
     sizing = deployment.SIZES[settings.profile]
-    try:
-        env = deployment.worker_variables(deployed_environment(), settings.profile, secret or [])
-    except deployment.IncompleteError as exc:
-        fail(str(exc), ExitCode.USAGE)
     wanted = deployment.Deployment(
         name=name,
         image=image,
-        env=env,
+        env=_worker_variables(settings.profile, secret or []),
         pools=tuple(gpu or sizing.pools),
         execution_timeout=execution_timeout or sizing.execution_timeout,
         disk=disk,
@@ -68,6 +62,13 @@ def runpod(
         min_cuda=min_cuda,
     )
     _deploy(settings, wanted, dry_run=dry_run)
+
+
+def _worker_variables(profile: Profile, secrets: Collection[str]) -> dict[str, str]:
+    try:
+        return deployment.worker_variables(deployed_environment(), profile, secrets)
+    except deployment.IncompleteError as exc:
+        fail(str(exc), ExitCode.USAGE)
 
 
 def _deploy(settings: DeploySettings, wanted: deployment.Deployment, *, dry_run: bool) -> None:

@@ -35,7 +35,7 @@ def statuses(service: Service) -> list[dict[str, Any]]:
 
     def look() -> bool:
         seen.append(service.status(task_id))
-        return seen[-1]["status"] != "processing"
+        return str(seen[-1]["status"]) != "processing"
 
     eventually("completion", look, RENDER_SECONDS)
     return seen
