@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -13,7 +12,7 @@ import anyio.to_thread
 
 from shim.host.errors import StartError, settings_errors
 from shim.host.gateway import EmbeddedBucket
-from shim.host.supervisor import Supervised
+from shim.host.supervisor import Supervised, supervising
 from shim.metrics import Metrics
 from shim.settings import ShimSettings
 from storage.bucket import Bucket
@@ -53,22 +52,12 @@ async def open_bucket(settings: ShimSettings, metrics: Metrics) -> AsyncIterator
         )
     else:
         embedded = EmbeddedBucket(settings.directory / "bucket")
-        async with _running(embedded, metrics):
+        await embedded.format()
+        gateway = Supervised("S3 gateway", embedded.launch, metrics.supervise("S3 gateway"))
+        async with supervising([gateway], _GATEWAY_GRACE):
+            await embedded.wait_until_listening()
+            await anyio.to_thread.run_sync(Bucket(embedded.settings).create)
             yield OpenBucket(_connect(embedded.settings, metrics), embedded.environment())
-
-
-@asynccontextmanager
-async def _running(embedded: EmbeddedBucket, metrics: Metrics) -> AsyncIterator[None]:
-    await embedded.format()
-    gateway = Supervised("S3 gateway", embedded.launch, metrics.supervise("S3 gateway"))
-    supervision = asyncio.create_task(gateway.run())
-    try:
-        await embedded.wait_until_listening()
-        await anyio.to_thread.run_sync(Bucket(embedded.settings).create)
-        yield
-    finally:
-        await gateway.stop(_GATEWAY_GRACE)
-        await supervision
 
 
 def _connect(settings: BucketSettings, metrics: Metrics) -> Bucket:

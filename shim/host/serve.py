@@ -22,7 +22,7 @@ from shim.host.bucket import OpenBucket, open_bucket
 from shim.host.errors import StartError, settings_errors
 from shim.host.local_worker import LocalWorker, model_environment
 from shim.host.secret_file import secret_file
-from shim.host.supervisor import Supervised
+from shim.host.supervisor import Supervised, supervising
 from shim.host.worker_environment import ENDPOINT_ID
 from shim.http.server import HttpServer
 from shim.metrics import Metrics
@@ -123,7 +123,7 @@ async def _serve_local(
             environment = {**store.environment, **model_environment(settings, index)}
             worker = LocalWorker(f"{instance}-{index}", dispatcher, base_url, token, environment)
             workers.append(Supervised(f"worker {index}", worker.launch, metrics.supervise(f"worker {index}")))
-        supervisions = await stack.enter_async_context(_supervising(workers, settings.shutdown_grace))
+        supervisions = await stack.enter_async_context(supervising(workers, settings.shutdown_grace))
         stack.callback(platform.drain)
         await _run_until(stopping, [server, *background, *supervisions])
 
@@ -234,17 +234,6 @@ async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[S
     finally:
         for task in tasks:
             task.cancel()
-
-
-@asynccontextmanager
-async def _supervising(processes: Sequence[Supervised], grace: float) -> AsyncIterator[Sequence[asyncio.Task[None]]]:
-    """Keeps `processes` running until the block ends, and then stops them within `grace` seconds."""
-    tasks = [asyncio.create_task(process.run()) for process in processes]
-    try:
-        yield tasks
-    finally:
-        await asyncio.gather(*(process.stop(grace) for process in processes))
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:

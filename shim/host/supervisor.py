@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -110,6 +110,17 @@ class Supervised:
             log.warning("%s did not exit within %.0f s of SIGTERM; killing it", self._name, grace)
             _signal_group(process.pid, signal.SIGKILL)
             await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def supervising(processes: Sequence[Supervised], grace: float) -> AsyncIterator[Sequence[asyncio.Task[None]]]:
+    """Keeps `processes` running until the block ends, and then stops them within `grace` seconds."""
+    tasks = [asyncio.create_task(process.run()) for process in processes]
+    try:
+        yield tasks
+    finally:
+        await asyncio.gather(*(process.stop(grace) for process in processes))
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
