@@ -313,24 +313,28 @@ def test_a_model_that_can_not_be_loaded_is_reported(tmp_path: Path) -> None:
 # The other commands
 
 
-def test_commands_report_errors_by_their_exit_code(service: Service, tmp_path: Path) -> None:
+def test_commands_report_errors_by_their_exit_code(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here: dict[str, Any] = {"HUNYUAN_SERVER": service.address}
     health = hunyuan("health", "--json", **here)
     assert health.returncode == 5, "no worker, no model"
     assert json.loads(health.stdout)["model_loaded"] is False
-    for command in ("status", "download", "cancel"):
-        missing = hunyuan(command, "no-such-task", directory=tmp_path, **here)
-        assert (missing.returncode, "TASK_NOT_FOUND" in missing.stderr) == (4, True)
     refused = hunyuan("generate", "A paper boat on a rainy street", directory=tmp_path, **here)
     assert (refused.returncode, "MODEL_NOT_LOADED" in refused.stderr) == (5, True)
-    nobody = hunyuan("health", HUNYUAN_SERVER=f"http://127.0.0.1:{free_port()}")
-    assert (nobody.returncode, "hunyuan serve" in nobody.stderr) == (3, True)
+
+    monkeypatch.chdir(tmp_path)
+    for command in ("status", "download", "cancel"):
+        missing = CliRunner().invoke(app, [command, "no-such-task"], env=here)
+        assert (missing.exit_code, "TASK_NOT_FOUND" in missing.stderr) == (4, True)
+    unreachable = CliRunner().invoke(app, ["health"], env={"HUNYUAN_SERVER": f"http://127.0.0.1:{free_port()}"})
+    assert (unreachable.exit_code, "hunyuan serve" in unreachable.stderr) == (3, True)
     wrong: list[str]
     for wrong in (["generate"], ["no-such-command"], ["generate", "a prompt of words", "--resolution", "4k"]):
-        assert hunyuan(*wrong, **here).returncode == 2
-    bad_server = hunyuan("health", HUNYUAN_SERVER="not a url")
-    assert (bad_server.returncode, "HUNYUAN_SERVER" in bad_server.stderr) == (2, True)
-    assert list(tmp_path.iterdir()) == [], "nothing half done was left"
+        assert CliRunner().invoke(app, wrong, env=here).exit_code == 2
+    bad_server = CliRunner().invoke(app, ["health"], env={"HUNYUAN_SERVER": "not a url"})
+    assert (bad_server.exit_code, "HUNYUAN_SERVER" in bad_server.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == [], "no partial file is left"
 
 
 def test_a_finished_task_can_be_shown_and_saved(service: Service, large: tuple[str, str], tmp_path: Path) -> None:
