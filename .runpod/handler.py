@@ -1,4 +1,4 @@
-"""RunPod's Hub looks for a file of this name. The image itself runs `python -u -m handler`, which is the same."""
+"""RunPod's Hub requires a file of this name. It does what the image's command `python -u -m handler` does."""
 
 import sys
 from pathlib import Path

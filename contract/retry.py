@@ -49,12 +49,16 @@ class RetryPolicy:
         exponential = self.first * 2.0 ** min(failures - 1, 64)
         return min(exponential, self.longest) * random.uniform(0.5, 1.0)  # nosec B311 # jitter
 
-    def retrying(self, on: Retryable, *, what: str, sleep: Callable[[float], None] = time.sleep) -> Retrying:
-        """tenacity's `Retrying` for blocking code. Each retry logs a warning that begins with `what`.
-
-        `sleep` does the waiting; what it raises ends the retries.
-        """
-        return Retrying(sleep=sleep, **self._options(on, what, _nothing))
+    def retrying(
+        self,
+        on: Retryable,
+        *,
+        what: str,
+        sleep: Callable[[float], None] = time.sleep,
+        at_least: Callable[[BaseException], float] = _nothing,
+    ) -> Retrying:
+        """tenacity's `Retrying`; a warning that begins with `what` tells of each retry."""
+        return Retrying(sleep=sleep, **self._options(on, what, at_least))
 
     def async_retrying(
         self, on: Retryable, *, what: str, at_least: Callable[[BaseException], float] = _nothing

@@ -1,4 +1,4 @@
-"""A client of the documented API, as the `hunyuan` command uses it."""
+"""A client of the documented API. The `hunyuan` command uses it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,63 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import httpx
+from pydantic import BaseModel, ConfigDict
 
-#: What a server says, decoded.
-Answer = Mapping[str, Any]
+from contract.retry import RetryPolicy
 
 _POLL_INTERVAL: Final = 1.0
-#: Seconds after which a request whose answer was lost is sent again.
-_AGAIN_AFTER: Final = (1.0, 3.0)
-#: How long a wait outlasts a server that is away: long enough for a restart.
-_OUTAGE: Final = 120.0
+#: For a POST /generate whose answer was lost.
+_SUBMIT: Final = RetryPolicy(first=1.0, longest=3.0, attempts=3)
+#: For a task's status: longer than a server's restart.
+_POLL: Final = RetryPolicy(first=1.0, longest=5.0, total=120.0)
+
+
+class _Answer(BaseModel):
+    """Fields that a newer server adds are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class TaskStatus(_Answer):
+    """The answer of /status. Which of the optional fields are set depends on `status`."""
+
+    task_id: str
+    status: Literal["processing", "completed", "failed"]
+    progress: int | None = None
+    elapsed_time: int | None = None
+    stage: str | None = None
+    queue_position: int | None = None
+    video_url: str | None = None
+    duration: int | None = None
+    resolution: str | None = None
+    file_size: int | None = None
+    error: str | None = None
+    error_code: str | None = None
+
+
+class Health(_Answer):
+    """The answer of /health."""
+
+    status: str
+    model_loaded: bool
+    gpu_available: bool
+    vram_free: str
+    version: str
 
 
 class ClientError(Exception):
-    """The server could not be used as asked."""
+    """The server could not be used as requested."""
 
 
 class UnreachableError(ClientError):
-    """Nobody answers there."""
+    """The server did not answer."""
 
 
 class RefusedError(ClientError):
-    """The server answered with an error of the API."""
+    """The server answered with an error of the API. `retry_after` is its Retry-After in seconds."""
 
     def __init__(self, status: int, error: str, error_code: str, retry_after: str | None) -> None:
         super().__init__(error)
@@ -40,15 +73,15 @@ class RefusedError(ClientError):
 
 
 class TaskFailedError(ClientError):
-    """The task ended with no video."""
+    """The task failed."""
 
-    def __init__(self, status: Answer) -> None:
-        super().__init__(f"{status['error']} ({status['error_code']})")
+    def __init__(self, status: TaskStatus) -> None:
+        super().__init__(f"{status.error} ({status.error_code})")
         self.status = status
 
 
 class Client:
-    """Talks to one server. Every method raises UnreachableError or RefusedError where it must."""
+    """Talks to one server. Every method may raise UnreachableError or RefusedError."""
 
     def __init__(self, server: str, api_key: str | None = None) -> None:
         self._server = server.rstrip("/")
@@ -56,7 +89,7 @@ class Client:
             base_url=self._server,
             headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
             timeout=httpx.Timeout(30, connect=5),
-            follow_redirects=True,  # the key goes to no other host: httpx leaves it out
+            follow_redirects=True,  # httpx sends the key to no other host
         )
 
     def __enter__(self) -> Self:
@@ -68,66 +101,53 @@ class Client:
         self._http.close()
 
     def generate(self, request: Mapping[str, object]) -> str:
-        """Submit a task by the body of a POST /generate; its id. An answer that was lost is asked for again."""
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        for delay in _AGAIN_AFTER:
-            try:
-                return self._submit(request, headers)
-            except UnreachableError as exc:
-                if isinstance(exc.__cause__, httpx.ConnectError):
-                    raise
-            time.sleep(delay)
-        return self._submit(request, headers)
+        """Submits the body of a POST /generate and returns the task's id.
 
-    def _submit(self, request: Mapping[str, object], headers: Mapping[str, str]) -> str:
-        task_id: str = self._ask("POST", "/generate", json=request, headers=headers)["task_id"]
+        A request whose answer was lost is sent again under the same Idempotency-Key, so it makes one task.
+        """
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        retrying = _SUBMIT.retrying(_is_lost_answer, what="submitting the task")
+        task_id: str = retrying(self._ask, "POST", "/generate", json=request, headers=headers)["task_id"]
         return task_id
 
-    def cancel(self, task_id: str) -> Answer:
-        """Cancel the task; its status from then on."""
-        return self._ask("DELETE", f"/tasks/{task_id}")
+    def cancel(self, task_id: str) -> TaskStatus:
+        """Cancels the task and returns its new status."""
+        return TaskStatus.model_validate(self._ask("DELETE", f"/tasks/{task_id}"))
 
-    def status(self, task_id: str) -> Answer:
+    def status(self, task_id: str) -> TaskStatus:
         """The task's status."""
-        return self._ask("GET", f"/status/{task_id}")
+        return TaskStatus.model_validate(self._ask("GET", f"/status/{task_id}"))
 
-    def health(self) -> Answer:
-        """What /health says."""
-        return self._ask("GET", "/health")
+    def health(self) -> Health:
+        """The server's health."""
+        return Health.model_validate(self._ask("GET", "/health"))
 
     def ready(self) -> bool:
-        """Whether the server takes tasks now; False while it can't be reached, too."""
+        """Whether the server accepts tasks now; also False while it can't be reached."""
         try:
             self._ask("GET", "/ready")
         except ClientError:
             return False
         return True
 
-    def wait(self, task_id: str, on_status: Callable[[Answer], None]) -> Answer:
-        """Poll until the task is completed, through a server's restart if need be.
+    def wait(self, task_id: str, on_status: Callable[[TaskStatus], None] = lambda _: None) -> TaskStatus:
+        """Polls until the task is completed; a server that is away for up to two minutes, as in a restart, is retried.
 
         Raises:
-            TaskFailedError: it failed.
+            TaskFailedError: the task failed.
         """
-        last_answer = time.monotonic()
+        retrying = _POLL.retrying(_is_outage, what="asking for the task's status", at_least=_retry_after)
         while True:
-            try:
-                status = self.status(task_id)
-            except (UnreachableError, RefusedError) as exc:
-                lasting = isinstance(exc, RefusedError) and exc.status < 500
-                if lasting or time.monotonic() - last_answer > _OUTAGE:
-                    raise
-            else:
-                last_answer = time.monotonic()
-                on_status(status)
-                if status["status"] == "completed":
-                    return status
-                if status["status"] == "failed":
-                    raise TaskFailedError(status)
+            status = retrying(self.status, task_id)
+            on_status(status)
+            if status.status == "completed":
+                return status
+            if status.status == "failed":
+                raise TaskFailedError(status)
             time.sleep(_POLL_INTERVAL)
 
     def download(self, task_id: str, output: Path) -> int:
-        """Save the video; `output` appears whole or not at all. Its size in bytes."""
+        """Saves the video and returns its size in bytes. `output` is created only when the download is complete."""
         part = output.with_name(f"{output.name}.part")
         try:
             with self._http.stream("GET", f"/videos/{task_id}.mp4") as response, part.open("wb") as file:
@@ -139,20 +159,19 @@ class Client:
             size = part.stat().st_size
             part.replace(output)
         except httpx.HTTPError as exc:
-            raise UnreachableError(f"the download broke: {exc}") from exc
+            raise UnreachableError(f"the download from {self._server} was interrupted: {exc}") from exc
         finally:
             part.unlink(missing_ok=True)
         return size
 
-    def _ask(self, method: str, path: str, **arguments: Any) -> Answer:
+    def _ask(self, method: str, path: str, **arguments: Any) -> Any:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.HTTPError as exc:
             raise UnreachableError(f"no answer from {self._server}: {exc}") from exc
         if response.is_error:
             raise _refused(response)
-        answer: Answer = response.json()
-        return answer
+        return response.json()
 
 
 def _refused(response: httpx.Response) -> RefusedError:
@@ -162,3 +181,16 @@ def _refused(response: httpx.Response) -> RefusedError:
     except (ValueError, KeyError, TypeError):
         error, code = f"the server answered {response.status_code}", "INTERNAL_ERROR"
     return RefusedError(response.status_code, error, code, response.headers.get("retry-after"))
+
+
+def _is_lost_answer(exc: BaseException) -> bool:
+    return isinstance(exc, UnreachableError) and not isinstance(exc.__cause__, httpx.ConnectError)
+
+
+def _is_outage(exc: BaseException) -> bool:
+    return isinstance(exc, UnreachableError) or (isinstance(exc, RefusedError) and exc.status >= 500)
+
+
+def _retry_after(exc: BaseException) -> float:
+    value = exc.retry_after if isinstance(exc, RefusedError) else None
+    return float(value) if value is not None and value.isdigit() else 0.0

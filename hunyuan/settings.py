@@ -1,4 +1,4 @@
-"""Settings of the `hunyuan` command."""
+"""The settings of the `hunyuan` command, and the environments of what it starts or deploys."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Final
 
 from pydantic import Field, HttpUrl, SecretStr
 
-from contract.job import Profile
+from contract.job import DEMO_MODEL, Profile
 from contract.settings import HeaderToken, Settings
 
 
 class ClientSettings(Settings):
-    """What the `hunyuan` commands that talk to a server need to know."""
+    """The settings of the commands that talk to a server."""
 
     server: HttpUrl = Field(
         default=HttpUrl("http://localhost:8000"),
@@ -22,16 +22,12 @@ class ClientSettings(Settings):
     api_key: HeaderToken | None = Field(
         default=None,
         validation_alias="HUNYUAN_API_KEY",
-        description="Key for a server that has HUNYUAN_API_KEYS. Never logged.",
+        description="One of the server's HUNYUAN_API_KEYS. Never logged.",
     )
 
 
 class DeploySettings(Settings):
-    """What `hunyuan deploy` needs to know, beside its options.
-
-    Raises:
-        pydantic.ValidationError: naming each environment variable that is missing or wrong.
-    """
+    """The settings of `hunyuan deploy`, in addition to its options."""
 
     api_key: SecretStr = Field(validation_alias="RUNPOD_API_KEY", description="RunPod API key. Never logged.")
     api_url: HttpUrl = Field(
@@ -47,11 +43,12 @@ class DeploySettings(Settings):
     profile: Profile = Field(
         default=Profile.FAST,
         validation_alias="HUNYUAN_PROFILE",
-        description="What to choose GPUs and the execution timeout for, and what workers serve first.",
+        description="Selects the GPU pools and the execution timeout, and the profile that workers serve by default.",
     )
 
 
-#: What a deployed worker reads from its environment and `hunyuan deploy` hands on, beside the bucket's variables.
+#: The variables that `hunyuan deploy` copies from its own environment into a worker's. Operators set them; a test
+#: compares them with WorkerSettings and BucketSettings.
 WORKER_VARIABLES: Final = (
     "HUNYUAN_APPROXIMATIONS",
     "HUNYUAN_CACHE_DIR",
@@ -68,10 +65,10 @@ WORKER_VARIABLES: Final = (
     "HUNYUAN_VRAM_LIMIT",
     "HUNYUAN_WORK_DIR",
 )
+BUCKET_SECRET: Final = "BUCKET_SECRET_ACCESS_KEY"  # noqa: S105 - its name
+REQUIRED_BUCKET_VARIABLES: Final = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", BUCKET_SECRET)
 BUCKET_VARIABLES: Final = (
-    "BUCKET_ENDPOINT_URL",
-    "BUCKET_ACCESS_KEY_ID",
-    "BUCKET_SECRET_ACCESS_KEY",
+    *REQUIRED_BUCKET_VARIABLES,
     "BUCKET_NAME",
     "BUCKET_REGION",
     "BUCKET_PUBLIC_ENDPOINT_URL",
@@ -80,5 +77,22 @@ BUCKET_VARIABLES: Final = (
 
 
 def deployed_environment() -> dict[str, str]:
-    """What of this process's environment a worker elsewhere needs."""
+    """The part of this process's environment that a deployed worker gets."""
     return {name: os.environ[name] for name in (*BUCKET_VARIABLES, *WORKER_VARIABLES) if os.environ.get(name)}
+
+
+def demo_environment(port: int, data_dir: str) -> dict[str, str]:
+    """The environment of a server on loopback with the demo model, one worker and the embedded bucket.
+
+    Settings of ours in this process's environment that would change that are emptied.
+    """
+    emptied = ("HUNYUAN_PUBLIC_URL", "HUNYUAN_API_KEYS", "HUNYUAN_RATE_LIMIT", "RUNPOD_ENDPOINT_ID")
+    return {
+        **os.environ,
+        **dict.fromkeys((*emptied, *REQUIRED_BUCKET_VARIABLES), ""),
+        "HUNYUAN_HOST": "127.0.0.1",
+        "HUNYUAN_PORT": str(port),
+        "HUNYUAN_DATA_DIR": data_dir,
+        "HUNYUAN_MODEL_PATH": DEMO_MODEL,
+        "HUNYUAN_WORKERS": "1",
+    }

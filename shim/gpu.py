@@ -1,4 +1,4 @@
-"""The GPUs this machine shows, by NVML: live figures without a CUDA context."""
+"""The GPUs of this machine and their free memory, read from NVML without a CUDA context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contract.worker import Gpu
 
 
 def local_gpus() -> list[Gpu]:
-    """Every GPU that NVML sees, as of now; empty where there is no driver.
+    """Every GPU that NVML lists, with its memory now; empty if there is no driver.
 
     Source: NVML API reference, nvmlDeviceGetMemoryInfo.
     """

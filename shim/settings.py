@@ -1,4 +1,4 @@
-"""The shim's settings. This module and the packages' other `settings` modules alone read the environment."""
+"""The server's settings. Only the `settings` modules of our packages read the environment."""
 
 from __future__ import annotations
 
@@ -15,26 +15,22 @@ from contract.settings import Settings
 from shim.access import Access, ApiKey, parse_api_keys
 
 
-def _parsed_keys(value: object) -> object:
+def _parse_keys(value: object) -> object:
     return parse_api_keys(value) if isinstance(value, str) else value
 
 
-def _listed(value: object) -> object:
+def _split_commas(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
-def _origin(text: str) -> str:
+def _check_origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", text):
-        raise ValueError("must be * or origins such as https://films.example, with no path and no slash at the end")
+        raise ValueError("must be * or origins such as https://films.example, without a path and without a final slash")
     return text
 
 
 class ShimSettings(LogOptions):
-    """What `hunyuan serve` needs to know.
-
-    Raises:
-        pydantic.ValidationError: naming each environment variable that is missing or wrong.
-    """
+    """The settings of `hunyuan serve`."""
 
     host: str = Field(default="0.0.0.0", validation_alias="HUNYUAN_HOST", description="Address to listen on.")  # noqa: S104 - documented
     port: int = Field(
@@ -45,93 +41,95 @@ class ShimSettings(LogOptions):
         ge=0,
         le=64,
         validation_alias="HUNYUAN_WORKERS",
-        description="Worker processes to start on this machine, one per GPU. 0 where workers run elsewhere.",
+        description="Worker processes to start on this machine, one per GPU. 0 if all workers run elsewhere.",
     )
     max_queue_size: int = Field(
         default=10,
         ge=1,
         validation_alias="HUNYUAN_MAX_QUEUE_SIZE",
-        description="Tasks that may wait; more get QUEUE_FULL.",
+        description="Tasks that may wait in the queue. A request beyond that gets QUEUE_FULL.",
     )
     max_attempts: int = Field(
         default=3,
         ge=1,
         validation_alias="HUNYUAN_MAX_ATTEMPTS",
-        description="Workers that a task may lose before it fails.",
+        description="Attempts per task. A task fails when it has lost this many workers.",
     )
     worker_timeout: float = Field(
         default=60.0,
         ge=15,
         validation_alias="HUNYUAN_WORKER_TIMEOUT",
-        description="Seconds without a sign of life after which a worker counts as lost and its task is handed on. "
-        "Workers give one every 5 seconds.",
+        description="Seconds without a ping after which a worker is lost: its lease expires and its task is queued "
+        "again. Workers ping every 5 seconds.",
     )
     history_ttl: float = Field(
         default=7 * 24 * 3600.0,
         ge=3600,
         validation_alias="HUNYUAN_HISTORY_TTL",
-        description="Seconds after its end for which the queue remembers a task. A finished video's status stays "
-        "available for as long as the bucket has it.",
+        description="Seconds for which the queue remembers a task after it ended. The status of a completed task stays "
+        "available as long as the bucket has its video.",
     )
     database_url: SecretStr | None = Field(
         default=None,
         validation_alias="HUNYUAN_DATABASE_URL",
-        description="PostgreSQL that several servers share as their queue: `postgresql://user:password@host/database`. "
-        "Else a SQLite file in HUNYUAN_DATA_DIR. Never logged.",
+        description="PostgreSQL database of the queue, which several servers can share: "
+        "`postgresql://user:password@host/database`. Default: a SQLite file in HUNYUAN_DATA_DIR. Never logged.",
     )
     model_path: str | None = Field(
         default=None,
         min_length=1,
         validation_alias="HUNYUAN_MODEL_PATH",
-        description="Checkpoint directory, hub id, or `demo`. Without it `hunyuan serve` serves the demo model and "
-        "says so; a worker started on its own loads HunyuanVideo-1.5 480p.",
+        description="Checkpoint directory, hub id, or `demo`. If unset, `hunyuan serve` logs a warning and serves "
+        "the demo model, and `python -m handler` loads HunyuanVideo-1.5 480p.",
     )
     data_dir: Path = Field(
         default=Path("~/.local/share/hunyuan"),
         validation_alias="HUNYUAN_DATA_DIR",
-        description="Where the queue, the platform token and the embedded bucket live.",
+        description="Directory of the SQLite queue, the generated platform token and the embedded bucket.",
     )
     public_url: HttpUrl | None = Field(
         default=None,
         validation_alias="HUNYUAN_PUBLIC_URL",
-        description="Address that clients reach this server under; video_url starts with it. Else the request's own.",
+        description="Address under which clients reach this server; video_url starts with it. Default: the address of "
+        "the request.",
     )
     platform_token: SecretStr | None = Field(
         default=None,
         min_length=16,
         validation_alias="HUNYUAN_PLATFORM_TOKEN",
-        description="Key for the RunPod-compatible endpoints under /v2, where workers and jobs come in: the same for "
-        "servers that share a database. Else one is made and kept in HUNYUAN_DATA_DIR.",
+        description="Key for the RunPod-compatible endpoints under /v2, which workers use. Servers that share a "
+        "database need the same key. Default: a key that is generated once and stored in HUNYUAN_DATA_DIR.",
     )
-    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parsed_keys)] = Field(
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_parse_keys)] = Field(
         default=(),
         validation_alias="HUNYUAN_API_KEYS",
-        description="Keys that clients need, each `key` or `name:key` with at least 16 characters in the key, with "
-        "commas between. Without them anyone may use the server. Never logged.",
+        description="Comma-separated keys that clients may use, each `key` or `name:key`, with 16 characters or more "
+        "in the key. If unset, anyone may use the server. Never logged.",
     )
     rate_limit: int | None = Field(
         default=None,
         ge=1,
         validation_alias="HUNYUAN_RATE_LIMIT",
-        description="Videos a minute that each key may ask for; where no keys are set, each client address.",
+        description="Videos per minute that each key may request; each client address, if HUNYUAN_API_KEYS is unset. "
+        "Default: no limit.",
     )
-    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_listed)] = (
-        Field(
-            default=(),
-            validation_alias="HUNYUAN_CORS_ORIGINS",
-            description="Origins whose web pages may use the server, with commas between; `*` for any.",
-        )
+    cors_origins: Annotated[
+        tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split_commas)
+    ] = Field(
+        default=(),
+        validation_alias="HUNYUAN_CORS_ORIGINS",
+        description="Comma-separated origins whose web pages may use the server; `*` for any.",
     )
     shutdown_grace: float = Field(
         default=30.0,
         ge=0,
         validation_alias="HUNYUAN_SHUTDOWN_GRACE",
-        description="Seconds that running renders get to finish when the server stops; then they are queued again.",
+        description="Seconds that running renders have to finish when the server stops. Then they are queued again.",
     )
     runpod_endpoint_id: str | None = Field(
         default=None,
         validation_alias="RUNPOD_ENDPOINT_ID",
-        description="RunPod endpoint to queue jobs on, in place of the local queue and workers.",
+        description="RunPod endpoint that gets the jobs, in place of the local queue and workers.",
     )
     runpod_api_key: SecretStr | None = Field(
         default=None, validation_alias="RUNPOD_API_KEY", description="RunPod API key. Never logged."
@@ -143,20 +141,20 @@ class ShimSettings(LogOptions):
     )
 
     @model_validator(mode="after")
-    def _runpod_is_whole(self) -> Self:
+    def _check_runpod_endpoint(self) -> Self:
         if self.runpod_endpoint_id is not None:
             self.runpod_endpoint()
         return self
 
     def runpod_endpoint(self) -> tuple[str, SecretStr]:
-        """The endpoint's id and key, where jobs go to RunPod."""
+        """The id and the key of the RunPod endpoint. Raises ValueError unless both are set."""
         if self.runpod_endpoint_id is None or self.runpod_api_key is None:
-            raise ValueError("RUNPOD_ENDPOINT_ID and RUNPOD_API_KEY are needed together")
+            raise ValueError("set both RUNPOD_ENDPOINT_ID and RUNPOD_API_KEY, or neither")
         return self.runpod_endpoint_id, self.runpod_api_key
 
     @property
     def access(self) -> Access:
-        """Who may use the server, and how often."""
+        """Which clients may use the server, and their rate limit."""
         return Access(self.api_keys, self.rate_limit, self.cors_origins)
 
     @property
@@ -166,16 +164,19 @@ class ShimSettings(LogOptions):
 
 
 class RemoteWorkerSettings(Settings):
-    """What `hunyuan worker` needs to know, beside its bucket and what the handler reads for itself."""
+    """The settings of `hunyuan worker`, in addition to BucketSettings and WorkerSettings."""
 
     platform_url: HttpUrl = Field(
-        validation_alias="HUNYUAN_PLATFORM_URL", description="Address of a server, or of what balances between several."
+        validation_alias="HUNYUAN_PLATFORM_URL",
+        description="Address of a server, or of a load balancer in front of several.",
     )
     platform_token: SecretStr = Field(
-        min_length=16, validation_alias="HUNYUAN_PLATFORM_TOKEN", description="The servers' key. Never logged."
+        min_length=16,
+        validation_alias="HUNYUAN_PLATFORM_TOKEN",
+        description="HUNYUAN_PLATFORM_TOKEN of that server. Never logged.",
     )
 
 
 def child_environment(**overrides: str) -> dict[str, str]:
-    """This process's environment for one it starts, with `overrides`."""
+    """This process's environment for a child process, with `overrides`."""
     return {**os.environ, **overrides}

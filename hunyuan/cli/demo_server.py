@@ -1,4 +1,4 @@
-"""A server that lives as long as one demonstration: own port, own data, the demo model."""
+"""A temporary server with the demo model, its own port and its own data directory."""
 
 from __future__ import annotations
 
@@ -12,47 +12,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from contract.job import DEMO_MODEL
 from hunyuan.client import Client
-from shim.settings import child_environment
+from hunyuan.settings import demo_environment
 
 _START: Final = 120.0
 _STOP: Final = 30.0
 
 
 class DemoError(Exception):
-    """The server did not come up; the message ends with its own output."""
+    """The server did not start; the message ends with the server's log."""
 
 
 @contextmanager
 def running() -> Iterator[str]:
-    """The address of a server with the demo model, ready for tasks; stopped, and its data removed, at the end.
+    """The address of a server that accepts tasks. When the block ends it is stopped and its data is deleted.
 
     Raises:
-        DemoError: it is not ready within two minutes.
+        DemoError: the server exited, or was not ready within two minutes.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="hunyuan-demo-") as directory:
-        environment = child_environment(
-            HUNYUAN_HOST="127.0.0.1",
-            HUNYUAN_PORT=str(port),
-            HUNYUAN_DATA_DIR=directory,
-            HUNYUAN_MODEL_PATH=DEMO_MODEL,
-            HUNYUAN_WORKERS="1",
-            HUNYUAN_PUBLIC_URL="",
-            HUNYUAN_API_KEYS="",
-            HUNYUAN_RATE_LIMIT="",
-            BUCKET_ENDPOINT_URL="",
-            BUCKET_ACCESS_KEY_ID="",
-            BUCKET_SECRET_ACCESS_KEY="",  # nosec B106 # none
-            RUNPOD_ENDPOINT_ID="",
-        )
         log = Path(directory, "serve.log")
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hunyuan", "serve"], env=environment, stdout=file, stderr=file
+                [sys.executable, "-m", "hunyuan", "serve"],
+                env=demo_environment(port, directory),
+                stdout=file,
+                stderr=file,
             )
         try:
             _wait_until_ready(process, address, log)
@@ -71,7 +59,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path)
     with Client(address) as client:
         while not client.ready():
             if process.poll() is not None:
-                raise DemoError(f"the server ended with code {process.returncode}:\n{log.read_text()}")
+                raise DemoError(f"the server exited with code {process.returncode}; its log:\n{log.read_text()}")
             if time.monotonic() > deadline:
-                raise DemoError(f"the server was not ready in time:\n{log.read_text()}")
+                raise DemoError(f"the server was not ready within {_START:.0f} s; its log:\n{log.read_text()}")
             time.sleep(0.2)

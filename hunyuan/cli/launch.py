@@ -13,6 +13,52 @@ import typer
 from contract.job import Profile
 
 
+class LaunchError(Exception):
+    """The program failed; the message says why, in one line. `exit_code` is for the command."""
+
+    def __init__(self, text: str, exit_code: int = 1) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def serve(**overrides: object) -> None:
+    """Runs the server until SIGINT or SIGTERM. `overrides` replace environment variables, unless None.
+
+    Raises:
+        LaunchError: the server can't start.
+    """
+    with _start_errors():
+        from shim.host.serve import main
+
+        main(**_given(overrides))
+
+
+def worker(**overrides: object) -> None:
+    """Replaces this process by a worker of a server on another host. `overrides` as in `serve`.
+
+    Raises:
+        LaunchError: a setting is missing or wrong.
+    """
+    with _start_errors():
+        from shim.host.remote_worker import main
+
+        main(**_given(overrides))
+
+
+def _given(overrides: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in overrides.items() if value is not None}
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    from shim.host.errors import StartError
+
+    try:
+        yield
+    except StartError as exc:
+        raise LaunchError(str(exc), exit_code=2) from exc
+
+
 def download_weights(profile: Profile, to: Path, *, images: bool) -> None:
     """Downloads the checkpoints that a profile needs into `to`. An error ends the command with one line."""
     with _errors_end_the_command():

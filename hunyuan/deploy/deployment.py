@@ -1,7 +1,7 @@
-"""What `hunyuan deploy` wants to have on RunPod, how that differs from what is there, and making it so.
+"""`hunyuan deploy`: describes a deployment on RunPod, plans the changes to reach it, and applies them.
 
-A template holds the container's settings: image, disk, environment. RunPod copies a template into an endpoint when it
-is named in a request and keeps no link, so each change of the template is followed by one of the endpoint.
+A template holds the container's settings: image, disk, environment. RunPod copies a template into an endpoint when a
+request names it and does not link the two, so every update of the template is followed by one of the endpoint.
 """
 
 from __future__ import annotations
@@ -14,57 +14,54 @@ from typing import Final
 
 from contract.job import Profile
 from hunyuan.deploy.runpod_api import Kind, Resource, RunPodApi, RunPodError
-from storage.settings import BucketSettings
+from hunyuan.settings import BUCKET_SECRET, REQUIRED_BUCKET_VARIABLES
 
-#: What an endpoint takes from its template.
+#: The fields that an endpoint copies from its template.
 _CONTAINER: Final = ("image", "disk", "env", "registry")
-#: A worker is added when a job has waited so long, in seconds: RunPod's own default.
+#: RunPod adds a worker when a job has waited for this many seconds; its default.
 _QUEUE_DELAY: Final = 4
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What a profile takes: GPU pools, the first preferred, and the seconds that one job may run."""
+    """The GPU pools of a profile, the preferred one first, and the seconds that one job may run."""
 
     pools: tuple[str, ...]
     execution_timeout: int
 
 
-#: Any profile runs from 24 GB on, streamed; the slower ones get GPUs that hold more of it and compute faster
-#: (docs/performance.md). Timeouts are at least twice what `shim.estimates` reckons for the longest video at 1080p; the
-#: API's default of 300 s is less. Pools: https://docs.runpod.io/references/gpu-types; an endpoint takes up to three.
+#: Every profile runs on 24 GB, streamed from host memory; the slower profiles get GPUs that hold more of the model and
+#: compute faster (docs/performance.md). Timeouts are at least twice the estimate of `shim.estimates` for the longest
+#: video at 1080p; the API's default is 300 s. Pools: https://docs.runpod.io/references/gpu-types; at most three.
 SIZES: Final[Mapping[Profile, Sizing]] = {
     Profile.FAST: Sizing(("ADA_24", "ADA_48_PRO"), 900),
     Profile.BALANCED: Sizing(("ADA_48_PRO", "AMPERE_80", "ADA_80_PRO"), 1800),
     Profile.QUALITY: Sizing(("ADA_80_PRO", "HOPPER_141", "AMPERE_80"), 7200),
 }
 
-_BUCKET: Final = [str(field.validation_alias) for field in BucketSettings.model_fields.values() if field.is_required()]
-_SECRET: Final = "BUCKET_SECRET_ACCESS_KEY"  # noqa: S105 - its name
-#: `VARIABLE=SECRET`, and what RunPod puts the secret in place of when a worker starts. Source:
-#: https://docs.runpod.io/pods/templates/secrets
-_REFERENCE: Final = re.compile(r"([A-Z_][A-Z0-9_]*)=([A-Za-z0-9_-]+)")
-_REFERENCED: Final = "{{{{ RUNPOD_SECRET_{} }}}}"
+_SECRET_OPTION: Final = re.compile(r"([A-Z_][A-Z0-9_]*)=([A-Za-z0-9_-]+)")
+#: RunPod replaces this by the secret when a worker starts. Source: https://docs.runpod.io/pods/templates/secrets
+_PLACEHOLDER: Final = "{{{{ RUNPOD_SECRET_{} }}}}"
 
 
 class IncompleteError(Exception):
-    """The workers' environment can't be put together; the text says which part is missing or wrong."""
+    """The workers' environment is incomplete or wrong; the message names the variable or option."""
 
 
-def worker_variables(environment: Mapping[str, str], profile: Profile, references: Iterable[str]) -> dict[str, str]:
-    """The workers' environment: ours, the profile, and what `references` (`VARIABLE=SECRET`) say is kept at RunPod.
+def worker_variables(environment: Mapping[str, str], profile: Profile, secrets: Iterable[str]) -> dict[str, str]:
+    """The workers' environment: ours, the profile, and a placeholder for each of `secrets` (`VARIABLE=SECRET`).
 
     Raises:
-        IncompleteError: the bucket is named in part, or a reference is none.
+        IncompleteError: only a part of BUCKET_* is set, or one of `secrets` is malformed.
     """
     variables = {**environment, "HUNYUAN_PROFILE": profile.value}
-    for reference in references:
-        parts = _REFERENCE.fullmatch(reference)
+    for option in secrets:
+        parts = _SECRET_OPTION.fullmatch(option)
         if parts is None:
-            raise IncompleteError("--secret takes VARIABLE=SECRET, SECRET being the name of a secret at RunPod")
-        variables[parts[1]] = _REFERENCED.format(parts[2])
-    missing = [name for name in _BUCKET if name not in variables]
-    if missing and missing != _BUCKET:
+            raise IncompleteError("--secret takes VARIABLE=SECRET, where SECRET is the name of a secret at RunPod")
+        variables[parts[1]] = _PLACEHOLDER.format(parts[2])
+    missing = [name for name in REQUIRED_BUCKET_VARIABLES if name not in variables]
+    if missing and len(missing) < len(REQUIRED_BUCKET_VARIABLES):
         raise IncompleteError(f"{', '.join(missing)}: Field required")
     return variables
 
@@ -87,7 +84,7 @@ class Deployment:
     registry: str | None = None
 
     def template(self) -> Resource:
-        """As POST /v2/templates takes it."""
+        """The body of POST /v2/templates."""
         return {
             "name": self.name,
             **self._container(),
@@ -98,7 +95,7 @@ class Deployment:
         }
 
     def endpoint(self) -> Resource:
-        """As POST /v2/serverless takes it, with the container's settings written out."""
+        """The body of POST /v2/serverless, with the template's fields written out."""
         return {
             "name": self.name,
             "type": "QUEUE",
@@ -107,7 +104,7 @@ class Deployment:
                 "pools": list(self.pools),
                 "count": 1,
                 "minCudaVersion": self.min_cuda,
-                "allowedCudaVersions": [],  # both at once are refused
+                "allowedCudaVersions": [],  # RunPod refuses both fields at once
             },
             "workers": {"min": self.min_workers, "max": self.max_workers, "idleTimeout": self.idle_timeout},
             "scaling": {"type": "QUEUE_DELAY", "queueDelay": _QUEUE_DELAY},
@@ -118,16 +115,19 @@ class Deployment:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What of `env` nobody may read."""
-        value = self.env.get(_SECRET, "")
+        """The values in `env` that must not be printed."""
+        value = self.env.get(BUCKET_SECRET, "")
         return (value,) if value and not value.startswith("{{ RUNPOD_SECRET_") else ()
 
     def warnings(self) -> Iterator[str]:
-        """What works, and is perhaps not what was meant."""
-        if _SECRET not in self.env:
-            yield "warning: no BUCKET_* is set: only jobs that bring an s3Config can be stored"
+        """Warnings about a deployment that works but may not be what the operator wants."""
+        if BUCKET_SECRET not in self.env:
+            yield "warning: no BUCKET_* is set: workers can store only the videos of jobs that carry an s3Config"
         if self.secrets:
-            yield f"warning: {_SECRET} will stand in the template in clear: see --secret"
+            yield (
+                f"warning: the template will contain {BUCKET_SECRET} in clear text; "
+                f"store it at RunPod and pass --secret {BUCKET_SECRET}=NAME"
+            )
 
     def _container(self) -> Resource:
         return {"image": self.image, "disk": self.disk, "env": dict(self.env), "registry": self.registry}
@@ -135,24 +135,24 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Change:
-    """What is to be done about one resource: `body` has the fields that are not as they should be, perhaps none."""
+    """The change of one resource: `body` has the fields that differ from the current ones, possibly none."""
 
     kind: Kind
     name: str
-    there: Resource | None
+    current: Resource | None
     body: Resource
 
     def lines(self) -> Iterator[str]:
-        """What will be done, for people to read; of the environment the names and no value."""
+        """The change as text, with the names of environment variables but not their values."""
         if not self.body:
-            yield f"{self.kind} {self.name}: as it should be"
+            yield f"{self.kind} {self.name}: no change"
             return
-        yield f"{self.kind} {self.name}: {'create' if self.there is None else 'update'}"
-        before = self.there or {}
+        yield f"{self.kind} {self.name}: {'create' if self.current is None else 'update'}"
+        before = self.current or {}
         for field, value in self.body.items():
             if field == "env":
                 yield f"  env: {_env_change(before.get('env') or {}, value)}"
-            elif self.there is None:
+            elif self.current is None:
                 yield f"  {field}: {json.dumps(value)}"
             else:
                 yield f"  {field}: {json.dumps(before.get(field))} -> {json.dumps(value)}"
@@ -160,28 +160,30 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `apply` will do."""
+    """The changes that `apply` makes."""
 
     template: Change
     endpoint: Change
 
     def lines(self) -> Iterator[str]:
-        """All of it, for people to read."""
+        """All changes as text."""
         yield from self.template.lines()
         yield from self.endpoint.lines()
 
 
 def plan(api: RunPodApi, wanted: Deployment) -> Plan:
-    """How what is there differs from what is wanted. Changes nothing.
+    """The changes from what RunPod has to `wanted`. Changes nothing.
 
     Raises:
-        RunPodError: also where the endpoint of that name is one that no job queue feeds.
+        RunPodError: also if the endpoint of that name has no job queue.
     """
     endpoint = api.find(Kind.ENDPOINT, wanted.name)
     if endpoint is not None:
-        endpoint = {"type": "QUEUE", **endpoint}  # RunPod may leave it out, and takes no update of it
+        endpoint = {"type": "QUEUE", **endpoint}  # RunPod may omit it
         if endpoint["type"] != "QUEUE":
-            raise RunPodError(f"endpoint {wanted.name} is of type {endpoint['type']} for good: choose another --name")
+            raise RunPodError(
+                f"endpoint {wanted.name} has type {endpoint['type']}, which can't be changed; pass another --name"
+            )
     return Plan(
         _difference(Kind.TEMPLATE, wanted.template(), api.find(Kind.TEMPLATE, wanted.name)),
         _difference(Kind.ENDPOINT, wanted.endpoint(), endpoint),
@@ -189,20 +191,20 @@ def plan(api: RunPodApi, wanted: Deployment) -> Plan:
 
 
 def apply(api: RunPodApi, planned: Plan) -> Resource:
-    """Do it; the endpoint. Cut short, it is finished by planning and applying once more."""
-    template = _carry_out(api, planned.template, planned.template.body)
+    """Makes the changes and returns the endpoint. After an interruption, plan and apply again."""
+    template = _apply_change(api, planned.template, planned.template.body)
     body = planned.endpoint.body
     if body.keys() & set(_CONTAINER):
         others = {field: value for field, value in body.items() if field not in _CONTAINER}
         body = {**others, "templateId": template["id"]}
-    return _carry_out(api, planned.endpoint, body)
+    return _apply_change(api, planned.endpoint, body)
 
 
 def status(api: RunPodApi, name: str) -> Resource:
-    """What runs there and how it fares.
+    """The endpoint's settings, workers and jobs.
 
     Raises:
-        RunPodError: also with status 404, where there is no endpoint of that name.
+        RunPodError: also with status 404 if there is no endpoint of that name.
     """
     endpoint = api.find(Kind.ENDPOINT, name)
     if endpoint is None:
@@ -220,30 +222,30 @@ def status(api: RunPodApi, name: str) -> Resource:
 
 
 def existing(api: RunPodApi, name: str) -> list[tuple[Kind, Resource]]:
-    """What there is of that name, in the order in which it can be deleted."""
+    """The endpoint and the template of that name, in the order in which they must be deleted."""
     found = [(kind, api.find(kind, name)) for kind in (Kind.ENDPOINT, Kind.TEMPLATE)]
     return [(kind, resource) for kind, resource in found if resource is not None]
 
 
-def _difference(kind: Kind, wanted: Resource, there: Resource | None) -> Change:
-    before = there or {}
-    body = {field: value for field, value in wanted.items() if not _holds(field, value, before)}
-    return Change(kind, wanted["name"], there, body)
+def _difference(kind: Kind, wanted: Resource, current: Resource | None) -> Change:
+    before = current or {}
+    body = {field: value for field, value in wanted.items() if not _is_current(field, value, before)}
+    return Change(kind, wanted["name"], current, body)
 
 
-def _holds(field: str, value: object, there: Resource) -> bool:
-    present = there.get(field)
+def _is_current(field: str, value: object, current: Resource) -> bool:
+    present = current.get(field)
     if isinstance(value, dict) and isinstance(present, dict) and field != "env":
-        return {**present, **value} == present  # RunPod answers with more parts than were sent
-    return field in there and bool(present == value)
+        return {**present, **value} == present  # RunPod adds parts to its answer
+    return field in current and bool(present == value)
 
 
-def _carry_out(api: RunPodApi, change: Change, body: Resource) -> Resource:
-    if change.there is None:
+def _apply_change(api: RunPodApi, change: Change, body: Resource) -> Resource:
+    if change.current is None:
         return api.create(change.kind, body)
     if body:
-        return api.update(change.kind, change.there["id"], body)
-    return change.there
+        return api.update(change.kind, change.current["id"], body)
+    return change.current
 
 
 def _env_change(before: Mapping[str, str], after: Mapping[str, str]) -> str:

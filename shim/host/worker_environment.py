@@ -1,4 +1,4 @@
-"""The environment in which RunPod's SDK works for our own queue."""
+"""The environment variables that point RunPod's SDK at this server instead of RunPod."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ ENDPOINT_ID: Final = "local"
 
 
 def worker_environment(base_url: str, endpoint_id: str, worker_id: str, token: str) -> dict[str, str]:
-    """What the SDK's worker loop needs in its environment to work for us.
+    """The variables that the SDK's worker loop reads.
 
-    `base_url` ends in /v2. The SDK appends `&…` to these URLs blindly, so each holds a `?` already.
+    `base_url` ends in /v2. The SDK appends `&…` to these URLs whether or not they have a query, so each has one.
     """
     base = f"{base_url}/{endpoint_id}"
     return {
@@ -22,7 +22,7 @@ def worker_environment(base_url: str, endpoint_id: str, worker_id: str, token: s
         "RUNPOD_PING_INTERVAL": "5000",
         "RUNPOD_POD_ID": worker_id,
         "RUNPOD_AI_API_KEY": token,
-        # The SDK's start-up checks ask a public name server, and fail where there is none.
+        # The SDK's start-up checks query a public name server and fail where there is none.
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
         "RUNPOD_SKIP_GPU_CHECK": "true",
         "HUNYUAN_WORKER_REPORT_URL": f"{base}/worker-report/$RUNPOD_POD_ID",

@@ -19,6 +19,7 @@ import psutil
 from pydantic import HttpUrl
 
 from shim.host.gateway import EmbeddedBucket
+from shim.settings import child_environment
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy
@@ -193,7 +194,11 @@ class StorePart:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._launch.command, env=self._launch.environment, stdout=log, stderr=log, start_new_session=True
+                self._launch.command,
+                env=child_environment(**self._launch.environment),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def is_up(self) -> bool:

@@ -1,4 +1,4 @@
-"""The whole service as its users start it: shim, SDK worker, S3 gateway, ffmpeg; nothing faked but the weights."""
+"""The whole service as its users start it: server, SDK worker, S3 gateway, ffmpeg. Only the weights are not real."""
 
 from __future__ import annotations
 
@@ -22,8 +22,23 @@ pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service")) as running:
+    """One server for every test here; the last two kill and stop it, and start it again."""
+    with running_service(tmp_path_factory.mktemp("service"), HUNYUAN_SHUTDOWN_GRACE="0") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def statuses(service: Service) -> list[dict[str, Any]]:
+    """Every status of a task, from its start to its completion."""
+    task_id = service.generate(duration=5, resolution="720p")
+    seen: list[dict[str, Any]] = []
+
+    def look() -> bool:
+        seen.append(service.status(task_id))
+        return str(seen[-1]["status"]) != "processing"
+
+    eventually("completion", look, RENDER_SECONDS)
+    return seen
 
 
 def test_health_names_the_model_and_the_documented_fields(service: Service) -> None:
@@ -36,15 +51,9 @@ def test_health_names_the_model_and_the_documented_fields(service: Service) -> N
         assert health["vram_free"] == "0.0 GB"
 
 
-def test_a_prompt_becomes_a_video(service: Service, tmp_path: Path) -> None:
-    task_id = service.generate(duration=5, resolution="720p")
-    seen: list[dict[str, Any]] = []
-
-    def look() -> dict[str, Any] | None:
-        seen.append(service.status(task_id))
-        return seen[-1] if seen[-1]["status"] != "processing" else None
-
-    completed = eventually("completion", look, RENDER_SECONDS)
+def test_a_prompt_becomes_a_video(service: Service, statuses: list[dict[str, Any]], tmp_path: Path) -> None:
+    *seen, completed = statuses
+    task_id = completed["task_id"]
     assert completed == {
         "task_id": task_id,
         "status": "completed",
@@ -53,11 +62,11 @@ def test_a_prompt_becomes_a_video(service: Service, tmp_path: Path) -> None:
         "resolution": "720p",
         "file_size": completed["file_size"],
     }
-    progress = [status["progress"] for status in seen[:-1]]
+    progress = [status["progress"] for status in seen]
     assert progress == sorted(progress)
     assert max(progress) <= 99
     assert len(set(progress)) > 2, "progress moved"
-    elapsed = [status["elapsed_time"] for status in seen[:-1]]
+    elapsed = [status["elapsed_time"] for status in seen]
     assert elapsed == sorted(elapsed)
 
     response = service.http.get(completed["video_url"])
@@ -74,7 +83,7 @@ def test_a_prompt_becomes_a_video(service: Service, tmp_path: Path) -> None:
 
 
 def test_runpods_own_client_drives_a_job(service: Service) -> None:
-    """`runpod.Endpoint(...).run()` against our /v2: a process of its own, since the SDK keeps global state."""
+    """`runpod.Endpoint(...).run()` against our /v2, in a separate process because the SDK has global state."""
     token = (service.directory / "data" / "platform-token").read_text()
     script = f"""
 import json, sys, time, runpod
@@ -103,14 +112,14 @@ print(json.dumps({{"id": job.job_id, "states": states, "output": job.output()}})
     assert service.status(answer["id"])["status"] == "completed", "REST knows the same job"
 
 
-def test_the_platform_lets_nobody_in_without_its_key(service: Service) -> None:
+def test_the_platform_refuses_requests_without_its_key(service: Service) -> None:
     for key in ("", "Bearer wrong", "wrong"):
         headers = {"Authorization": key} if key else {}
         assert service.http.get("/v2/local/health", headers=headers).status_code == 401
         assert service.http.get("/v2/local/job-take/w?a=b", headers=headers).status_code == 401
 
 
-def test_a_bad_job_sent_past_the_shim_fails_with_the_documented_code(service: Service) -> None:
+def test_an_invalid_job_submitted_under_v2_fails_with_the_documented_code(service: Service) -> None:
     token = (service.directory / "data" / "platform-token").read_text()
     headers = {"Authorization": f"Bearer {token}"}
     task_id = service.http.post("/v2/local/run", headers=headers, json={"input": {"prompt": "short"}}).json()["id"]
@@ -123,7 +132,7 @@ def test_a_bad_job_sent_past_the_shim_fails_with_the_documented_code(service: Se
 def test_a_server_in_front_of_a_runpod_endpoint_has_no_queue_and_no_worker_of_its_own(
     service: Service, tmp_path: Path
 ) -> None:
-    """As in front of RunPod's cloud; the endpoint is the other server's, which speaks the same."""
+    """As in front of RunPod's cloud; here the endpoint is the other server's, which has the same API."""
     kept = service.directory / "data"
     environment = {
         "RUNPOD_ENDPOINT_ID": "local",
@@ -143,10 +152,10 @@ def test_a_server_in_front_of_a_runpod_endpoint_has_no_queue_and_no_worker_of_it
         assert service.status(task_id)["status"] == "completed", "the endpoint knows the same job"
         assert front.http.get("/status/no-such-task").status_code == 404
     with running_service(tmp_path, **environment) as front:
-        assert front.status(task_id)["status"] == "completed", "nothing was kept here, and nothing is missing"
+        assert front.status(task_id)["status"] == "completed", "the server keeps no state, and nothing is missing"
 
 
-def test_the_command_line_client_makes_a_file(service: Service, tmp_path: Path) -> None:
+def test_hunyuan_generate_saves_a_video(service: Service, tmp_path: Path) -> None:
     run = subprocess.run(
         [
             *(
@@ -182,11 +191,11 @@ def test_a_cancelled_job_stops_and_the_next_one_runs(service: Service) -> None:
     assert (status["status"], status["error_code"]) == ("failed", "CANCELLED")
     following = service.generate(duration=5, resolution="720p")
     assert service.finished(following)["status"] == "completed"
-    assert service.worker().pid == worker.pid, "the same process went on"
+    assert service.worker().pid == worker.pid, "the same process continues"
     assert service.http.get(f"/videos/{task_id}.mp4").status_code == 404
 
 
-def test_a_worker_killed_in_mid_render_costs_no_task(service: Service) -> None:
+def test_a_worker_killed_during_a_render_loses_no_task(service: Service) -> None:
     task_id = service.generate(duration=5, resolution="720p")
     eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
     victim = service.worker()
@@ -199,7 +208,7 @@ def test_a_worker_killed_in_mid_render_costs_no_task(service: Service) -> None:
     assert gone
 
 
-def test_a_killed_bucket_comes_back_and_costs_no_task(service: Service) -> None:
+def test_a_killed_bucket_is_restarted_and_loses_no_task(service: Service) -> None:
     task_id = service.generate(duration=5, resolution="720p")
     eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
     (gateway,) = [process for process in service.descendants() if "juicefs" in process.name()]
@@ -209,45 +218,31 @@ def test_a_killed_bucket_comes_back_and_costs_no_task(service: Service) -> None:
     assert len(service.http.get(completed["video_url"]).content) == completed["file_size"]
 
 
-def test_a_killed_server_loses_no_task_and_leaves_no_orphan(tmp_path: Path) -> None:
-    service = Service(tmp_path)
-    try:
-        service.start()
-        finished = service.generate(duration=5, resolution="720p")
-        before = service.finished(finished)
-        running, *waiting = [service.generate(duration=5, resolution="720p") for _ in range(3)]
-        eventually("the render's start", lambda: service.status(running)["progress"] > 0, RENDER_SECONDS)
-        children = service.descendants()
-        service.kill()
-        _, alive = psutil.wait_procs(children, timeout=10)
-        assert not alive, "the server's children died with it"
+def test_a_killed_server_loses_no_task_and_leaves_no_orphan(service: Service, statuses: list[dict[str, Any]]) -> None:
+    completed = statuses[-1]
+    running, waiting = [service.generate(duration=5, resolution="720p") for _ in range(2)]
+    eventually("the render's start", lambda: service.status(running)["progress"] > 0, RENDER_SECONDS)
+    children = service.descendants()
+    service.kill()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, "the server's children died with it"
 
-        service.start()
-        assert service.status(finished) == before
-        assert service.http.get(before["video_url"]).status_code == 200
-        for task_id in (running, *waiting):
-            assert service.finished(task_id)["status"] == "completed"
-    finally:
-        if service.process is not None:
-            service.stop()
-        service.http.close()
-
-
-def test_a_stopped_server_gives_its_running_task_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    service = Service(tmp_path, HUNYUAN_SHUTDOWN_GRACE="0")
-    try:
-        service.start()
-        task_id = service.generate(duration=10, resolution="1080p")
-        eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
-        children = service.descendants()
-        started = time.monotonic()
-        assert service.stop() == 0
-        assert time.monotonic() - started < 20
-        _, alive = psutil.wait_procs(children, timeout=5)
-        assert not alive
-        service.start()
+    service.start()
+    assert service.status(completed["task_id"]) == completed
+    assert service.http.get(completed["video_url"]).status_code == 200
+    for task_id in (running, waiting):
         assert service.finished(task_id)["status"] == "completed"
-    finally:
-        if service.process is not None:
-            service.stop()
-        service.http.close()
+
+
+def test_a_stopped_server_requeues_its_running_task_and_leaves_no_orphan(service: Service) -> None:
+    task_id = service.generate(duration=5, resolution="720p")
+    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
+    children = service.descendants()
+    started = time.monotonic()
+    assert service.stop() == 0
+    assert time.monotonic() - started < 20
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    service.start(until_ready=False)
+    assert service.status(task_id)["status"] == "processing", "the render was not finished"
+    assert service.finished(task_id)["status"] == "completed"

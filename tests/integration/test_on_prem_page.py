@@ -1,7 +1,7 @@
-"""docs/deploy-on-prem.md, followed word for word: three hosts are three loopback addresses, with the page's own ports.
+"""The commands of docs/deploy-on-prem.md, run as they are printed. Three loopback addresses stand for three hosts.
 
-Not as it stands there: no container runs, so the store's two servers are the tests' own under the same addresses and
-keys; and nothing is installed again, which tests/infra does with the same commands.
+Two things differ from the page: instead of its containers, the tests' own bucket and database servers run under the
+same addresses and keys; and `pip install` does nothing, because tests/infra runs those commands.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.xdist_group("on-prem"), pytest.mark.timeout(600)]
 
 
 def block(heading: str, number: int = 0) -> str:
-    """A block of the page's commands."""
+    """The n-th block of commands under a heading of the page."""
     section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
     assert section is not None
     commands: list[str] = re.findall(r"^```bash\n(.*?)^```", section[1], re.M | re.S)
@@ -41,7 +41,7 @@ def block(heading: str, number: int = 0) -> str:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    """A directory that is each host's checkout, its `venv` the one that the tests run in."""
+    """The checkout of every host; its `venv` runs the Python of the tests."""
     programs = tmp_path / "venv" / "bin"
     programs.mkdir(parents=True)
     for name, script in (
@@ -61,7 +61,7 @@ def environment(host: Path) -> Mapping[str, str]:
     return {**clean, "PATH": path, "PYTHONPATH": here, "HUNYUAN_DATA_DIR": str(host / "data")}
 
 
-def follow(host: Path, *blocks: str) -> str:
+def type_in(host: Path, *blocks: str) -> str:
     command = ["bash", "-eu", "-c", "\n".join(blocks)]
     done = subprocess.run(command, cwd=host, env=environment(host), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +70,7 @@ def follow(host: Path, *blocks: str) -> str:
 
 @contextmanager
 def running(host: Path, name: str, *blocks: str) -> Iterator[None]:
-    """A terminal on that host, in which the blocks are typed."""
+    """A terminal on that host, in which the blocks are typed and keep running."""
     with (host / f"{name}.log").open("wb") as log:
         command = ["bash", "-eu", "-c", "\n".join(blocks)]
         process = subprocess.Popen(
@@ -90,7 +90,7 @@ def settings(host: Path) -> dict[str, str]:
 
 @contextmanager
 def store(host: Path) -> Iterator[None]:
-    """What the page's containers are."""
+    """The bucket and the database that the page starts in containers."""
     given = settings(host)
     bucket = BucketSettings(
         endpoint_url=HttpUrl(f"http://{given['STORE']}:9000"),
@@ -108,7 +108,7 @@ def store(host: Path) -> Iterator[None]:
 
 def test_the_page_leads_to_a_video(host: Path) -> None:
     typed = block("Settings, the same on each host")
-    follow(host, typed.replace("STORE=10.0.0.1", f"STORE={STORE}").replace("SHIM=10.0.0.2", f"SHIM={SHIM}"))
+    type_in(host, typed.replace("STORE=10.0.0.1", f"STORE={STORE}").replace("SHIM=10.0.0.2", f"SHIM={SHIM}"))
     assert (host / "hunyuan.env").stat().st_mode & 0o777 == 0o600
     with ExitStack() as hosts:
         hosts.enter_context(store(host))
@@ -124,6 +124,6 @@ def test_the_page_leads_to_a_video(host: Path) -> None:
             return bool(answer["workers"]["ready"] == 2)
 
         eventually("two ready workers", workers, 180)
-        follow(host, block("A video"))
+        type_in(host, block("A video"))
     video = probe(host / "boat.mp4")
     assert (video.width, video.height, video.num_frames) == (1280, 720, 121)

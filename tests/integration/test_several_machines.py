@@ -56,7 +56,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]
 def servers(
     tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, bucket: BucketSettings
 ) -> Iterator[tuple[Service, Service]]:
-    """Two servers with no worker of their own."""
+    """Two servers without workers."""
     url = postgres.create_database()
     made = [
         Service(
@@ -83,7 +83,7 @@ def test_a_task_given_to_one_server_is_rendered_by_a_worker_of_the_other(
     here, there = servers
     assert here.http.get("/ready").json()["error_code"] == "MODEL_NOT_LOADED"
     with worker(there.address, bucket, tmp_path) as process:
-        eventually("the worker's first word", lambda: here.http.get("/ready").status_code == 200, 120)
+        eventually("the worker's first report", lambda: here.http.get("/ready").status_code == 200, 120)
         task_id = here.generate()
         answer = there.finished(task_id)
         assert answer["status"] == "completed"
@@ -94,19 +94,19 @@ def test_a_task_given_to_one_server_is_rendered_by_a_worker_of_the_other(
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert time.monotonic() - asked < 10, "the server does not hold the questions of a worker that stops"
+        assert time.monotonic() - asked < 10, "the server answers the long polls of a stopping worker at once"
     answer = here.http.get("/ready").json()
-    assert answer["error_code"] == "MODEL_NOT_LOADED", "it said that it left"
+    assert answer["error_code"] == "MODEL_NOT_LOADED", "the worker reported that it stopped"
 
 
-def test_a_worker_with_a_wrong_key_is_told_so(servers: tuple[Service, Service]) -> None:
+def test_a_worker_with_a_wrong_key_gets_unauthorized(servers: tuple[Service, Service]) -> None:
     response = httpx.get(f"{servers[0].address}/v2/local/job-take/w1", headers={"Authorization": "wrong"})
     assert (response.status_code, response.json()["error_code"]) == (401, "UNAUTHORIZED")
 
 
-def test_a_worker_needs_a_bucket_and_a_platform(tmp_path: Path) -> None:
+def test_a_worker_without_a_bucket_or_a_platform_names_the_setting(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "HUNYUAN_"))}
-    for arguments, word in (
+    for arguments, variable in (
         ([], "HUNYUAN_PLATFORM_URL"),
         (["--platform", "http://127.0.0.1:9", "--token", "short"], "HUNYUAN_PLATFORM_TOKEN"),
         (["--platform", "http://127.0.0.1:9", "--token", TOKEN], "BUCKET_ENDPOINT_URL"),
@@ -114,7 +114,7 @@ def test_a_worker_needs_a_bucket_and_a_platform(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "hunyuan", "worker", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
-        assert word in done.stderr
+        assert variable in done.stderr
         assert "Traceback" not in done.stderr
 
 

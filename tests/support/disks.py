@@ -1,4 +1,4 @@
-"""Real disks of a given size, to be filled."""
+"""Disks of a given size, which tests fill."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 @contextmanager
 def disk(directory: Path, megabytes: int) -> Iterator[Path]:
-    """`directory` as a disk of its own (tmpfs). Mounting takes root: the test is skipped where it is not allowed."""
+    """Mounts a tmpfs of that size on `directory`. Mounting takes root: without it the test is skipped."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(directory)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"can't mount a tmpfs: {done.stderr.strip()}")
     try:
         yield directory
     finally:
@@ -24,7 +24,7 @@ def disk(directory: Path, megabytes: int) -> Iterator[Path]:
 
 
 def fill(directory: Path) -> Path:
-    """A file that takes all that is free."""
+    """Fills the disk with one file and returns its path."""
     path = directory / "filler"
     with path.open("wb", buffering=0) as file:
         block = bytes(1 << 20)

@@ -1,8 +1,8 @@
 """A stand-in for one account at RunPod: its management API v2 over real HTTP, and its endpoints' /health.
 
-Requests are held against infra/runpod/api.schema.json, which has the documented fields and no other. What it does
-with them is documented, too: a template is copied into an endpoint when it is named and no link is kept, PATCH changes
-what it is given, an answer has more fields than were sent.
+Requests are validated against infra/runpod/api.schema.json, which has exactly the documented fields. The behaviour is
+the documented one, too: an endpoint copies the template that a request names and is not linked to it, PATCH changes the
+fields that it gets, and an answer has more fields than the request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from jsonschema import Draft202012Validator
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "infra" / "runpod" / "api.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "infra" / "runpod" / "api.schema.json").read_text())
 KEY = "rpa_a-key-of-the-tests"
 LISTED = {"templates": "templates", "serverless": "endpoints"}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Fault:
-    """Given in place of an answer, once; `late` after the request was carried out."""
+    """Replaces one answer; `late` means after the request was carried out."""
 
     method: str
     status: int
@@ -56,7 +56,7 @@ class Fault:
 
 @dataclass
 class Account:
-    """Templates and endpoints by id, and each request that was authorised: method and path, body."""
+    """Templates and endpoints by id, and every authorised request as (method and path, body)."""
 
     resources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=lambda: {"templates": {}, "serverless": {}})
     requests: list[tuple[str, Any]] = field(default_factory=list)
@@ -76,13 +76,13 @@ class Account:
         return endpoint
 
     def writes(self) -> list[str]:
-        """What was asked for since the last look, but for questions."""
+        """The requests since the last call, without GETs."""
         seen = [line for line, _ in self.requests if not line.startswith("GET")]
         self.requests.clear()
         return seen
 
     def app(self) -> FastAPI:
-        """Both APIs, the management's under /manage and the endpoints' under /endpoints."""
+        """The management API under /manage and the endpoints' API under /endpoints."""
         app = FastAPI()
         methods = ["GET", "POST", "PATCH", "DELETE"]
         app.add_api_route("/endpoints/{resource_id}/health", self._health, response_model=None)
@@ -152,6 +152,6 @@ class Account:
 def problem(
     status: int, detail: str, errors: Sequence[str] = (), headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """An error of the form of RFC 9457."""
+    """An error in the form of RFC 9457."""
     body = {"title": "Error", "status": status, "detail": detail, "errors": list(errors)}
     return JSONResponse(body, status, headers, media_type="application/problem+json")

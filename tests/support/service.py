@@ -1,4 +1,4 @@
-"""A whole server as its users start it, in processes of its own."""
+"""`hunyuan serve` as its users start it, in separate processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def eventually(what: str, look: Callable[[], T | None], seconds: float = 30.0) -> T:
-    """The first true thing `look` returns; fails naming `what` after `seconds`."""
+    """Polls `look` until it returns something true and returns that; fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         seen = look()
@@ -63,7 +63,7 @@ class Service:
         self.http = httpx.Client(base_url=self.address, timeout=60)
 
     def launch(self) -> None:
-        """Start it and wait for nothing."""
+        """Starts the server without waiting for it."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hunyuan", "serve"], env=self._environment, stdout=log, stderr=log
@@ -79,14 +79,14 @@ class Service:
 
     def _up(self, until_ready: bool) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+        assert self.process.poll() is None, f"the server exited:\n{self.log.read_text()}"
         try:
             return self.http.get("/ready" if until_ready else "/health").status_code == 200
         except httpx.TransportError:
             return False
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Sends SIGTERM and returns the exit code."""
         assert self.process is not None
         self.process.terminate()
         code = self.process.wait(60)
@@ -94,7 +94,7 @@ class Service:
         return code
 
     def kill(self) -> None:
-        """SIGKILL to the server alone."""
+        """Sends SIGKILL to the server, not to its children."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(10)
@@ -105,7 +105,7 @@ class Service:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def worker(self) -> psutil.Process:
-        """The worker process that runs now."""
+        """The running worker process."""
 
         def look() -> psutil.Process | None:
             for process in self.descendants():
@@ -124,12 +124,12 @@ class Service:
         return self.process.pid
 
     def embedded_bucket(self) -> BucketSettings:
-        """The bucket that it made for itself."""
-        kept = self.directory / "data" / "bucket"
+        """The server's embedded bucket."""
+        files = self.directory / "data" / "bucket"
         return BucketSettings(
-            endpoint_url=HttpUrl(f"http://127.0.0.1:{(kept / 'port').read_text()}"),
-            access_key_id=(kept / "access-key").read_text(),
-            secret_access_key=SecretStr((kept / "secret-key").read_text()),
+            endpoint_url=HttpUrl(f"http://127.0.0.1:{(files / 'port').read_text()}"),
+            access_key_id=(files / "access-key").read_text(),
+            secret_access_key=SecretStr((files / "secret-key").read_text()),
         )
 
     def generate(self, **fields: Any) -> str:
@@ -146,7 +146,7 @@ class Service:
         return answer
 
     def finished(self, task_id: str, seconds: float = RENDER_SECONDS) -> dict[str, Any]:
-        """The status once the task is completed or failed."""
+        """Waits until the task is completed or failed, and returns that status."""
 
         def look() -> dict[str, Any] | None:
             answer = self.status(task_id)

@@ -18,7 +18,9 @@ import httpx
 import psutil
 import psycopg
 import pytest
+from typer.testing import CliRunner
 
+from hunyuan.cli.main import app
 from storage import layout
 from storage.bucket import Bucket
 from tests.support.postgres import Postgres
@@ -88,17 +90,17 @@ def download(service: Service, task_id: str, pause: float = 0.0) -> str:
 def test_200_mb_stream_through_with_less_than_30_mb_growth(
     service: Service, large: tuple[str, str], pause: float
 ) -> None:
-    """Once as fast as it goes; once by a slow reader, whose backlog must not pile up in the server."""
+    """Once at full speed; once with a slow client, whose unread bytes must not accumulate in the server."""
     task_id, sha256 = large
-    download(service, task_id)  # what a first download allocates for good
-    shim = psutil.Process(service.process_id)
-    before = peak = shim.memory_info().rss
+    download(service, task_id)  # the first download allocates memory that is never freed
+    server = psutil.Process(service.process_id)
+    before = peak = server.memory_info().rss
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, shim.memory_info().rss)
+            peak = max(peak, server.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -110,7 +112,7 @@ def test_200_mb_stream_through_with_less_than_30_mb_growth(
     assert (peak - before) / MEGABYTE < 30
 
 
-def test_a_download_that_is_cut_can_be_taken_up_with_curls_continue(
+def test_an_interrupted_download_can_be_continued_with_curl(
     service: Service, large: tuple[str, str], tmp_path: Path
 ) -> None:
     if shutil.which("curl") is None:
@@ -127,20 +129,25 @@ def test_a_download_that_is_cut_can_be_taken_up_with_curls_continue(
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def test_a_client_that_leaves_in_mid_download_costs_nothing(service: Service, large: tuple[str, str]) -> None:
+def test_a_client_that_disconnects_during_a_download_leaves_no_connection(
+    service: Service, large: tuple[str, str]
+) -> None:
     for _ in range(20):
         with httpx.stream("GET", f"{service.address}/videos/{large[0]}.mp4") as response:
             next(response.iter_bytes(1000))
-    shim = psutil.Process(service.process_id)
+    server = psutil.Process(service.process_id)
     eventually(
-        "the end of the connections to the store",
-        lambda: len([c for c in shim.net_connections() if c.status == "ESTABLISHED"]) < 12,
+        "the close of the connections to the bucket",
+        lambda: len([c for c in server.net_connections() if c.status == "ESTABLISHED"]) < 12,
         20,
     )
     assert service.http.get("/health").status_code == 200
 
 
 # Starting
+
+
+NAMED_INSTEAD = {"BUCKET_ACCESS_KEY_ID": "BUCKET_SECRET_ACCESS_KEY", "RUNPOD_ENDPOINT_ID": "RUNPOD_API_KEY"}
 
 
 @pytest.mark.parametrize(
@@ -151,15 +158,29 @@ def test_a_client_that_leaves_in_mid_download_costs_nothing(service: Service, la
         ("HUNYUAN_WORKERS", "-1"),
         ("HUNYUAN_WORKERS", "many"),
         ("HUNYUAN_MAX_QUEUE_SIZE", "0"),
-        ("HUNYUAN_HOST", "no.such.host.invalid"),
         ("HUNYUAN_PUBLIC_URL", "not a url"),
-        ("HUNYUAN_DATA_DIR", "/proc/nowhere"),
         ("RUNPOD_ENDPOINT_ID", "alone"),
+    ],
+)
+def test_a_bad_setting_of_the_server_stops_the_start_and_is_named(tmp_path: Path, variable: str, value: str) -> None:
+    """In this process: settings are read before anything is started."""
+    ours = [name for name in os.environ if name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))]
+    environment = {**dict.fromkeys(ours), "HUNYUAN_DATA_DIR": str(tmp_path / "data"), variable: value}
+    run = CliRunner().invoke(app, ["serve"], env=environment)
+    assert run.exit_code == 2, run.output
+    assert NAMED_INSTEAD.get(variable, variable) in run.stderr
+    assert isinstance(run.exception, SystemExit), "no traceback"
+    assert list(tmp_path.iterdir()) == [], "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HUNYUAN_WORKERS", "many"),
+        ("HUNYUAN_HOST", "no.such.host.invalid"),
+        ("HUNYUAN_DATA_DIR", "/proc/nowhere"),
         ("BUCKET_ENDPOINT_URL", "not a url"),
         ("BUCKET_ACCESS_KEY_ID", "alone"),
-        ("HUNYUAN_OFFLOAD_CPU", "perhaps"),
-        ("HUNYUAN_ENABLE_FLASH_ATTN", "perhaps"),
-        ("HUNYUAN_ENABLE_SAGE_ATTN", "perhaps"),
     ],
 )
 def test_a_bad_setting_stops_the_start_and_is_named(tmp_path: Path, variable: str, value: str) -> None:
@@ -170,8 +191,22 @@ def test_a_bad_setting_stops_the_start_and_is_named(tmp_path: Path, variable: st
     }
     run = hunyuan("serve", **{**environment, variable: value})
     assert run.returncode == 2, run.stderr
-    named = {"BUCKET_ACCESS_KEY_ID": "BUCKET_SECRET_ACCESS_KEY", "RUNPOD_ENDPOINT_ID": "RUNPOD_API_KEY"}
-    assert named.get(variable, variable) in run.stderr
+    assert NAMED_INSTEAD.get(variable, variable) in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_bad_settings_of_the_worker_stop_the_server_and_are_named(tmp_path: Path) -> None:
+    variables = ("HUNYUAN_OFFLOAD_CPU", "HUNYUAN_ENABLE_FLASH_ATTN", "HUNYUAN_ENABLE_SAGE_ATTN")
+    environment: dict[str, Any] = {
+        "HUNYUAN_HOST": "127.0.0.1",
+        "HUNYUAN_PORT": str(free_port()),
+        "HUNYUAN_DATA_DIR": str(tmp_path),
+        **dict.fromkeys(variables, "perhaps"),
+    }
+    run = hunyuan("serve", **environment)
+    assert run.returncode == 2, run.stderr
+    for variable in variables:
+        assert f"{variable}: " in run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -197,7 +232,7 @@ def test_a_taken_port_and_a_used_directory_are_named(service: Service, tmp_path:
         ("BUCKET_NAME", "no-such-bucket"),
     ],
 )
-def test_a_bucket_that_refuses_stops_the_start_and_says_what_to_mend(
+def test_a_bucket_that_denies_access_stops_the_start_and_names_the_setting(
     service: Service, tmp_path: Path, variable: str, value: str
 ) -> None:
     kept = service.directory / "data" / "bucket"
@@ -218,7 +253,7 @@ def test_a_bucket_that_refuses_stops_the_start_and_says_what_to_mend(
     assert "Traceback" not in run.stderr
 
 
-def test_a_bucket_that_is_away_stops_no_start_and_is_named(tmp_path: Path) -> None:
+def test_a_bucket_that_does_not_answer_does_not_stop_the_start_and_is_named(tmp_path: Path) -> None:
     service = Service(
         tmp_path,
         HUNYUAN_WORKERS="0",
@@ -228,7 +263,7 @@ def test_a_bucket_that_is_away_stops_no_start_and_is_named(tmp_path: Path) -> No
     )
     try:
         service.start(until_ready=False)
-        assert "going on without the bucket until it answers" in service.log.read_text()
+        assert "the bucket does not answer; starting without it" in service.log.read_text()
         assert "BUCKET_ENDPOINT_URL" in service.log.read_text()
         assert service.http.get("/ready").status_code == 503
     finally:
@@ -236,24 +271,25 @@ def test_a_bucket_that_is_away_stops_no_start_and_is_named(tmp_path: Path) -> No
         assert service.stop() == 0
 
 
-def test_a_database_that_stops_answering_during_the_start_is_waited_for(postgres: Postgres, tmp_path: Path) -> None:
+def test_a_database_that_does_not_answer_during_the_start_is_retried(postgres: Postgres, tmp_path: Path) -> None:
     url = postgres.create_database()
-    hurried = f"{url}?options=-c%20lock_timeout%3D500ms"
-    service = Service(tmp_path, HUNYUAN_WORKERS="0", HUNYUAN_DATABASE_URL=hurried)
+    impatient = f"{url}?options=-c%20lock_timeout%3D500ms"
+    service = Service(tmp_path, HUNYUAN_WORKERS="0", HUNYUAN_DATABASE_URL=impatient)
     try:
         service.start(until_ready=False)  # the tables are made
         service.stop()
         with psycopg.connect(url) as connection:
             connection.execute("LOCK TABLE jobs")
             service.launch()
-            eventually("patience", lambda: service.log.read_text().count("waiting for the queue's database") > 1, 60)
+            retry = "a query of the queue's database (HUNYUAN_DATABASE_URL) failed, retrying in"
+            eventually("two retries", lambda: service.log.read_text().count(retry) > 1, 60)
         eventually("the start", lambda: service.http.get("/health").status_code == 200, 60)
     finally:
         service.http.close()
         assert service.stop() == 0, service.log.read_text()
 
 
-def test_a_model_that_can_not_be_loaded_stays_to_be_seen(tmp_path: Path) -> None:
+def test_a_model_that_can_not_be_loaded_is_reported(tmp_path: Path) -> None:
     service = Service(tmp_path, HUNYUAN_MODEL_PATH=str(tmp_path / "absent"))
     try:
         service.start(until_ready=False)
@@ -277,24 +313,28 @@ def test_a_model_that_can_not_be_loaded_stays_to_be_seen(tmp_path: Path) -> None
 # The other commands
 
 
-def test_the_commands_say_what_they_found_by_their_exit_code(service: Service, tmp_path: Path) -> None:
+def test_commands_report_errors_by_their_exit_code(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here: dict[str, Any] = {"HUNYUAN_SERVER": service.address}
     health = hunyuan("health", "--json", **here)
     assert health.returncode == 5, "no worker, no model"
     assert json.loads(health.stdout)["model_loaded"] is False
-    for command in ("status", "download", "cancel"):
-        missing = hunyuan(command, "no-such-task", directory=tmp_path, **here)
-        assert (missing.returncode, "TASK_NOT_FOUND" in missing.stderr) == (4, True)
     refused = hunyuan("generate", "A paper boat on a rainy street", directory=tmp_path, **here)
     assert (refused.returncode, "MODEL_NOT_LOADED" in refused.stderr) == (5, True)
-    nobody = hunyuan("health", HUNYUAN_SERVER=f"http://127.0.0.1:{free_port()}")
-    assert (nobody.returncode, "hunyuan serve" in nobody.stderr) == (3, True)
+
+    monkeypatch.chdir(tmp_path)
+    for command in ("status", "download", "cancel"):
+        missing = CliRunner().invoke(app, [command, "no-such-task"], env=here)
+        assert (missing.exit_code, "TASK_NOT_FOUND" in missing.stderr) == (4, True)
+    unreachable = CliRunner().invoke(app, ["health"], env={"HUNYUAN_SERVER": f"http://127.0.0.1:{free_port()}"})
+    assert (unreachable.exit_code, "hunyuan serve" in unreachable.stderr) == (3, True)
     wrong: list[str]
     for wrong in (["generate"], ["no-such-command"], ["generate", "a prompt of words", "--resolution", "4k"]):
-        assert hunyuan(*wrong, **here).returncode == 2
-    bad_server = hunyuan("health", HUNYUAN_SERVER="not a url")
-    assert (bad_server.returncode, "HUNYUAN_SERVER" in bad_server.stderr) == (2, True)
-    assert list(tmp_path.iterdir()) == [], "nothing half done was left"
+        assert CliRunner().invoke(app, wrong, env=here).exit_code == 2
+    bad_server = CliRunner().invoke(app, ["health"], env={"HUNYUAN_SERVER": "not a url"})
+    assert (bad_server.exit_code, "HUNYUAN_SERVER" in bad_server.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == [], "no partial file is left"
 
 
 def test_a_finished_task_can_be_shown_and_saved(service: Service, large: tuple[str, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`hunyuan deploy` as a process, against a stand-in of RunPod's management API on loopback."""
+"""`hunyuan deploy` against a stand-in of RunPod's management API on loopback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from hunyuan.cli.main import app
 from tests.support.http_server import serving
 from tests.support.runpod_account import KEY, Account, Fault
 
@@ -23,6 +25,8 @@ BUCKET = {
 }
 IMAGE = "registry.example.com/hunyuan-worker:1.5.0"
 UP = ("runpod", "--image", IMAGE)
+#: Settings that the machine of the tests may have.
+OURS = [name for name in os.environ if name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))]
 
 
 @dataclass(frozen=True)
@@ -37,31 +41,47 @@ class Bench:
     account: Account
     address: str
 
-    async def deploy(self, *arguments: str, answer: str = "", **environment: str) -> Run:
-        clean = {
-            name: value for name, value in os.environ.items() if not name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))
+    def environment(self, **environment: str) -> dict[str, str]:
+        return {
+            "RUNPOD_API_KEY": KEY,
+            "RUNPOD_API_URL": f"{self.address}/manage",
+            "RUNPOD_ENDPOINT_BASE_URL": f"{self.address}/endpoints",
+            **BUCKET,
+            **environment,
         }
+
+    async def deploy(self, *arguments: str, answer: str = "", **environment: str) -> Run:
+        """The command in a thread of this process, which starts in no time."""
+        run = await asyncio.to_thread(
+            CliRunner().invoke,
+            app,
+            ["deploy", *arguments],
+            input=answer,
+            env={**dict.fromkeys(OURS), **self.environment(**environment)},
+        )
+        assert run.exception is None or isinstance(run.exception, SystemExit), run.exception
+        return checked(Run(run.exit_code, run.stdout, run.stderr))
+
+    async def deploy_in_a_process(self, *arguments: str, **environment: str) -> Run:
+        """The command as its users start it."""
+        clean = {name: value for name, value in os.environ.items() if name not in OURS}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "hunyuan", "deploy", *arguments),
-            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={
-                **clean,
-                "RUNPOD_API_KEY": KEY,
-                "RUNPOD_API_URL": f"{self.address}/manage",
-                "RUNPOD_ENDPOINT_BASE_URL": f"{self.address}/endpoints",
-                **BUCKET,
-                **environment,
-            },
+            env={**clean, **self.environment(**environment)},
         )
-        out, err = await asyncio.wait_for(process.communicate(answer.encode()), 60)
+        out, err = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode is not None
-        run = Run(process.returncode, out.decode(), err.decode())
-        for secret in (KEY, SECRET):
-            assert secret not in run.out + run.err
-        assert "Traceback" not in run.err
-        return run
+        return checked(Run(process.returncode, out.decode(), err.decode()))
+
+
+def checked(run: Run) -> Run:
+    """No run prints a secret or a traceback."""
+    for secret in (KEY, SECRET):
+        assert secret not in run.out + run.err
+    assert "Traceback" not in run.err
+    return run
 
 
 @pytest.fixture
@@ -72,7 +92,9 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 async def test_the_first_run_creates_template_and_endpoint_with_what_video_needs(bench: Bench) -> None:
-    run = await bench.deploy(*UP, HUNYUAN_OFFLOAD_CPU="true", HUNYUAN_PORT="9000", HUNYUAN_SERVER="http://elsewhere")
+    run = await bench.deploy_in_a_process(
+        *UP, HUNYUAN_OFFLOAD_CPU="true", HUNYUAN_PORT="9000", HUNYUAN_SERVER="http://elsewhere"
+    )
     assert run.code == 0, run.err
     assert bench.account.writes() == ["POST /templates", "POST /serverless"]
     template, endpoint = bench.account.template, bench.account.endpoint
@@ -94,13 +116,13 @@ async def test_the_same_again_changes_nothing(bench: Bench) -> None:
     again = await bench.deploy(*UP)
     assert again.code == 0, again.err
     assert bench.account.writes() == []
-    assert "template hunyuan-video: as it should be" in again.err
+    assert "template hunyuan-video: no change" in again.err
     assert again.out == first.out
 
 
-async def test_what_is_different_is_updated_and_nothing_else(bench: Bench) -> None:
+async def test_only_the_fields_that_differ_are_updated(bench: Bench) -> None:
     await bench.deploy(*UP, HUNYUAN_ENABLE_SAGE_ATTN="true")
-    del bench.account.endpoint["type"]  # RunPod need not tell it
+    del bench.account.endpoint["type"]  # RunPod may omit it
     bench.account.endpoint["workers"]["max"] = 0  # as RunPod does after seven days without a request
     bench.account.requests.clear()
     run = await bench.deploy(*UP[:-1], "registry.example.com/hunyuan-worker:1.6.0", "--network-volume", "vol1")
@@ -120,7 +142,9 @@ async def test_what_is_different_is_updated_and_nothing_else(bench: Bench) -> No
 @pytest.mark.parametrize(
     ("profile", "first_pool", "timeout"), [("balanced", "ADA_48_PRO", 1_800_000), ("quality", "ADA_80_PRO", 7_200_000)]
 )
-async def test_the_profile_chooses_gpu_and_timeout(bench: Bench, profile: str, first_pool: str, timeout: int) -> None:
+async def test_the_profile_selects_gpu_pools_and_timeout(
+    bench: Bench, profile: str, first_pool: str, timeout: int
+) -> None:
     assert (await bench.deploy(*UP, HUNYUAN_PROFILE="quality")).code == 0
     assert (await bench.deploy(*UP, "--profile", profile, HUNYUAN_PROFILE="fast")).code == 0
     endpoint = bench.account.endpoint
@@ -129,7 +153,7 @@ async def test_the_profile_chooses_gpu_and_timeout(bench: Bench, profile: str, f
     assert endpoint["env"]["HUNYUAN_PROFILE"] == profile
 
 
-async def test_options_go_before_the_profile(bench: Bench) -> None:
+async def test_options_override_the_profile(bench: Bench) -> None:
     options = ("--gpu", "HOPPER_141", "--gpu", "AMPERE_80", "--execution-timeout", "600", "--min-cuda", "12.8")
     assert (await bench.deploy(*UP, *options, "--name", "another")).code == 0
     endpoint = bench.account.endpoint
@@ -139,7 +163,7 @@ async def test_options_go_before_the_profile(bench: Bench) -> None:
     assert endpoint["timeout"] == 600_000
 
 
-async def test_a_dry_run_tells_and_writes_nothing(bench: Bench) -> None:
+async def test_a_dry_run_prints_the_changes_and_makes_none(bench: Bench) -> None:
     run = await bench.deploy(*UP, "--dry-run")
     assert run.code == 0
     assert "endpoint hunyuan-video: create" in run.err
@@ -148,12 +172,12 @@ async def test_a_dry_run_tells_and_writes_nothing(bench: Bench) -> None:
     assert run.out == ""
 
 
-async def test_a_secret_kept_at_runpod_is_named_and_never_sent(bench: Bench) -> None:
+async def test_a_secret_stored_at_runpod_is_sent_as_a_placeholder(bench: Bench) -> None:
     run = await bench.deploy(*UP, "--secret", "BUCKET_SECRET_ACCESS_KEY=s3-key", BUCKET_SECRET_ACCESS_KEY="")
     assert run.code == 0, run.err
     assert bench.account.endpoint["env"]["BUCKET_SECRET_ACCESS_KEY"] == "{{ RUNPOD_SECRET_s3-key }}"
     assert "warning" not in run.err
-    assert "in clear" in (await bench.deploy(*UP)).err
+    assert "in clear text" in (await bench.deploy(*UP)).err
 
 
 @pytest.mark.parametrize(
@@ -166,7 +190,7 @@ async def test_a_secret_kept_at_runpod_is_named_and_never_sent(bench: Bench) -> 
         (UP, {"RUNPOD_API_KEY": "rpa_a-wrong-key"}, "RUNPOD_API_KEY was refused. RunPod answered 401"),
     ],
 )
-async def test_what_is_missing_or_wrong_is_named(
+async def test_a_setting_that_is_missing_or_wrong_is_named(
     bench: Bench, arguments: tuple[str, ...], environment: dict[str, str], said: str
 ) -> None:
     run = await bench.deploy(*arguments, **environment)
@@ -175,13 +199,13 @@ async def test_what_is_missing_or_wrong_is_named(
     assert bench.account.requests == []
 
 
-async def test_without_a_bucket_it_warns(bench: Bench) -> None:
+async def test_a_deployment_without_a_bucket_is_warned_about(bench: Bench) -> None:
     run = await bench.deploy(*UP, **dict.fromkeys(BUCKET, ""))
     assert run.code == 0
     assert "warning: no BUCKET_* is set" in run.err
 
 
-async def test_what_runpod_finds_wrong_is_told_and_mended_by_the_next_run(bench: Bench) -> None:
+async def test_a_validation_error_of_runpod_is_shown_and_the_next_run_continues(bench: Bench) -> None:
     run = await bench.deploy(*UP, "--min-cuda", "newest")
     assert run.code == 1
     assert "RunPod answered 422: Request validation failed.: $.gpu.minCudaVersion: 'newest'" in run.err
@@ -190,7 +214,7 @@ async def test_what_runpod_finds_wrong_is_told_and_mended_by_the_next_run(bench:
     assert bench.account.writes() == ["POST /serverless"]
 
 
-async def test_a_secret_that_runpod_repeats_is_cut_out(bench: Bench) -> None:
+async def test_a_secret_in_an_error_of_runpod_is_removed(bench: Bench) -> None:
     bench.account.faults = [Fault("POST", 400, detail=f"env is odd: {SECRET}")]
     run = await bench.deploy(*UP)
     assert run.code == 1
@@ -207,7 +231,7 @@ async def test_a_secret_that_runpod_repeats_is_cut_out(bench: Bench) -> None:
     ],
     ids=lambda fault: f"{fault.method}-{fault.status}",
 )
-async def test_what_passes_is_outlasted_and_nothing_is_made_twice(bench: Bench, fault: Fault) -> None:
+async def test_a_temporary_failure_is_retried_and_nothing_is_created_twice(bench: Bench, fault: Fault) -> None:
     bench.account.faults = [fault]
     run = await bench.deploy(*UP)
     assert run.code == 0, run.err
@@ -215,7 +239,7 @@ async def test_what_passes_is_outlasted_and_nothing_is_made_twice(bench: Bench, 
     assert bench.account.endpoint["image"] == bench.account.template["image"] == IMAGE
 
 
-async def test_what_does_not_pass_ends_as_busy(bench: Bench) -> None:
+async def test_a_lasting_failure_exits_as_busy(bench: Bench) -> None:
     bench.account.faults = [Fault("GET", 429, {"Retry-After": "0"}) for _ in range(4)]
     run = await bench.deploy(*UP)
     assert run.code == 5
@@ -223,19 +247,19 @@ async def test_what_does_not_pass_ends_as_busy(bench: Bench) -> None:
     assert bench.account.faults == []
 
 
-async def test_nobody_there_ends_as_unreachable(bench: Bench) -> None:
-    run = await bench.deploy("status", RUNPOD_API_URL="http://127.0.0.1:9")
+async def test_an_unreachable_api_exits_as_unreachable(bench: Bench) -> None:
+    run = await bench.deploy_in_a_process("status", RUNPOD_API_URL="http://127.0.0.1:9")
     assert run.code == 3
     assert run.err.startswith("error: no answer from 127.0.0.1")
 
 
-async def test_an_answer_that_is_no_json_is_said_to_be_none(bench: Bench) -> None:
+async def test_an_answer_that_is_no_json_object_is_an_error(bench: Bench) -> None:
     run = await bench.deploy("status", RUNPOD_API_URL=f"{bench.address}/docs#")
     assert run.code == 1
     assert "no JSON object" in run.err
 
 
-async def test_two_of_one_name_are_left_alone(bench: Bench) -> None:
+async def test_two_endpoints_of_one_name_are_not_changed(bench: Bench) -> None:
     for resource_id in ("a", "b"):
         bench.account.resources["serverless"][resource_id] = {"id": resource_id, "name": "hunyuan-video"}
     for command in (UP, ("destroy", "--yes")):
@@ -245,7 +269,7 @@ async def test_two_of_one_name_are_left_alone(bench: Bench) -> None:
         assert bench.account.writes() == []
 
 
-async def test_an_endpoint_with_no_queue_is_left_alone(bench: Bench) -> None:
+async def test_an_endpoint_without_a_queue_is_not_changed(bench: Bench) -> None:
     bench.account.resources["serverless"]["a"] = {"id": "a", "name": "hunyuan-video", "type": "LOAD_BALANCER"}
     run = await bench.deploy(*UP)
     assert run.code == 1
@@ -270,7 +294,7 @@ async def test_status_shows_workers_and_jobs(bench: Bench) -> None:
     }
 
 
-async def test_destroy_asks_first_then_deletes_both_and_only_those(bench: Bench) -> None:
+async def test_destroy_asks_for_confirmation_and_deletes_only_the_named_resources(bench: Bench) -> None:
     await bench.deploy(*UP)
     await bench.deploy(*UP, "--name", "another")
     bench.account.writes()
