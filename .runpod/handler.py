@@ -1,9 +1,9 @@
-"""RunPod's Hub looks for a file of this name. The image itself runs `python -u -m handler`, which is the same."""
+"""RunPod's Hub requires a file of this name. It runs what the image runs: `python -u -m handler`."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # in place of this directory, where `handler` would be this file
+sys.path[0] = str(Path(__file__).parents[1])  # replaces this directory, in which `handler` is this file
 
 from handler.__main__ import main  # noqa: E402
 
