@@ -1,11 +1,13 @@
-# Two images: `--target shim` is the server, `--target worker` renders. docs/deploy-docker.md has the build arguments.
-# tests/infra runs these instructions in empty virtual environments; what is made lies under /opt/hunyuan for that.
+# Two images: `--target shim` builds the server, `--target worker` the worker. docs/deploy-docker.md lists the build
+# arguments. tests/infra runs these instructions in empty virtual environments, so everything installs below /opt/hunyuan.
 
 FROM python:3.12.13-slim-trixie AS wheel
 
 WORKDIR /opt/hunyuan/source
 COPY pyproject.toml README.md LICENSE ./
+COPY contract ./contract
 COPY handler ./handler
+COPY hunyuan ./hunyuan
 COPY shim ./shim
 COPY storage ./storage
 RUN pip wheel --no-deps --wheel-dir /opt/hunyuan/dist .
@@ -21,7 +23,7 @@ ENV PATH=/opt/hunyuan/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
-# The dependencies, which change rarely: of a package with no code in it.
+# This layer installs the dependencies alone, which change rarely: the package that it builds has no code yet.
 WORKDIR /opt/hunyuan/source
 COPY pyproject.toml constraints.txt ./
 RUN touch README.md LICENSE \
@@ -51,17 +53,17 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
 CMD ["hunyuan", "serve"]
 
 
-# CUDA 13.0 is what PyPI's torch 2.13 is built for. Its wheels bring cuBLAS, cuDNN and the rest along, so `base` is enough.
+# PyPI's torch 2.13 is built for CUDA 13.0 and installs cuBLAS and cuDNN as wheels, so the `base` image is enough.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS worker
 
-# torch.compile calls a compiler, with Python's headers, when the model is loaded.
-# The distribution keeps no old versions to pin; the base image's tag names the distribution's release.
+# torch.compile calls a C++ compiler and needs Python's headers when the worker loads the model.
+# Ubuntu removes old package versions, so no version is pinned here; the base image's tag pins the release.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# RunPod mounts network volumes and its cached models at /runpod-volume; elsewhere it is the place for a volume, too.
+# RunPod mounts network volumes and its cached models at /runpod-volume. Mount a volume there on other hosts, too.
 RUN useradd --uid 10001 --create-home hunyuan \
     && install --directory --owner=10001 --group=10001 /runpod-volume /runpod-volume/huggingface-cache/hub
 
@@ -92,13 +94,13 @@ RUN if [ -n "$PROFILE" ]; then \
         hunyuan download-weights "$PROFILE" --to /opt/hunyuan/models ${ACCEPT_LICENCE:+--accept-licence}; \
     fi
 
-# An empty HUNYUAN_MODEL_PATH counts as absent: then the weights are looked for in the hub's cache, which is RunPod's.
+# An empty HUNYUAN_MODEL_PATH counts as unset: the worker then looks for the checkpoint in HF_HUB_CACHE, RunPod's cache.
 ENV HF_HUB_CACHE=/runpod-volume/huggingface-cache/hub \
     HUNYUAN_MODEL_PATH=${PROFILE:+/opt/hunyuan/models}
 ARG VERSION=""
 ARG REVISION=""
 LABEL org.opencontainers.image.title="hunyuan-video-worker" \
-      org.opencontainers.image.description="HunyuanVideo-1.5 service: the render process, for RunPod and hunyuan worker" \
+      org.opencontainers.image.description="HunyuanVideo-1.5 service: the worker, for RunPod and your own machines" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/nvidia/cuda:13.0.3-base-ubuntu24.04" \
       org.opencontainers.image.version="$VERSION" \
@@ -107,8 +109,8 @@ LABEL org.opencontainers.image.title="hunyuan-video-worker" \
 WORKDIR /home/hunyuan
 USER 10001:10001
 STOPSIGNAL SIGTERM
-# It listens nowhere: it reports itself to its server, whose /health counts it.
+# The worker listens on no port. It reports its state to the server, which counts it in /health.
 HEALTHCHECK NONE
-# The base image's entry point prints a banner before it hands over.
+# The base image's entry point prints a banner first; clear it.
 ENTRYPOINT []
 CMD ["python", "-u", "-m", "handler"]

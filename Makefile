@@ -1,4 +1,4 @@
-# Needs python3 (3.11 or newer), make and git; everything else is set up in .venv on first use.
+# Needs python3 (3.11 or newer), make and git. The first target that needs .venv creates it.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -22,31 +22,35 @@ demo: $(VENV)/.local ## Render demo.mp4 end to end with the demo model (PROMPT=.
 	$(BIN)/hunyuan demo "$$PROMPT" --duration '$(DURATION)' --resolution '$(RESOLUTION)' --output demo.mp4
 
 .PHONY: serve
-serve: $(VENV)/.local ## Start the server on HUNYUAN_PORT (8000) with HUNYUAN_MODEL_PATH, else the demo model
+serve: $(VENV)/.local ## Start the server on HUNYUAN_PORT (8000) with the model at HUNYUAN_MODEL_PATH, or with the demo model
 	exec $(BIN)/hunyuan serve
 
 .PHONY: test
-test: lint ## Lint, type-check and run every test
+test: lint ## Lint, type-check and run every test that is not marked `full`
+	$(BIN)/pytest -n auto --dist loadgroup -m 'not full'
+
+.PHONY: test-full
+test-full: lint ## As `make test`, with the tests marked `full` as well: slow installations and long renders
 	$(BIN)/pytest -n auto --dist loadgroup
 
 .PHONY: unit
-unit: $(VENV)/.dev ## Run the tests that need no server and no model
+unit: $(VENV)/.dev ## Run the tests that start no server process and load no model, in seconds
 	$(BIN)/pytest tests/unit
 
 .PHONY: test-faults
-test-faults: $(VENV)/.dev ## Kill and cut off every part during 200 tasks, half an hour or so (FAULTS="--fault-seed 7" as an earlier run)
+test-faults: $(VENV)/.dev ## Kill processes and break connections at random during 200 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
 	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
 
 .PHONY: bench-gpu
-bench-gpu: $(VENV)/.local ## Measure the model's real dimensions on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
+bench-gpu: $(VENV)/.local ## Measure the model at its real size on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
 	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 .PHONY: bench-queue
-bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with a million jobs that have ended (BENCH="--history 1000000")
+bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with a million completed jobs (BENCH="--history 1000000")
 	$(BIN)/python -m benchmarks.queue $(BENCH)
 
 .PHONY: picture
-picture: $(VENV)/.dev ## Make docs/page.png anew: the page of a server with the demo model; needs chromium
+picture: $(VENV)/.dev ## Take docs/page.png again: the page of a server with the demo model; needs chromium
 	$(BIN)/python -m tests.support.page_picture docs/page.png
 
 .PHONY: lint
@@ -58,16 +62,16 @@ lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive contract handler hunyuan shim storage tools
 
 .PHONY: audit
-audit: $(VENV)/.dev ## Look every pinned package up in the advisory database; fails where one can't be looked up
+audit: $(VENV)/.dev ## Look up every pinned package in the advisory database; fails if a lookup fails
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 .PHONY: format
-format: $(VENV)/.dev ## Format the code and mend what ruff can
+format: $(VENV)/.dev ## Format the code and apply the fixes that ruff knows
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 .PHONY: constraints
-constraints: ## Renew constraints.txt from the newest releases that pyproject.toml admits (keeps torch)
+constraints: ## Pin the newest releases that pyproject.toml allows in constraints.txt (keeps torch)
 	rm -rf $(VENV)/renew && $(PYTHON) -m venv $(VENV)/renew
 	$(VENV)/renew/bin/pip install --quiet '$(shell grep ^torch== constraints.txt)' '.[dev]'
 	$(VENV)/renew/bin/pip freeze --all | grep -vE '^(pip|setuptools|hunyuan-video-service)\b' | sed -E 's/\+[a-z0-9]+$$//' > constraints.txt
@@ -78,15 +82,15 @@ api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 	$(BIN)/python -m tools.api_page
 
 .PHONY: release
-release: $(VENV)/.dev ## Build wheel and source archive into dist/ and check them (RELEASE=--draft before the changelog has the day)
+release: $(VENV)/.dev ## Build the wheel and the source archive into dist/ and check them (RELEASE=--draft if the changelog has no date yet)
 	$(BIN)/python -m tools.release $(RELEASE)
 
 .PHONY: clean
-clean: ## Remove what the other targets made
+clean: ## Remove what the other targets created
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache dist demo.mp4
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed; name one with make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'This project needs Python 3.11 or newer: pass one with make PYTHON=...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.local: pyproject.toml constraints.txt | $(BIN)/python

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # in place of this directory, where `handler` would be this file
+sys.path[0] = str(Path(__file__).parents[1])  # replaces this directory, in which `handler` is this file
 
 from handler.__main__ import main  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Fixtures every room's tests share."""
+"""Options, order and fixtures of all tests."""
 
 import os
 import random
@@ -10,19 +10,21 @@ import pytest
 
 from tests.support.postgres import Postgres, running_postgres
 
-# A few examples on each run of everything; many with --hypothesis-profile=full.
+# --hypothesis-profile=full draws more examples.
 hypothesis.settings.register_profile("short", max_examples=40, print_blob=True)
 hypothesis.settings.register_profile("full", max_examples=400, print_blob=True)
 hypothesis.settings.load_profile("short")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests run beside each other already: torch with a thread for each core would only get in its own way.
+    # Each xdist process has a core of its own; one torch thread per core in every process would slow all of them down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", choices=["short", "full"], default="short", help="form of tests/faults")
-    parser.addoption("--fault-seed", type=int, help="else fixed in the short form, random in the full one")
+    parser.addoption("--faults", choices=["short", "full"], default="short", help="length of tests/faults")
+    parser.addoption(
+        "--fault-seed", type=int, help="seed of tests/faults. Default: 1 for the short form, random for the full form"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,8 +32,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.fault_seed = 1 if config.option.faults == "short" else random.randrange(10**6)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under xdist, starts the modules with the longest time limits first, so that they do not run alone at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    limits: dict[str, float] = {}
+    for item in items:
+        module = item.nodeid.partition("::")[0]
+        marker = item.get_closest_marker("timeout")
+        limits[module] = max(limits.get(module, 0.0), float(marker.args[0]) if marker else 0.0)
+    items.sort(key=lambda item: -limits[item.nodeid.partition("::")[0]])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The reports of tests/faults; from the processes of xdist, too."""
+    """Prints the reports of tests/faults, also those from xdist's processes."""
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, text in getattr(report, "user_properties", ()):
@@ -46,14 +60,14 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """One for all tests of a process; each makes a database of its own."""
+    """One server for all tests of a process. Each test creates its own database."""
     with running_postgres() as server:
         yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
+    """The URL of an empty database, of each kind in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/queue.sqlite3"
     server: Postgres = request.getfixturevalue("postgres")

@@ -1,1 +1,1 @@
-"""What maintainers run: see the Makefile."""
+"""Programs for maintainers. The Makefile runs them."""

@@ -1,4 +1,4 @@
-"""`make api-page`: docs/api.md from the server's OpenAPI document."""
+"""`make api-page` writes docs/api.md from the server's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from shim.queue.runpod import RunPodQueue
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 
-#: More values than these stand in a page of their own: the error codes.
-_MANY: Final = 10
+#: An enumeration with more values than this has its own page. Only the error codes do.
+_MANY: Final = 8
 PAGE: Final = Path(__file__).parents[1] / "docs" / "api.md"
 _INTRODUCTION: Final = """# API
 
-Made from the server's own OpenAPI document (`/openapi.json`; `/docs` tries it out) by `make api-page`. The promises are
-in [the API reference](api-reference.md), the errors in [errors.md](errors.md). Where the server has keys, every path
-but /health and /ready needs one: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+`make api-page` generates this page from the server's OpenAPI document (`/openapi.json`; try it at `/docs`).
+[The API reference](api-reference.md) states what never changes, and [errors.md](errors.md) lists the errors. A server
+with API keys requires one on every path except /health and /ready: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 """
 
 Document = Mapping[str, Any]
 
 
 def openapi() -> Document:
-    """The document of a server; its queue and its bucket are not asked."""
+    """The server's OpenAPI document. Connects to no queue and no bucket."""
     nowhere = HttpUrl("http://127.0.0.1:9")
     bucket = BucketSettings(endpoint_url=nowhere, access_key_id="none", secret_access_key=SecretStr("none"))
     return create_app(RunPodQueue(endpoint_id="none", api_key="none"), Bucket(bucket)).openapi()
 
 
 def page(document: Document) -> str:
-    """The page."""
+    """The text of docs/api.md."""
     parts = [_INTRODUCTION]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -60,11 +60,11 @@ def _operation(document: Document, name: str, operation: Document) -> Iterator[s
                 yield f"{status}, {_lower(model['description'])}\n"
                 yield _table("| field | type | |", _fields(document, model, with_default=False))
     errors = ", ".join(str(status) for status in sorted(responses) if status >= 300)
-    yield f"Other answers: {errors}.\n"
+    yield f"Other status codes: {errors}.\n"
 
 
 def _models(document: Document, response: Document) -> Iterator[Document]:
-    """The schemas that an answer may have, in place of references to them."""
+    """The schemas that a response may have, with references resolved."""
     schema = response.get("content", {}).get("application/json", {}).get("schema", {})
     for one in schema.get("anyOf", [schema]):
         if "$ref" in one:
@@ -108,7 +108,7 @@ def _lower(text: str) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Writes docs/api.md."""
     PAGE.write_text(page(openapi()))
 
 

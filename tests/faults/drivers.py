@@ -1,4 +1,4 @@
-"""What goes wrong: signals to parts, and breaks in the network between them, one after another, by a seed."""
+"""Injects faults: signals to processes and broken connections between them, one after another, chosen by a seed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.faults.system import WORKER_TIMEOUT, Part, System
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.service import eventually
 
-#: Seconds that a worker is given to store a video while its result is held back.
-_STORED = 10.0
+#: Seconds to wait for a worker to store a video while its result cannot reach the server.
+_STORE_SECONDS = 10.0
 
 _KILL, _FREEZE, _TERMINATE = "SIGKILL", "SIGSTOP", "SIGTERM"
 
-#: Limits are drawn up to what stands here: about a video of the scripted model.
+#: Byte limits are drawn up to these, which is about a video of the scripted model.
 _BREAKS: dict[str, Faults] = {
     "refused": Faults(refuse=True),
     "reset at once": Faults(reset_on_accept=True),
@@ -28,15 +28,15 @@ _BREAKS: dict[str, Faults] = {
     "stalled": Faults(stall=True),
     "slow": Faults(latency=0.2, bandwidth=50_000),
 }
-#: What befalls each new connection of a link by chance.
+#: The faults that a new connection of a link may meet at random.
 _MISHAPS = ("reset at once", "reset on the way up", "reset on the way down", "truncated")
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much goes wrong: each driver goes through all it knows once, or again and again.
+    """How many faults a run has. Each driver injects each of its faults once, or repeatedly if `repeats`.
 
-    A share of `long_freezes` of a worker's freezes last until its task is another's. Faults in seconds.
+    `longest_fault` is in seconds. The share `long_freezes` of a worker's freezes lasts until its lease expires.
     """
 
     name: str
@@ -53,30 +53,30 @@ FULL = Form("full", tasks=200, machines_tasks=100, clients=24, longest_fault=5.0
 
 
 class Driver(threading.Thread):
-    """Breaks one thing after another until it is told to stop, or knows no more; what it broke is whole at its end."""
+    """Injects one fault after another until it is stopped or has no more. Ends each fault before the next."""
 
     def __init__(self, name: str, system: System, form: Form, seed: str) -> None:
         super().__init__(name=name)
         self._chance = random.Random(f"{seed} {name}")
         self._system = system
         self._form = form
-        self._enough = threading.Event()
+        self._stopped = threading.Event()
         self.counts: Counter[str] = Counter()
         self.violations: list[str] = []
 
     def run(self) -> None:
         try:
             for fault in self._faults():
-                if self._enough.is_set():
+                if self._stopped.is_set():
                     return
                 fault()
-                self._enough.wait(self._chance.uniform(0.1, 0.5))
-        except Exception as exc:  # for the test to see
+                self._stopped.wait(self._chance.uniform(0.1, 0.5))
+        except Exception as exc:  # the test reports it
             self.violations.append(f"{self.name}: {exc!r}")
             raise
 
     def stop(self) -> None:
-        self._enough.set()
+        self._stopped.set()
         self.join(300)
         if self.is_alive():
             self.violations.append(f"{self.name} has not ended")
@@ -97,7 +97,7 @@ class Driver(threading.Thread):
 
 
 class Signals(Driver):
-    """Kills, freezes and ends parts, and starts what is gone again, as its supervisor would."""
+    """Kills, freezes and terminates processes, and starts them again as a supervisor does."""
 
     def _bag(self) -> list[Callable[[], None]]:
         def of(part: Part, kind: str) -> Callable[[], None]:
@@ -137,14 +137,14 @@ class Signals(Driver):
             part.thaw()
 
     def _kill_with_a_result(self) -> None:
-        """SIGKILL to a worker that has stored a video and can't say so."""
+        """Kills a worker that has stored a video and cannot report it."""
         self._check_running()
         link = self._chance.choice(self._system.workers).link
         before = len(self._system.notes())
         link.faults = Faults(refuse=True)
         try:
-            deadline = time.monotonic() + _STORED
-            while time.monotonic() < deadline and not self._enough.wait(0.02):
+            deadline = time.monotonic() + _STORE_SECONDS
+            while time.monotonic() < deadline and not self._stopped.wait(0.02):
                 stored = {note.pid for note in self._system.notes()[before:] if note.event == "stored"}
                 for worker in self._system.workers:
                     if worker.link is link and worker.is_running() and worker.worker.pid in stored:
@@ -163,7 +163,7 @@ class Signals(Driver):
 
 
 class Network(Driver):
-    """Breaks the connections of one link after another: all of them, or each new one by chance."""
+    """Breaks the connections of one link after another: all of them, or each new one at random."""
 
     def _bag(self) -> list[Callable[[], None]]:
         def of(name: str, link: FaultProxy, kind: str) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The whole service on one machine as on many: every part a process that can be killed, every connection breakable."""
+"""The whole service: each part is a process to kill, and each connection passes a proxy that can break it."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from tests.support.worker_process import Note, WorkerProcess, bucket_environment
 TOKEN = secrets.token_hex(16)
 SHIMS = 2
 WORKERS = 4
-#: Seconds of silence after which a worker has lost its task.
+#: Seconds without a request from a worker after which its lease expires.
 WORKER_TIMEOUT = 15.0
-#: Fewer than clients, so that some of them meet QUEUE_FULL and wait.
+#: Less than the number of clients, so that some receive QUEUE_FULL and wait.
 MAX_QUEUE_SIZE = 8
 
 
 class Part(Protocol):
-    """A process of the system, and what its supervisor and its faults do to it."""
+    """A process of the system, with what a supervisor and the faults do to it."""
 
     name: str
     log: Path
 
     def start(self) -> None:
-        """Start it, and do not wait."""
+        """Starts the process without waiting for it."""
 
     def is_up(self) -> bool:
-        """Whether it has started, and handles signals as it means to."""
+        """Whether it has started and handles signals."""
 
     def is_running(self) -> bool: ...
 
     def kill(self) -> None:
-        """SIGKILL; it is gone when this returns."""
+        """Sends SIGKILL and waits for the end."""
 
     def freeze(self) -> None:
         """SIGSTOP."""
@@ -60,23 +60,23 @@ class Part(Protocol):
         """SIGCONT."""
 
     def terminate(self) -> int:
-        """What asks it to end in good order; the exit code."""
+        """Asks it to shut down, and returns the exit code."""
 
 
 class _Started:
-    """Counts a log's lines that say that a process has started."""
+    """Counts the lines of a log that say that a process has started."""
 
     def __init__(self, log: Path, line: str) -> None:
         self._log = log
         self._line = line
-        self.lives = 0
+        self.starts = 0
 
     def is_up(self) -> bool:
-        return self.lives > 0 and self._log.read_text(errors="replace").count(self._line) == self.lives
+        return self.starts > 0 and self._log.read_text(errors="replace").count(self._line) == self.starts
 
 
 class ShimPart:
-    """`hunyuan serve` with no worker of its own."""
+    """`hunyuan serve` without a worker."""
 
     def __init__(self, name: str, directory: Path, database_url: str, bucket: BucketSettings) -> None:
         self.name = name
@@ -98,7 +98,7 @@ class ShimPart:
         return "127.0.0.1", self.service.port
 
     def start(self) -> None:
-        self._started.lives += 1
+        self._started.starts += 1
         self.service.launch()
 
     def is_up(self) -> bool:
@@ -121,7 +121,7 @@ class ShimPart:
 
 
 class WorkerPart:
-    """A worker. Its next life has the same id, as a RunPod pod's has, or another one, as `hunyuan worker`'s has."""
+    """A worker. Restarts with the same id, as on RunPod, or with a new one, as `hunyuan worker` does."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class WorkerPart:
         self._started = _Started(self.log, "Starting Serverless Worker")
 
     def start(self) -> None:
-        self._started.lives += 1
+        self._started.starts += 1
         if not self._keeps_id:
             self.worker.worker_id = f"{self.name}-{secrets.token_hex(4)}"
         self.worker.start("--step-seconds", str(self._step_seconds))
@@ -228,7 +228,7 @@ class StorePart:
         assert self._process is not None
         self._process.terminate()
         self._process.wait(60)
-        return 0  # the gateway's own way to end is none of ours
+        return 0  # JuiceFS chooses its exit code
 
 
 class DatabasePart:
@@ -272,7 +272,7 @@ class DatabasePart:
 
 
 class System:
-    """Two shims, four workers, one PostgreSQL, one bucket. Half of the workers talk to each shim."""
+    """Two servers, four workers, one PostgreSQL, one bucket. Each server has half of the workers."""
 
     def __init__(self, directory: Path, postgres: Postgres, stack: ExitStack, *, step_seconds: float) -> None:
         self.directory = directory
@@ -314,7 +314,7 @@ class System:
 
     @property
     def bucket(self) -> Bucket:
-        """The store, with nothing between."""
+        """The store, reached without a proxy."""
         return Bucket(self.store.settings)
 
     def start(self) -> Self:
@@ -331,7 +331,7 @@ class System:
         return all(shim.service.http.get("/health").json()["workers"]["ready"] == WORKERS for shim in self.shims)
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM to all, workers first and shims before what they need; the exit codes."""
+        """Sends SIGTERM to the workers, then to the servers, then to the store. Returns the exit codes."""
         codes: dict[str, int] = {}
         groups: list[list[Part]] = [[*self.workers], [*self.shims], [self.store]]
         for group in groups:
@@ -347,7 +347,7 @@ class System:
         return read_notes(self.directory / "notes.jsonl")
 
     def strays(self) -> list[psutil.Process]:
-        """The processes that are left of any life of any shim or worker, but for PostgreSQL and the store."""
+        """Processes that any server or worker left behind."""
         return [process for process in psutil.process_iter() if str(self.directory) in _directories(process)]
 
     def log_tails(self, lines: int = 25) -> str:
@@ -359,7 +359,7 @@ class System:
 
 
 def _directories(process: psutil.Process) -> str:
-    """What a process inherited from its shim or worker."""
+    """The directories in the environment that a process inherited from its server or worker."""
     try:
         environment: Mapping[str, str] = process.environ()
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -371,7 +371,7 @@ def _directories(process: psutil.Process) -> str:
 
 @contextmanager
 def running_system(directory: Path, *, step_seconds: float) -> Iterator[System]:
-    """The system, ready; all of it is gone at the end."""
+    """Yields the system when it is ready. Checks at the end that every process is gone."""
     with ExitStack() as stack:
         postgres = stack.enter_context(running_postgres())
         system = System(directory, postgres, stack, step_seconds=step_seconds)

@@ -1,8 +1,8 @@
-"""A Dockerfile, parsed; and what its instructions do, done in directories where no container engine runs.
+"""Parses a Dockerfile, and runs its instructions in directories, without a container engine.
 
-Understood is what our Dockerfile uses. What it makes lies under /opt/hunyuan, for which a directory stands in; its base
-images are an empty virtual environment of the running Python. Left out, and told by `Image.skipped`: what needs a
-distribution of its own (packages, users).
+Supports the instructions that our Dockerfile uses. A directory replaces /opt/hunyuan, and an empty virtual environment
+of the running Python replaces the base images. Commands of the distribution (apt-get, useradd) are skipped and listed
+in `Image.skipped`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 _HOME = "/opt/hunyuan"
 _OF_THE_DISTRIBUTION = ("apt-get", "useradd")
-#: What a build takes from the machine it runs on: how to reach its package index.
+#: Variables of this machine that a build inherits: they tell pip how to reach its package index.
 _FROM_HOST = re.compile(r"PIP_.*|HOME|LANG|SSL_CERT_FILE|\w+_proxy|\w+_PROXY")
 
 
@@ -31,7 +32,7 @@ class Instruction:
 
     @property
     def words(self) -> list[str]:
-        """Of the exec form, where it is one; of a shell's splitting else."""
+        """The words of the exec form, or of the shell form as a shell splits it."""
         if self.argument.startswith("["):
             words: list[str] = json.loads(self.argument)
             return words
@@ -52,7 +53,7 @@ class Stage:
 
 
 def parse(text: str) -> dict[str, Stage]:
-    """Its stages, by name."""
+    """The stages by name."""
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     stages: dict[str, Stage] = {}
     for line in filter(None, lines.replace("\\\n", "").splitlines()):
@@ -68,7 +69,7 @@ def parse(text: str) -> dict[str, Stage]:
 
 @dataclass
 class Image:
-    """A stage that was built: its files are under `root`."""
+    """A built stage. Its files are under `root`."""
 
     root: Path
     environment: dict[str, str]
@@ -79,14 +80,14 @@ class Image:
     skipped: list[str] = field(default_factory=list)
 
     def here(self, text: str) -> str:
-        """`text` with the directory that stands in for /opt/hunyuan."""
+        """`text` with /opt/hunyuan replaced by its directory here."""
         return text.replace(_HOME, f"{self.root}{_HOME}")
 
     def path(self, inside: str) -> Path:
         return self.root / inside.lstrip("/")
 
     def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """As RUN does."""
+        """Runs a shell command as RUN does."""
         return subprocess.run(
             ["sh", "-c", self.here(command)],
             env={**self.environment, **self.arguments, **environment},
@@ -99,24 +100,31 @@ class Image:
 
 
 class Builder:
-    """Builds stages of a Dockerfile in directories beneath `directory`, each once."""
+    """Builds stages of a Dockerfile below `directory`, each once.
 
-    def __init__(self, stages: Mapping[str, Stage], context: Path, directory: Path) -> None:
+    Stages named in `lend` find the dependencies of the running environment already installed, so that their pip
+    commands install our package alone.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], context: Path, directory: Path, lend: Collection[str] = ()) -> None:
         self._stages = stages
         self._context = context
         self._directory = directory
+        self._lend = lend
         self._built: dict[str, Image] = {}
         subprocess.run([sys.executable, "-m", "venv", directory / "base"], check=True)
 
     def build(self, name: str) -> Image:
-        """The stage `name`, and before it those that it copies from. Fails with the output of a command that fails."""
+        """Builds stage `name` and the stages that it copies from. Fails with the output of a command that fails."""
         if name in self._built:
             return self._built[name]
         host = {variable: value for variable, value in os.environ.items() if _FROM_HOST.fullmatch(variable)}
         path = f"{self._directory}/base/bin:/usr/bin:/bin"
-        # Bytecode for all of it takes half a minute; what is imported is compiled then. (For pip, 0 means: do not.)
+        # Compiling every module takes half a minute; Python compiles on import instead. pip reads 0 as "don't compile".
         image = Image(self._directory / name, {**host, "PATH": path, "PIP_NO_COMPILE": "0"})
         image.root.mkdir()
+        if name in self._lend:
+            _lend_dependencies(image)
         for instruction in self._stages[name].instructions:
             self._follow(image, instruction)
         self._built[name] = image
@@ -130,7 +138,9 @@ class Builder:
                 self._copy(image, instruction.words)
             case "ENV":
                 image.environment |= _assignments(image, instruction)
-                image.environment.pop("PIP_NO_CACHE_DIR", None)  # kept out of layers; here, it saves downloads
+                image.environment.pop(
+                    "PIP_NO_CACHE_DIR", None
+                )  # a cache would enlarge a layer; here it saves downloads
             case "ARG":
                 image.arguments |= _assignments(image, instruction)
             case "WORKDIR":
@@ -144,7 +154,7 @@ class Builder:
             case "LABEL" | "USER" | "EXPOSE" | "STOPSIGNAL" | "ENTRYPOINT":
                 pass
             case other:
-                raise AssertionError(f"{other}: not understood")
+                raise AssertionError(f"{other}: this parser does not support the instruction")
 
     def _run(self, image: Image, command: str) -> None:
         if command.startswith(_OF_THE_DISTRIBUTION):
@@ -167,8 +177,21 @@ class Builder:
                 shutil.copy(found, to)
 
 
+def _lend_dependencies(image: Image) -> None:
+    """Adds the running environment's packages to the stage's virtual environment, except pip and our own package."""
+    packages = image.path("/lent")
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.suffix != ".pth" and "hunyuan" not in path.name and not path.name.startswith(("pip", "setuptools")):
+            (packages / path.name).symlink_to(path)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = image.path(f"{_HOME}/venv/lib/{version}/site-packages")
+    site.mkdir(parents=True)
+    (site / "lent.pth").write_text(str(packages))
+
+
 def _assignments(image: Image, instruction: Instruction) -> dict[str, str]:
-    """`NAME=value ...` with $NAME and ${NAME:+value} replaced."""
+    """The pairs of `NAME=value ...`, with $NAME and ${NAME:+value} expanded."""
     known = {**image.environment, **image.arguments}
 
     def value_of(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the Dockerfile installs, installed by its own commands into empty virtual environments, serves the demo."""
+"""The Dockerfile's commands, run in virtual environments, build a server and a worker that serve the demo."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ STAGES = parse((ROOT / "Dockerfile").read_text())
 TOKEN = "a-token-of-the-tests"
 
 
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    return Builder(STAGES, ROOT, tmp_path_factory.mktemp("images"))
+@pytest.fixture(scope="module", params=["dependencies lent", pytest.param("all installed", marks=pytest.mark.full)])
+def worker_builder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """Installing the worker's dependencies, torch among them, takes a minute or two: the full run does it."""
+    lend = ["worker"] if request.param == "dependencies lent" else []
+    return Builder(STAGES, ROOT, tmp_path_factory.mktemp("images"), lend)
 
 
 @pytest.fixture(scope="module")
-def shim_image(builder: Builder) -> Image:
-    return builder.build("shim")
+def shim_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return Builder(STAGES, ROOT, tmp_path_factory.mktemp("images")).build("shim")
 
 
 @pytest.fixture(scope="module")
-def worker_image(builder: Builder) -> Image:
-    return builder.build("worker")
+def worker_image(worker_builder: Builder) -> Image:
+    return worker_builder.build("worker")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]
 
 
 class Container:
-    """A process of an image: its environment and its directory, none of ours."""
+    """A process of an image, with the image's environment and a directory of its own."""
 
     def __init__(self, image: Image, command: list[str], directory: Path, **environment: str) -> None:
         program = shutil.which(command[0], path=image.environment["PATH"])
@@ -65,7 +67,7 @@ class Container:
         assert self.process.poll() is None, self.log.read_text()
 
     def stop(self) -> int:
-        """Asks process 1 to end, as a container engine does; its exit code."""
+        """Sends SIGTERM, as a container engine does, and returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(30)
@@ -92,7 +94,7 @@ def healthy(image: Image, container: Container) -> bool:
 def shim(
     shim_image: Image, bucket: BucketSettings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Container]]:
-    """The server's address, and its process."""
+    """The server's address and its process."""
     directory, port = tmp_path_factory.mktemp("shim"), free_port()
     container = Container(
         shim_image,
@@ -111,7 +113,9 @@ def shim(
         assert container.stop() == 0, container.log.read_text()
 
 
-def test_every_path_that_is_probed_or_scraped_is_served(shim: tuple[str, Container]) -> None:
+def test_the_server_answers_every_path_that_kubernetes_probes_or_prometheus_scrapes(
+    shim: tuple[str, Container],
+) -> None:
     manifests = "\n".join(path.read_text() for path in (ROOT / "infra" / "kubernetes").rglob("*.yaml"))
     paths = set(re.findall(r"path: (/[a-z]+)(?=[,}\s])", manifests))
     assert paths >= {"/health", "/ready", "/metrics"}
@@ -119,7 +123,7 @@ def test_every_path_that_is_probed_or_scraped_is_served(shim: tuple[str, Contain
         assert httpx.get(f"{shim[0]}{path}").status_code in (200, 503), path
 
 
-def test_only_packages_and_users_of_the_distribution_are_left_out(shim_image: Image, worker_image: Image) -> None:
+def test_only_commands_of_the_distribution_are_skipped(shim_image: Image, worker_image: Image) -> None:
     assert shim_image.skipped == ["useradd"]
     assert worker_image.skipped == ["apt-get", "useradd"]
 
@@ -128,10 +132,10 @@ def test_the_server_has_no_torch_and_the_worker_has(shim_image: Image, worker_im
     for image, code in ((shim_image, 1), (worker_image, 0)):
         assert image.run("python -c 'import torch'").returncode == code
         where = image.run("python -c 'import shim; print(shim.__file__)'").stdout
-        assert where.startswith(str(image.root)), "not this checkout's code"
+        assert where.startswith(str(image.root)), "the image must import its own copy of the package"
 
 
-def test_both_hold_the_versions_of_the_constraints_file(shim_image: Image, worker_image: Image) -> None:
+def test_both_images_contain_the_versions_of_the_constraints_file(shim_image: Image, worker_image: Image) -> None:
     pinned = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     names = {line.partition("==")[0] for line in pinned}
     for image in (shim_image, worker_image):
@@ -152,7 +156,7 @@ def test_weights_are_baked_in_only_with_the_licence_accepted(worker_image: Image
 def test_the_images_serve_the_demo(
     worker_image: Image, shim: tuple[str, Container], bucket: BucketSettings, tmp_path: Path
 ) -> None:
-    """The server as its image starts it, a worker as compose.yaml starts it."""
+    """The server starts as in its image, the worker as in compose.yaml."""
     address, _ = shim
     compose = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
     worker = Container(

@@ -1,4 +1,4 @@
-"""The log of a whole service: a task's story under one search, and nothing that must not be there."""
+"""The log of a whole service: one search finds all lines of a task, and no line contains a prompt or a secret."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def lines(service: Service) -> list[dict[str, Any]]:
-    """Every line of the service, of its server and its worker alike. Fails on one that is no JSON object."""
+    """Every log line of the server and its worker. Fails if a line is not a JSON object."""
     parsed = [json.loads(line) for line in service.log.read_text().splitlines()]
     assert all(isinstance(line, dict) for line in parsed)
     return parsed
 
 
-def story(service: Service, task_id: str) -> list[dict[str, Any]]:
+def lines_of_task(service: Service, task_id: str) -> list[dict[str, Any]]:
     return [line for line in lines(service) if line.get("task_id") == task_id]
 
 
-def told(service: Service, task_id: str, words: str) -> list[dict[str, Any]]:
-    """The task's lines with these words, as soon as there are any."""
+def lines_with(service: Service, task_id: str, words: str) -> list[dict[str, Any]]:
+    """The task's lines that contain these words. Waits until there is one."""
     return eventually(
-        f"a line with {words!r}", lambda: [line for line in story(service, task_id) if words in line["message"]]
+        f"a line with {words!r}", lambda: [line for line in lines_of_task(service, task_id) if words in line["message"]]
     )
 
 
@@ -49,12 +49,18 @@ def platform(service: Service) -> httpx.Client:
     return httpx.Client(base_url=f"{service.address}/v2/local", headers={"Authorization": token})
 
 
-def test_one_search_finds_the_whole_story_of_a_task(service: Service) -> None:
+@pytest.fixture(scope="module")
+def finished_task(service: Service) -> str:
+    """The id of a task that is completed and whose video was downloaded."""
     task_id = service.generate(prompt=PROMPT)
-    service.finished(task_id)
-    told(service, task_id, "Finished.")
-    found = story(service, task_id)
-    chapters = (
+    service.http.get(service.finished(task_id)["video_url"]).raise_for_status()
+    lines_with(service, task_id, "Finished.")
+    return task_id
+
+
+def test_one_search_finds_every_step_of_a_task(service: Service, finished_task: str) -> None:
+    found = lines_of_task(service, finished_task)
+    steps = (
         ("shim.tasks", "accepted"),
         ("shim.queue.dispatch", "taken by worker"),
         ("runpod", "Started."),
@@ -67,38 +73,40 @@ def test_one_search_finds_the_whole_story_of_a_task(service: Service) -> None:
     )
     places = [
         next(i for i, line in enumerate(found) if line["logger"] == logger and words in line["message"])
-        for logger, words in chapters
+        for logger, words in steps
     ]
     assert places == sorted(places), found
     (worker_id,) = {line["worker_id"] for line in found if line["logger"].startswith(("handler.", "runpod"))}
-    assert told(service, task_id, "taken by")[0]["worker_id"] == worker_id
+    assert lines_with(service, finished_task, "taken by")[0]["worker_id"] == worker_id
 
 
-def test_every_line_about_a_task_has_its_id(service: Service) -> None:
-    task_id = service.generate(prompt=PROMPT)
-    service.finished(task_id)
-    about = [line for line in lines(service) if task_id in json.dumps(line)]
+def test_every_line_about_a_task_has_its_id(service: Service, finished_task: str) -> None:
+    about = [line for line in lines(service) if finished_task in json.dumps(line)]
     assert len(about) > 10
-    assert [line for line in about if line.get("task_id") != task_id] == []
+    assert [line for line in about if line.get("task_id") != finished_task] == []
     assert {line["level"] for line in about} == {"INFO"}
 
 
-def test_a_failed_task_is_told_of_with_its_code_by_both_sides(service: Service) -> None:
+def test_server_and_worker_both_log_a_failed_task_with_its_error_code(service: Service) -> None:
     with platform(service) as http:
         task_id = http.post("/run", json={"input": {"prompt": "short"}}).json()["id"]
-    loggers = {line["logger"] for line in told(service, task_id, "failed with INVALID_PROMPT")}
-    eventually("both", lambda: len({line["logger"] for line in told(service, task_id, "failed with")}) == 2)
+    loggers = {line["logger"] for line in lines_with(service, task_id, "failed with INVALID_PROMPT")}
+    eventually(
+        "a line of both", lambda: len({line["logger"] for line in lines_with(service, task_id, "failed with")}) == 2
+    )
     assert loggers <= {"handler.serverless", "shim.queue.dispatch"}
 
 
-def test_a_cancelled_task_is_told_of(service: Service) -> None:
+def test_server_and_worker_both_log_a_cancelled_task(service: Service) -> None:
     task_id = service.generate(prompt=PROMPT, duration=10, resolution="1080p")
     eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, 60)
     with platform(service) as http:
         http.post(f"/cancel/{task_id}").raise_for_status()
-    assert {line["logger"] for line in told(service, task_id, "cancelled")} >= {"shim.queue.sql"}
+    assert {line["logger"] for line in lines_with(service, task_id, "cancelled")} >= {"shim.queue.sql"}
     eventually(
-        "the worker's word", lambda: "handler.serverless" in {x["logger"] for x in told(service, task_id, "cancelled")}
+        "a line of the worker",
+        lambda: "handler.serverless" in {line["logger"] for line in lines_with(service, task_id, "cancelled")},
+        90,
     )
 
 
@@ -128,7 +136,7 @@ def test_a_pipelined_request_inherits_nothing_from_the_one_before_it(service: Se
     assert "task_id" not in by_id["second"]
 
 
-def test_beats_are_logged_at_debug_and_what_people_ask_at_info(service: Service) -> None:
+def test_requests_of_programs_are_logged_at_debug_and_those_of_people_at_info(service: Service) -> None:
     service.http.get("/health")
     service.http.get("/status/no-such-task")
     routes = {(line["route"], line["level"]) for line in lines(service) if "route" in line}
@@ -136,23 +144,21 @@ def test_beats_are_logged_at_debug_and_what_people_ask_at_info(service: Service)
     assert ("/v2/local/worker-report/{worker_id}", "DEBUG") in routes
 
 
-def test_neither_prompts_nor_secrets_are_in_the_log(service: Service) -> None:
-    task_id = service.generate(prompt=PROMPT)
-    service.http.get(service.finished(task_id)["video_url"]).raise_for_status()
+def test_neither_prompts_nor_secrets_are_in_the_log(service: Service, finished_task: str) -> None:
     log = service.log.read_text()
     assert "midnight" not in log
-    kept = service.directory / "data"
+    data = service.directory / "data"
     for secret in ("platform-token", "bucket/secret-key"):
-        assert (kept / secret).read_text().strip() not in log
-    assert "X-Amz-Signature" not in log, "presigned URLs open what they name"
+        assert (data / secret).read_text().strip() not in log
+    assert "X-Amz-Signature" not in log, "a presigned URL gives access to its object"
 
 
-def test_prompts_are_in_the_log_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_prompts_are_in_the_log_if_the_setting_asks_for_them(tmp_path: Path) -> None:
     with running_service(tmp_path, HUNYUAN_LOG_PROMPTS="true") as service:
         task_id = service.generate(prompt=f"{PROMPT}\nand a second line")
         service.finished(task_id)
         shown = [line for line in service.log.read_text().splitlines() if "midnight" in line]
-    assert len(shown) == 2, "when it was accepted, and when it began"
+    assert len(shown) == 2, "one when the server accepts the task, one when the render begins"
     for line in shown:
         assert task_id in line
         assert r'prompt="A paper boat on a rainy street at midnight\nand a second line"' in line

@@ -1,4 +1,4 @@
-"""What an MP4 holds, read with the ffmpeg that we ship (imageio-ffmpeg carries no ffprobe)."""
+"""Reads the properties of an MP4 with the ffmpeg that we ship (imageio-ffmpeg has no ffprobe)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Video:
 
 
 def probe(path: Path, *, container: bool = True) -> Video:
-    """Decode the whole file; fails on any decoding error. `container`: it is an MP4, whose boxes are read, too."""
+    """Decodes the whole file and fails on any decoding error. `container=True` also reads the boxes of the MP4."""
     run = subprocess.run(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-xerror", "-i", str(path), "-map", "0:v", "-f", "null", "-"],
         capture_output=True,
@@ -53,7 +53,7 @@ def probe(path: Path, *, container: bool = True) -> Video:
 
 
 def _boxes(path: Path) -> tuple[str, ...]:
-    """Types of the top-level boxes, in order (ISO/IEC 14496-12)."""
+    """The types of the top-level boxes, in order (ISO/IEC 14496-12)."""
     boxes = []
     with path.open("rb") as file:
         while header := file.read(8):
