@@ -1,4 +1,4 @@
-"""`make api-page`: docs/api.md from the server's OpenAPI document."""
+"""`make api-page`: generates docs/api.md from the server's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from shim.queue.runpod import RunPodQueue
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 
-#: More values than these stand in a page of their own: the error codes.
-_MANY: Final = 10
+#: An enumeration with more values than this is not listed in a cell: the error codes have their own page.
+_MAX_LISTED_VALUES: Final = 8
 PAGE: Final = Path(__file__).parents[1] / "docs" / "api.md"
 _INTRODUCTION: Final = """# API
 
-Made from the server's own OpenAPI document (`/openapi.json`; `/docs` tries it out) by `make api-page`. The promises are
-in [the API reference](api-reference.md), the errors in [errors.md](errors.md). Where the server has keys, every path
-but /health and /ready needs one: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+`make api-page` generates this page from the server's OpenAPI document. A running server has the document at
+`/openapi.json`, and shows it at `/docs`. [The API reference](api-reference.md) is the contract; [errors.md](errors.md)
+explains the error codes. If the server has keys, every path except /health and /ready needs one:
+`Authorization: Bearer KEY` or `X-API-Key: KEY`.
 """
 
 Document = Mapping[str, Any]
 
 
 def openapi() -> Document:
-    """The document of a server; its queue and its bucket are not asked."""
+    """The document of a server. Makes no request to its queue or its bucket."""
     nowhere = HttpUrl("http://127.0.0.1:9")
     bucket = BucketSettings(endpoint_url=nowhere, access_key_id="none", secret_access_key=SecretStr("none"))
     return create_app(RunPodQueue(endpoint_id="none", api_key="none"), Bucket(bucket)).openapi()
 
 
 def page(document: Document) -> str:
-    """The page."""
+    """The Markdown of docs/api.md."""
     parts = [_INTRODUCTION]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -64,7 +65,7 @@ def _operation(document: Document, name: str, operation: Document) -> Iterator[s
 
 
 def _models(document: Document, response: Document) -> Iterator[Document]:
-    """The schemas that an answer may have, in place of references to them."""
+    """The schemas of an answer, with references resolved."""
     schema = response.get("content", {}).get("application/json", {}).get("schema", {})
     for one in schema.get("anyOf", [schema]):
         if "$ref" in one:
@@ -86,8 +87,8 @@ def _type(document: Document, field: Document) -> str:
     if "$ref" in field:
         return _type(document, document["components"]["schemas"][field["$ref"].rpartition("/")[2]])
     if "enum" in field:
-        many = len(field["enum"]) > _MANY
-        return "see [errors.md](errors.md)" if many else ", ".join(f'"{value}"' for value in field["enum"])
+        is_long = len(field["enum"]) > _MAX_LISTED_VALUES
+        return "see [errors.md](errors.md)" if is_long else ", ".join(f'"{value}"' for value in field["enum"])
     if "const" in field:
         return f'"{field["const"]}"'
     if "properties" in field:

@@ -152,8 +152,8 @@ def test_every_variable_is_a_setting(page: Path) -> None:
 
 @by_page
 def test_every_path_in_code_spans_exists(page: Path) -> None:
-    rooms = r"(?:handler|shim|storage|tests|benchmarks|infra|docs|examples|\.runpod|\.ci)"
-    for path in re.findall(rf"`({rooms}/[A-Za-z0-9_./-]+)(?:::[^`]*)?`", page.read_text()):
+    directories = r"(?:contract|handler|hunyuan|shim|storage|tools|tests|benchmarks|infra|docs|examples|\.runpod|\.ci)"
+    for path in re.findall(rf"`({directories}/[A-Za-z0-9_./-]+)(?:::[^`]*)?`", page.read_text()):
         assert (ROOT / path).exists() or path == MADE_BY_THE_READER, path
 
 
