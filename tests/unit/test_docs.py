@@ -1,4 +1,4 @@
-"""The documentation's tables, held against the code."""
+"""The tables, lists and words of the documentation match the code."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ PACKAGES = ("contract", "storage", "handler", "shim", "hunyuan", "tools")
 WRITTEN = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *(page for page in sorted(DOCS.glob("*.md")) if page.name not in ("api-reference.md", "api.md")),
 ]
 #: Private metaphors and retired names. The glossary has the words that replace them.
@@ -42,7 +43,7 @@ def sections(markdown: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("heading", settings_page.SETTINGS)
-def test_every_setting_stands_in_its_table(heading: str) -> None:
+def test_every_setting_is_in_its_table(heading: str) -> None:
     rows = sections(settings_page.table(settings_page.SETTINGS[heading]))[""]
     assert sections((DOCS / "settings.md").read_text())[heading] == rows
     assert [row.split("`")[1] for row in rows] == [
@@ -50,7 +51,7 @@ def test_every_setting_stands_in_its_table(heading: str) -> None:
     ]
 
 
-def test_the_page_of_the_settings_is_what_the_settings_classes_say() -> None:
+def test_the_page_of_the_settings_matches_the_settings_classes() -> None:
     text = settings_page.PAGE.read_text()
     assert text == settings_page.page(text), "python -m tools.settings_page writes the tables"
 
@@ -67,7 +68,7 @@ def test_every_variable_of_the_api_reference_is_a_setting() -> None:
     assert len(documented) == 9
 
 
-def test_every_error_code_stands_in_its_table_with_its_status() -> None:
+def test_every_error_code_is_in_its_table_with_its_status() -> None:
     tables = sections((DOCS / "errors.md").read_text())
     responses = {cells[1].strip(" `"): int(cells[2]) for row in tables["Responses"] if (cells := row.split("|"))}
     assert responses == {code.value: status for code, status in STATUS.items()}
@@ -145,5 +146,5 @@ def test_no_retired_word_is_used(page: Path) -> None:
     assert re.findall(rf"(?i)(?<![\w-])(?:{RETIRED})(?![\w-])", prose) == []
 
 
-def test_the_page_of_the_api_is_what_the_server_says_of_itself() -> None:
+def test_the_page_of_the_api_matches_the_openapi_document() -> None:
     assert api_page.PAGE.read_text() == api_page.page(api_page.openapi()), "make api-page writes it"
