@@ -1,4 +1,4 @@
-"""`make api-page`: generates docs/api.md from the server's OpenAPI document."""
+"""`make api-page` writes docs/api.md from the server's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from shim.queue.runpod import RunPodQueue
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 
-#: An enumeration with more values than this is not listed in a cell: the error codes have their own page.
-_MAX_LISTED_VALUES: Final = 8
+#: An enumeration with more values than this has its own page. Only the error codes do.
+_MANY: Final = 8
 PAGE: Final = Path(__file__).parents[1] / "docs" / "api.md"
 _INTRODUCTION: Final = """# API
 
-`make api-page` generates this page from the server's OpenAPI document. A running server has the document at
-`/openapi.json`, and shows it at `/docs`. [The API reference](api-reference.md) is the contract; [errors.md](errors.md)
-explains the error codes. If the server has keys, every path except /health and /ready needs one:
-`Authorization: Bearer KEY` or `X-API-Key: KEY`.
+`make api-page` generates this page from the server's OpenAPI document (`/openapi.json`; try it at `/docs`).
+[The API reference](api-reference.md) states what never changes, and [errors.md](errors.md) lists the errors. A server
+with API keys requires one on every path except /health and /ready: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 """
 
 Document = Mapping[str, Any]
 
 
 def openapi() -> Document:
-    """The document of a server. Makes no request to its queue or its bucket."""
+    """The server's OpenAPI document. Connects to no queue and no bucket."""
     nowhere = HttpUrl("http://127.0.0.1:9")
     bucket = BucketSettings(endpoint_url=nowhere, access_key_id="none", secret_access_key=SecretStr("none"))
     return create_app(RunPodQueue(endpoint_id="none", api_key="none"), Bucket(bucket)).openapi()
 
 
 def page(document: Document) -> str:
-    """The Markdown of docs/api.md."""
+    """The text of docs/api.md."""
     parts = [_INTRODUCTION]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -61,11 +60,11 @@ def _operation(document: Document, name: str, operation: Document) -> Iterator[s
                 yield f"{status}, {_lower(model['description'])}\n"
                 yield _table("| field | type | |", _fields(document, model, with_default=False))
     errors = ", ".join(str(status) for status in sorted(responses) if status >= 300)
-    yield f"Other answers: {errors}.\n"
+    yield f"Other status codes: {errors}.\n"
 
 
 def _models(document: Document, response: Document) -> Iterator[Document]:
-    """The schemas of an answer, with references resolved."""
+    """The schemas that a response may have, with references resolved."""
     schema = response.get("content", {}).get("application/json", {}).get("schema", {})
     for one in schema.get("anyOf", [schema]):
         if "$ref" in one:
@@ -87,8 +86,8 @@ def _type(document: Document, field: Document) -> str:
     if "$ref" in field:
         return _type(document, document["components"]["schemas"][field["$ref"].rpartition("/")[2]])
     if "enum" in field:
-        is_long = len(field["enum"]) > _MAX_LISTED_VALUES
-        return "see [errors.md](errors.md)" if is_long else ", ".join(f'"{value}"' for value in field["enum"])
+        many = len(field["enum"]) > _MANY
+        return "see [errors.md](errors.md)" if many else ", ".join(f'"{value}"' for value in field["enum"])
     if "const" in field:
         return f'"{field["const"]}"'
     if "properties" in field:
@@ -109,7 +108,7 @@ def _lower(text: str) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Writes docs/api.md."""
     PAGE.write_text(page(openapi()))
 
 
