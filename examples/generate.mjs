@@ -1,5 +1,5 @@
-// A video with Node.js 18 or newer, no packages: node generate.mjs "A paper boat on a rainy street at night" [FILE]
-// HUNYUAN_SERVER names the server, HUNYUAN_API_KEY its key where it needs one.
+// Generates a video with Node.js 18 or newer, without packages: node generate.mjs "A paper boat on a rainy street at night" [FILE]
+// HUNYUAN_SERVER is the server's address. HUNYUAN_API_KEY is its key, if it needs one.
 import { randomUUID } from 'node:crypto';
 import { createWriteStream } from 'node:fs';
 import { Readable } from 'node:stream';
@@ -10,7 +10,7 @@ const server = process.env.HUNYUAN_SERVER ?? 'http://localhost:8000';
 const key = process.env.HUNYUAN_API_KEY;
 const [prompt, file = 'video.mp4'] = process.argv.slice(2);
 
-/** Fetch; wait and try again after 429, 503 and lost connections. */
+/** Fetches. Retries after 429, 503 and lost connections, after the seconds in Retry-After. */
 async function ask(url, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   for (let attempt = 1; ; attempt++) {
@@ -18,8 +18,8 @@ async function ask(url, options = {}) {
       if (attempt === 5) throw error;
       return null;
     });
-    const again = response === null || response.status === 429 || response.status === 503;
-    if (!again || attempt === 5) {
+    const retriable = response === null || response.status === 429 || response.status === 503;
+    if (!retriable || attempt === 5) {
       if (response.ok) return response;
       const { error, error_code: code } = await response.json();
       throw new Error(`${error} (${code})`);
@@ -31,7 +31,7 @@ async function ask(url, options = {}) {
 async function generate() {
   const submitted = await ask(`${server}/generate`, {
     method: 'POST',
-    headers: { 'Content-Type': 'application/json', 'Idempotency-Key': randomUUID() }, // sent again, it is the same task
+    headers: { 'Content-Type': 'application/json', 'Idempotency-Key': randomUUID() }, // a retry with the same key returns the same task
     body: JSON.stringify({ prompt, duration: 5, resolution: '720p' }),
   });
   const { task_id: taskId } = await submitted.json();

@@ -1,6 +1,6 @@
-"""A video with Python and requests: python generate.py "A paper boat on a rainy street at night" [FILE]
+"""Generates a video with Python and requests: python generate.py "A paper boat on a rainy street at night" [FILE]
 
-HUNYUAN_SERVER names the server, HUNYUAN_API_KEY its key where it needs one.
+HUNYUAN_SERVER is the server's address. HUNYUAN_API_KEY is its key, if it needs one.
 """
 
 import os
@@ -15,7 +15,7 @@ from urllib3.util import Retry
 
 
 def session() -> requests.Session:
-    """A session that waits and tries again after 429, 503 and lost connections, as long as Retry-After says."""
+    """A session that retries after 429, 503 and lost connections, after the seconds in Retry-After."""
     retry = Retry(total=6, backoff_factor=1, status_forcelist=(429, 503), allowed_methods=None, raise_on_status=False)
     made = requests.Session()
     for scheme in ("http://", "https://"):
@@ -26,11 +26,11 @@ def session() -> requests.Session:
 
 
 def generate(http: requests.Session, server: str, prompt: str, file: str) -> None:
-    """Submit the prompt, wait for its video and save it."""
+    """Submits the prompt, waits for its video and saves it."""
     answer = http.post(
         f"{server}/generate",
         json={"prompt": prompt, "duration": 5, "resolution": "720p"},
-        headers={"Idempotency-Key": str(uuid.uuid4())},  # sent again, it is the same task
+        headers={"Idempotency-Key": str(uuid.uuid4())},  # a retry with the same key returns the same task
         timeout=60,
     )
     if not answer.ok:

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A video with curl and nothing else: ./generate.sh "A paper boat on a rainy street at night" [FILE]
-# HUNYUAN_SERVER names the server, HUNYUAN_API_KEY its key where it needs one.
+# Generates a video with curl: ./generate.sh "A paper boat on a rainy street at night" [FILE]
+# HUNYUAN_SERVER is the server's address. HUNYUAN_API_KEY is its key, if it needs one.
 set -euo pipefail
 
 prompt=${1:?usage: $0 PROMPT [FILE]}
 server=${HUNYUAN_SERVER:-http://localhost:8000}
 file=${2:-video.mp4}
-# curl itself waits and tries again after 503 and lost connections; the key keeps that from making a second task.
+# curl retries after 503 and lost connections. The Idempotency-Key prevents a second task for the same request.
 ask=(curl --silent --show-error --fail-with-body --retry 5 --retry-connrefused)
 if [ -n "${HUNYUAN_API_KEY:-}" ]; then ask+=(--header "Authorization: Bearer $HUNYUAN_API_KEY"); fi
 
 field() { sed -nE "s/.*\"$1\": ?\"?([^\",}]*).*/\1/p"; }
 
-# The prompt as a JSON string: backslashes and quotes escaped, line ends made spaces.
+# The prompt as a JSON string: escapes backslashes and quotes, replaces line ends by spaces.
 quoted=$(printf '%s' "$prompt" | tr '\n' ' ' | sed 's/[\\"]/\\&/g')
 answer=$("${ask[@]}" "$server/generate" \
   --header "Content-Type: application/json" \

@@ -1,4 +1,4 @@
-"""What the pages on deployment tell their readers to type, held against what exists."""
+"""Commands, files and names in the pages on deployment exist."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["servi
 BUILD_ARGUMENTS = {
     word.partition("=")[0] for stage in STAGES.values() for argument in stage.all("ARG") for word in argument.words
 }
-#: What a reader makes, and git must not take.
+#: Files that the reader creates. Git must ignore them.
 MADE_BY_THE_READER = {"infra/.env", "infra/kubernetes/secrets.yaml"}
 
 PAGES = pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("deploy-*.md")), ids=lambda page: page.name)
 
 
 def blocks(page: Path) -> list[str]:
-    """The commands, as they stand there."""
+    """The shell blocks of a page."""
     return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 @PAGES
-def test_commands_are_a_shells(page: Path) -> None:
+def test_shell_blocks_parse(page: Path) -> None:
     assert blocks(page)
     for block in blocks(page):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
@@ -42,7 +42,7 @@ def test_files_exist(page: Path) -> None:
         assert (ROOT / name).exists() or (KUBERNETES / name).exists(), name
 
 
-def test_what_the_reader_makes_is_kept_out_of_git_and_of_images() -> None:
+def test_git_ignores_the_files_that_the_reader_creates() -> None:
     ignored = (ROOT / ".gitignore").read_text().split()
     assert {f"/{name}" for name in MADE_BY_THE_READER} <= set(ignored)
 
@@ -65,19 +65,19 @@ def test_targets_arguments_profiles_and_services_exist(page: Path) -> None:
 
 
 @PAGES
-def test_images_of_others_have_the_tags_that_compose_has(page: Path) -> None:
+def test_foreign_images_have_the_same_tags_as_in_compose(page: Path) -> None:
     named = set(re.findall(r"\bquay\.io/\S+|\bpostgres:\d\S+", page.read_text()))
     assert named <= {service["image"] for service in SERVICES.values()}
 
 
-def test_the_build_arguments_all_stand_in_their_table() -> None:
+def test_every_build_argument_is_in_the_table() -> None:
     table = DOCKER_PAGE.read_text().partition("| build argument |")[2].partition("\n\n")[0]
     first_cells = "".join(row.split("|")[1] for row in table.splitlines()[2:])
     assert set(re.findall(r"`([A-Z_]+)`", first_cells)) == BUILD_ARGUMENTS
 
 
-def test_the_loop_fills_the_example_in(tmp_path: Path) -> None:
-    """Run as it stands there: a secret of its own for each variable that has none."""
+def test_the_loop_fills_the_example_file(tmp_path: Path) -> None:
+    """The loop of the page, run unchanged, generates a different secret for each empty variable."""
     (tmp_path / "infra").mkdir()
     (tmp_path / "infra" / ".env.example").write_text(ENV_EXAMPLE.read_text())
     loop = blocks(DOCKER_PAGE)[0].partition("\n\n")[0]

@@ -95,7 +95,9 @@ def test_every_rule_is_complete() -> None:
 
 
 def test_every_log_line_of_the_runbook_is_logged_by_the_code() -> None:
-    code = "".join(path.read_text() for room in ("handler", "shim") for path in (ROOT / room).rglob("*.py"))
+    code = "".join(
+        path.read_text() for package in ("contract", "handler", "shim") for path in (ROOT / package).rglob("*.py")
+    )
     quoted = re.findall(r"Log:\s+`([^`]+)`", RUNBOOK)
     assert len(quoted) >= 12
     assert [line for line in quoted if line not in code] == []

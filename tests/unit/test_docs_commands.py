@@ -1,4 +1,4 @@
-"""Each command, code block, variable and link of the pages: parsed, linted, and held against what there is."""
+"""Commands, code blocks, variables and links of the pages: they parse, pass linters, and name things that exist."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer.main
 import yaml
 from typer.core import TyperGroup
 
+import hunyuan
 from handler.settings import WorkerSettings
 from hunyuan.cli.main import app
 from hunyuan.settings import ClientSettings, DeploySettings
@@ -28,14 +29,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SETTINGS = (ShimSettings, WorkerSettings, BucketSettings, RemoteWorkerSettings, ClientSettings, DeploySettings)
 VARIABLES = {str(field.validation_alias) for settings in SETTINGS for field in settings.model_fields.values()}
-#: Copied from infra/.env.example.
+#: The reader copies it from infra/.env.example.
 MADE_BY_THE_READER = "infra/.env"
-#: Languages in which the pages have code, and what reads each.
+#: Languages of the pages' code blocks. A test below checks each of them.
 LANGUAGES = {"", "bash", "console", "ini", "javascript", "json", "python", "text", "yaml"}
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """The language and the text of each code block."""
+    """Language and text of each code block."""
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
         yield match[1], match[2]
 
@@ -45,7 +46,7 @@ def code(page: Path, language: str) -> list[str]:
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """Each shell command of the page's blocks, in words; comments and heredocs left out."""
+    """The words of each shell command in the page's blocks, without comments and heredocs."""
     for block in code(page, "bash"):
         text = re.sub(r"<<'?(\w+)'?\n.*?^\1$", "", block, flags=re.M | re.S).replace("\\\n", " ")
         for line in text.splitlines():
@@ -54,7 +55,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
             lexer.commenters = "#"
             try:
                 words = list(lexer)
-            except ValueError:  # a quotation over several lines: shellcheck reads it whole
+            except ValueError:  # a quotation over several lines; shellcheck still reads it
                 continue
             part: list[str] = []
             for word in [*words, ";"]:
@@ -67,7 +68,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
 
 
 def program(words: list[str]) -> list[str]:
-    """Without the variables and words that stand before a program."""
+    """`words` from the program on, without assignments, `exec` and the like before it."""
     while words and (re.match(r"^[A-Z_][A-Z0-9_…]*=", words[0]) or words[0] in ("exec", "export", "sudo", "time")):
         words = words[1:]
     return words
@@ -83,7 +84,7 @@ def test_every_block_is_in_a_language_that_is_checked_here(page: Path) -> None:
 
 @by_page
 def test_every_shell_block_passes_shellcheck(page: Path) -> None:
-    #: SC2034: a variable that a page sets for the reader. SC2164, SC2148: it is no script.
+    # SC2034: a page sets variables for the reader. SC2164, SC2148: a block is not a script.
     command = [str(SCRIPTS / "shellcheck"), "--shell=bash", "--severity=warning", "--exclude=SC2034,SC2164,SC2148", "-"]
     for block in code(page, "bash"):
         done = subprocess.run(command, input=block.replace("…", "x"), capture_output=True, text=True, check=False)
@@ -107,9 +108,11 @@ def test_every_json_and_yaml_block_can_be_read(page: Path) -> None:
 
 
 @by_page
-def test_every_python_block_compiles_and_imports_what_there_is(page: Path) -> None:
+def test_every_python_block_compiles_and_imports_only_what_exists(page: Path) -> None:
     for block in code(page, "python"):
         for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "hunyuan":
+                assert {alias.name for alias in node.names} <= set(dir(hunyuan))
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for module in modules:
@@ -127,10 +130,6 @@ def test_every_hunyuan_command_exists_with_its_options(page: Path) -> None:
         while isinstance(command, TyperGroup) and rest and not rest[0].startswith("-"):
             assert rest[0] in command.commands, " ".join(words)
             command, rest = command.commands[rest[0]], rest[1:]
-        if command.context_settings.get(
-            "ignore_unknown_options"
-        ):  # its arguments go to handler.weights, which has tests of its own
-            continue
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         given = {word.partition("=")[0] for word in rest if word.startswith("-")}
         assert given <= known, " ".join(words)
@@ -152,8 +151,8 @@ def test_every_variable_is_a_setting(page: Path) -> None:
 
 @by_page
 def test_every_path_in_code_spans_exists(page: Path) -> None:
-    rooms = r"(?:handler|shim|storage|tests|benchmarks|infra|docs|examples|\.runpod|\.ci)"
-    for path in re.findall(rf"`({rooms}/[A-Za-z0-9_./-]+)(?:::[^`]*)?`", page.read_text()):
+    directories = r"(?:contract|handler|hunyuan|shim|storage|tools|tests|benchmarks|infra|docs|examples|\.runpod|\.ci)"
+    for path in re.findall(rf"`({directories}/[A-Za-z0-9_./-]+)(?:::[^`]*)?`", page.read_text()):
         assert (ROOT / path).exists() or path == MADE_BY_THE_READER, path
 
 
@@ -171,11 +170,11 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_examples_can_be_run_as_the_pages_say() -> None:
+def test_the_example_scripts_are_executable() -> None:
     for script in ROOT.glob("examples/*.sh"):
         assert os.access(script, os.X_OK), script
