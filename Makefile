@@ -81,6 +81,10 @@ constraints: ## Pin the newest releases that pyproject.toml allows in constraint
 api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 	$(BIN)/python -m tools.api_page
 
+.PHONY: settings-page
+settings-page: $(VENV)/.dev ## Write the tables of docs/settings.md from the settings classes
+	$(BIN)/python -m tools.settings_page
+
 .PHONY: release
 release: $(VENV)/.dev ## Build the wheel and the source archive into dist/ and check them (RELEASE=--draft if the changelog has no date yet)
 	$(BIN)/python -m tools.release $(RELEASE)
