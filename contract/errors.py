@@ -1,7 +1,5 @@
 """Why a request or a job failed, in the shape clients read."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import Self
 

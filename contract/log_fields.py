@@ -7,8 +7,6 @@ the ids once, where the work begins, and log plain sentences from there on:
         log.info("stored in %.1f s", seconds)
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

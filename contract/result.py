@@ -1,7 +1,5 @@
 """What a job reports while it runs, and what it returns when it is done."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum

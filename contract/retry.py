@@ -4,8 +4,6 @@ It is part of the contract because the deadlines of both sides must fit: a worke
 longer than the server waits for its database.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time

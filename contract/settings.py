@@ -1,7 +1,5 @@
 """The base class of all settings. Only modules named `settings` read the environment."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Final
 

@@ -1,7 +1,5 @@
 """A worker's state, its reports to the server, and its exit codes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 

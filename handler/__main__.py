@@ -3,8 +3,6 @@
 `--test_input '{"input": {...}}'` runs one job and exits. The exit codes are `contract.worker.WorkerExit`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

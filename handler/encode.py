@@ -1,7 +1,5 @@
 """Encodes frames to an MP4 and a poster. Frames are streamed into one ffmpeg process, never held in memory together."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

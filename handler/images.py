@@ -6,8 +6,6 @@ time, bytes and pixels are limited, and a compressed response body is not decomp
 Source: OWASP Server-Side Request Forgery Prevention Cheat Sheet.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii

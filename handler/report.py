@@ -4,8 +4,6 @@ RunPod's pings are no substitute: they come from a separate process and say noth
 to load. RunPod itself sets no HUNYUAN_WORKER_REPORT_URL; then nothing is sent.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Mapping

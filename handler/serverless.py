@@ -10,8 +10,6 @@ What the SDK (1.12) does, and what this module does about it:
 - It drops a result that it can't deliver. So results are retried.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import io

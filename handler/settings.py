@@ -1,7 +1,5 @@
 """The worker's settings. Those of its bucket are in `storage.settings`."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated

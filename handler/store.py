@@ -1,7 +1,5 @@
 """Retries a job's requests to its bucket. `storage.videos` owns the objects, their keys and their order."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Work directories of jobs. Each is deleted with its job; the next worker deletes those of a killed worker."""
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os

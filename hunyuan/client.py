@@ -1,7 +1,5 @@
 """A client of the documented API. The `hunyuan` command uses it."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Mapping

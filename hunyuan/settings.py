@@ -1,7 +1,5 @@
 """The settings of the `hunyuan` command, and the environments of what it starts or deploys."""
 
-from __future__ import annotations
-
 import os
 from typing import Final
 

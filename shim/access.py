@@ -1,7 +1,5 @@
 """Who may use the server, and how often: API keys, the rate limit and CORS origins."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import ipaddress

@@ -1,7 +1,5 @@
 """Makes the server's app from its parts."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version

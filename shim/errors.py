@@ -1,7 +1,5 @@
 """Errors over HTTP: the server's error codes, and the one table of their status codes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from enum import StrEnum

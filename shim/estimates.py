@@ -1,7 +1,5 @@
 """Estimates how long a new task takes, from the backlog and from recent render times."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Final

@@ -1,7 +1,5 @@
 """The GPUs of this machine and their free memory, read from NVML without a CUDA context."""
 
-from __future__ import annotations
-
 import pynvml
 
 from contract.worker import Gpu

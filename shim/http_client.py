@@ -1,7 +1,5 @@
 """The HTTP client for the object store and for RunPod. Every connection failure is an `httpx.HTTPError`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx

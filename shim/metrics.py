@@ -5,8 +5,6 @@ the workers are read from the queue at each scrape and are the same on every ser
 label has few values (codes, states and route templates), never a path or a task id.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The server's settings. Only the `settings` modules of our packages read the environment."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket every finished video."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 

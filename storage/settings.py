@@ -1,7 +1,5 @@
 """Bucket settings, with the names that RunPod's workers use."""
 
-from __future__ import annotations
-
 import os
 
 from pydantic import Field, HttpUrl, SecretStr

@@ -3,8 +3,6 @@
 The manifest is written last and deleted first, so a manifest means that the video is complete.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Approximations: faster or smaller renders with slightly different numbers. All are off by default."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Final
 

@@ -7,8 +7,6 @@ support no mask can be used.
 Source of the stock processor: diffusers, models/transformers/transformer_hunyuan_video15.py.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import lru_cache
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """The protocol between the worker and a model. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias

@@ -8,8 +8,6 @@ compiled function sees tokens as one dynamic dimension, and one compilation serv
 Source of the arithmetic: diffusers, models/transformers/transformer_hunyuan_video15.py.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol

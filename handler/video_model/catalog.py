@@ -6,8 +6,6 @@ Source of the numbers: https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5 (READ
 settings), and for the four-step base https://huggingface.co/lightx2v/Hy1.5-Distill-Models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final

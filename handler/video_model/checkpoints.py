@@ -1,7 +1,5 @@
 """Reads checkpoints from disk or the hub into `Parts`: a family for profiles, or one checkpoint alone."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ loop over chunks. Each of our twelve sizes would be its own compilation, and PyT
 are not compiled: they wait for the bus, not for the arithmetic.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence

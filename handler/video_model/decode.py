@@ -6,8 +6,6 @@ ready before the end. Tiles in time instead of space would leave visible cuts. S
 models/autoencoders/autoencoder_kl_hunyuanvideo15.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ Every component has the class of the real checkpoint, with smaller sizes and ran
 so that the video shows slowly moving colours, different ones for each prompt and seed, instead of noise.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -1,7 +1,5 @@
 """From settings to a model that is ready to render: checkpoints, attention, placement, compilation."""
 
-from __future__ import annotations
-
 import logging
 import time
 from typing import Final

@@ -8,8 +8,6 @@ The sizes of activations are calculated from shapes, not measured; `benchmarks/g
 GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum

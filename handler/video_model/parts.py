@@ -1,7 +1,5 @@
 """What a model consists of: base pipelines, super-resolution stages, and the routes of videos through them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final

@@ -1,7 +1,5 @@
 """Puts each part of a model where the memory plan says."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -5,8 +5,6 @@ hyvideo/pipelines/hunyuan_video_sr_pipeline.py and hyvideo/models/transformers/m
 names of the published weights, so that these load unchanged.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5. Source of the mapping, the 
 scripts/convert_hunyuan_video1_5_to_diffusers.py. The conversion changes no value and drops no tensor.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Where each checkpoint comes from, and the download of those that a profile needs."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The Hugging Face hub, behind `Fetch`."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Names of files and directories in a checkpoint, in diffusers' layout and in the original one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """A temporary server with the demo model, its own port and its own data directory."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

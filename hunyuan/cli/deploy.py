@@ -1,7 +1,5 @@
 """`hunyuan deploy`: workers on RunPod."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """How every command ends: exit codes, errors on stderr, answers on stdout."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Runs the other programs of this package. No other module of `hunyuan` imports them, and this one only when called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """The `hunyuan` command: its subcommands, each in a module of this package."""
 
-from __future__ import annotations
-
 import logging
 
 import typer

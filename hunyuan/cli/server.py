@@ -1,7 +1,5 @@
 """`hunyuan serve`, `hunyuan worker` and `hunyuan demo`: commands that start a process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The commands that talk to a server: generate, status, cancel, download, health."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys

@@ -1,7 +1,5 @@
 """`hunyuan download-weights` and `hunyuan convert-weights`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Final
 

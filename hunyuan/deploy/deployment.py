@@ -4,8 +4,6 @@ A template holds the container's settings: image, disk, environment. RunPod copi
 request names it and does not link the two, so every update of the template is followed by one of the endpoint.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

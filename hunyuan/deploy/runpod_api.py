@@ -5,8 +5,6 @@ https://docs.runpod.io/serverless/endpoints/operation-reference. Never run again
 each request against infra/runpod/api.schema.json, which restates those pages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from enum import StrEnum
 from types import TracebackType

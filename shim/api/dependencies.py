@@ -1,7 +1,5 @@
 """What the routes depend on: one object, made in `create_app`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Final

@@ -1,7 +1,5 @@
 """The documented API, and GET /ready for load balancers. shim.api.videos has the downloads."""
 
-from __future__ import annotations
-
 import logging
 from typing import Annotated, Any, Final, Literal
 

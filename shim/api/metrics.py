@@ -1,7 +1,5 @@
 """GET /metrics for Prometheus: this server's counters, and the queue at the time of the scrape."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Final

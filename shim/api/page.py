@@ -1,7 +1,5 @@
 """The web page: GET /, and its files under /static. The files are read once, when the server starts."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

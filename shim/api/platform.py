@@ -4,8 +4,6 @@ Paths and shapes are those of RunPod's endpoint API (https://docs.runpod.io/serv
 the worker loop in runpod-python 1.12 (serverless/modules).
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 from typing import Final

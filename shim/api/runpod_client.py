@@ -1,7 +1,5 @@
 """The client's side of RunPod's protocol: run, runsync, status, cancel, retry, purge-queue and health."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -9,8 +9,6 @@ What the SDK's worker loop needs beyond the documented paths and shapes:
 - Its threads send progress in any order, even after the result.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -5,8 +5,6 @@ each chunk. It answers conditional and range requests from the manifest (size, s
 which of them they support. RFC 9110, sections 13 (conditional requests) and 14 (ranges).
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

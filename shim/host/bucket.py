@@ -1,7 +1,5 @@
 """The server's bucket: the one that BUCKET_* name, or the embedded one."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Why the server or a worker can't start."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

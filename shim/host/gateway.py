@@ -1,7 +1,5 @@
 """The embedded bucket: an S3 gateway over a folder of this machine."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import shutil

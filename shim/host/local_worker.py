@@ -1,7 +1,5 @@
 """A worker process of this machine."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import sys

@@ -1,7 +1,5 @@
 """`hunyuan worker`: a worker on this machine for a server on another."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

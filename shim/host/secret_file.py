@@ -1,7 +1,5 @@
 """Secrets that are generated once and read from a file after that."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`hunyuan serve`: from settings to a listening server with its bucket and workers, and back down with no orphan."""
 
-from __future__ import annotations
-
 import asyncio
 import fcntl
 import logging

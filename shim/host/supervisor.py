@@ -1,7 +1,5 @@
 """Child processes that are restarted for as long as the server runs."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

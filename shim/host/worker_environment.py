@@ -1,7 +1,5 @@
 """The environment variables that point RunPod's SDK at this server instead of RunPod."""
 
-from __future__ import annotations
-
 from typing import Final
 
 #: The endpoint id of our own platform: `/v2/local/run` and so on.

@@ -1,7 +1,5 @@
 """An id, a metric and a log line for each request."""
 
-from __future__ import annotations
-
 import logging
 import re
 import time

@@ -1,7 +1,5 @@
 """Reads a request's body, up to a limit."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, Final
 

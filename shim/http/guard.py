@@ -3,8 +3,6 @@
 Plain ASGI, so that responses stay streams and a client's disconnect reaches the route.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Final
 

@@ -5,8 +5,6 @@ earlier responses, or a client that does not read. Its own errors are plain text
 test_hostile_clients.py has a test for each.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The job queue as the server sees it: the protocol that the SQL queue and RunPod's queue share."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Transactions, the clock and change notifications of the SQL queue's database."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -3,8 +3,6 @@
 `shim.api.runpod_worker` speaks RunPod's worker protocol over this.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Collection, Mapping

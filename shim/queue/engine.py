@@ -1,7 +1,5 @@
 """Opens and migrates the SQL queue's database: SQLite on one machine, PostgreSQL for several servers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Final
 

@@ -1,7 +1,5 @@
 """What becomes of a running job whose worker is lost: completed from the bucket, queued again, or failed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass

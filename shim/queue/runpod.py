@@ -4,8 +4,6 @@ Source of paths, shapes and limits: https://docs.runpod.io/serverless/endpoints/
 hour after it ended; from then on `shim.tasks` reads the manifest in the bucket.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

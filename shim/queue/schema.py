@@ -1,7 +1,5 @@
 """The tables of the SQL queue. `migrations/` creates them; a test compares the two."""
 
-from __future__ import annotations
-
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
 
 metadata = MetaData()

@@ -1,7 +1,5 @@
 """The server's own job queue in a SQL database: SQLite on one machine, PostgreSQL for several servers."""
 
-from __future__ import annotations
-
 import logging
 import uuid
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Looks for lost jobs, again and again."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Final
