@@ -119,12 +119,14 @@ async def sql_bench(
 
 
 @asynccontextmanager
-async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]:
-    """The SQL queue behind RunPod's protocol, on a real port."""
-    async with sql_bench(url) as bench:
+async def platform_bench(
+    url: str, *, hold: float = 0.3, bucket: BucketSettings = NOWHERE, **limits: Any
+) -> AsyncIterator[Bench]:
+    """The SQL queue behind RunPod's protocol, and the documented API, on a real port."""
+    async with sql_bench(url, bucket=bucket, **limits) as bench:
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, bench.outbox, endpoint_id="local", token=TOKEN, hold=hold)
-        app = create_app(bench.queue, Bucket(NOWHERE), metrics=bench.metrics, routers=[platform.router])
+        app = create_app(bench.queue, Bucket(bucket), metrics=bench.metrics, routers=[platform.router])
         async with serving(app) as bench.address:
             yield bench
             platform.stop()
