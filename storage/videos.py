@@ -4,6 +4,7 @@ The manifest is written last and deleted first, so a manifest means that the vid
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,10 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class Videos:
-    """The videos of one bucket, by task id. Every method except `result` sends requests and may raise StorageError."""
+    """The videos of one bucket, by task id. Every method except `result` sends requests and may raise StorageError.
 
-    def __init__(self, bucket: Bucket) -> None:
+    `on_bytes` is called while a file is sent, with the number of bytes since the last call.
+    """
+
+    def __init__(self, bucket: Bucket, *, on_bytes: Callable[[int], None] | None = None) -> None:
         self._bucket = bucket
+        self._on_bytes = on_bytes
 
     def find(self, task_id: str) -> Manifest | None:
         """The manifest of a completed task; None if the bucket has no valid one."""
@@ -47,11 +52,11 @@ class Videos:
 
     def put_video(self, task_id: str, path: Path) -> None:
         """Step 1 of storing a task."""
-        self._bucket.put_file(path, video_key(task_id), content_type="video/mp4")
+        self._bucket.put_file(path, video_key(task_id), content_type="video/mp4", on_bytes=self._on_bytes)
 
     def put_poster(self, task_id: str, path: Path) -> None:
         """Step 2 of storing a task."""
-        self._bucket.put_file(path, poster_key(task_id), content_type="image/jpeg")
+        self._bucket.put_file(path, poster_key(task_id), content_type="image/jpeg", on_bytes=self._on_bytes)
 
     def put_manifest(self, manifest: Manifest) -> None:
         """Step 3 of storing a task, which completes it."""

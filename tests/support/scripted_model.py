@@ -17,7 +17,8 @@ STEPS = 4
 
 
 class ScriptedModel:
-    """Renders flat frames of 64x36; `before_step` is called before each denoising step and may raise."""
+    """Renders flat frames of 64x36; `before_step` is called before each denoising step and may raise, and
+    `before_frames` before each chunk of frames, with the number of frames that are left."""
 
     name = "scripted"
     models = (DEFAULT_MODEL,)
@@ -28,6 +29,7 @@ class ScriptedModel:
 
     def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step
+        self.before_frames: Callable[[int], None] = lambda _: None
         self.missing_frames = missing_frames
         self.rendered: list[tuple[JobInput, int]] = []
         self.images: list[Image.Image | None] = []
@@ -53,6 +55,7 @@ class ScriptedModel:
         on_progress(Stage.DECODING, 1.0)
         left = num_frames(job_input.duration) - self.missing_frames
         while left > 0:
+            self.before_frames(left)
             yield np.full((min(left, 8), 36, 64, 3), seed % 256, dtype=np.uint8)
             left -= 8
 
