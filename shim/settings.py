@@ -51,7 +51,8 @@ class ShimSettings(LogOptions):
         default=3,
         ge=1,
         validation_alias="HUNYUAN_MAX_ATTEMPTS",
-        description="Attempts per task. A task fails when it has lost this many workers.",
+        description="Attempts per task. A task fails when this many workers were lost after they began it. Restarts of "
+        "the server and workers that were stopped do not count.",
     )
     worker_timeout: float = Field(
         default=60.0,

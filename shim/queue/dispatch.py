@@ -27,7 +27,7 @@ from shim.queue.base import (
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one, upsert
-from shim.queue.lost_jobs import LostJobs, running_on
+from shim.queue.lost_jobs import Loss, LostJobs, running_on
 from shim.queue.schema import jobs, render_times, workers
 
 #: Seconds after which a cancellation is sent to the worker again if the job still runs there.
@@ -60,8 +60,8 @@ class Dispatcher:
 
     A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report,
     progress or ping. When the lease expires, `find_result` looks for the job in the bucket; otherwise the job returns
-    to the front of the queue, and fails after `max_attempts`. `discard` deletes the video of a job that was cancelled
-    but finished anyway. Jobs are deleted `history_ttl` seconds after they ended.
+    to the front of the queue, and fails after `max_attempts` renders that a worker began and lost. `discard` deletes
+    the video of a job that was cancelled but finished anyway. Jobs are deleted `history_ttl` seconds after they ended.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Dispatcher:
             WorkerStoppingError: the worker has reported that it is stopping.
         """
         # 1. An idle worker asks. A job that still runs on it has lost its result, or never reached the worker.
-        await self._lost_jobs.recover(jobs.c.worker_id == worker_id)
+        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, Loss.SILENT)
         # 2. Most calls find nothing to write, and a read transaction is cheaper.
         async with self._database.read() as connection:
             worker = await _read_taking_worker(connection, worker_id)
@@ -114,7 +114,7 @@ class Dispatcher:
             job = await self._start(connection, worker_id, front.task_id, now)
         # 4. Log and count it.
         with bound(task_id=front.task_id, worker_id=worker_id):
-            log.info("taken by worker %s, attempt %d", worker_id, job.attempts)
+            log.info("taken by worker %s, delivery %d", worker_id, job.attempts)
         if front.started_at is None:
             self._observer.started(now - front.created_at)
         return Delivery(front.task_id, job.input, job.extras or {})
@@ -127,6 +127,7 @@ class Dispatcher:
                 state=JobState.RUNNING,
                 worker_id=worker_id,
                 attempts=jobs.c.attempts + 1,
+                deliveries_not_begun=jobs.c.deliveries_not_begun + 1,
                 started_at=now,
                 lease_expires_at=now + self._database.worker_timeout,
             )
@@ -146,6 +147,7 @@ class Dispatcher:
                     progress=case((advances, progress.progress), else_=jobs.c.progress),
                     stage=case((advances, progress.stage.value), else_=jobs.c.stage),
                     lease_expires_at=now + self._database.worker_timeout,
+                    deliveries_not_begun=0,
                 )
             )
 
@@ -201,7 +203,7 @@ class Dispatcher:
             await self._extend_leases(connection, worker_id, now)
 
     async def ping(self, worker_id: str, task_ids: Collection[str]) -> None:
-        """Extends the leases of the jobs that the SDK's ping names.
+        """Extends the leases of the jobs that the SDK's ping names. The worker has begun them.
 
         The SDK pings from a separate process, which can outlive the worker, so a ping does not make a worker ready.
         """
@@ -217,7 +219,7 @@ class Dispatcher:
                 )
                 .values(last_seen=now)
             )
-            await self._extend_leases(connection, worker_id, now, named)
+            await self._extend_leases(connection, worker_id, now, named, deliveries_not_begun=0)
 
     async def pending_cancellations(self, worker_id: str) -> list[str]:
         """The jobs that this worker must cancel now. Each is returned again after 2 seconds while it still runs.
@@ -240,23 +242,26 @@ class Dispatcher:
             return [row.task_id for row in rows]
 
     async def release_worker(self, worker_id: str, *, count_attempt: bool = True) -> None:
-        """Deletes a worker whose process has ended and recovers its job, whose attempt may stay uncounted."""
+        """Deletes a worker whose process has ended and recovers its job.
+
+        `count_attempt=False` is for a worker that was asked to end.
+        """
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id == worker_id))
             await connection.execute(_clear_cancellations(worker_id))
-        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, count_attempt=count_attempt)
+        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, Loss.EXITED if count_attempt else Loss.STOPPED)
 
     async def release_workers(self, prefix: str) -> None:
-        """Deletes the workers whose ids begin with `prefix` and recovers their jobs."""
+        """Deletes the workers whose ids begin with `prefix`, which ended with their server, and recovers their jobs."""
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id.startswith(prefix, autoescape=True)))
-        await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True))
+        await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True), Loss.STOPPED)
 
     async def sweep(self) -> None:
         """Recovers the jobs whose lease has expired; deletes old jobs and workers."""
         await self._database.set_clock()
         now = self._database.clock()
-        await self._lost_jobs.recover(jobs.c.lease_expires_at < now)
+        await self._lost_jobs.recover(jobs.c.lease_expires_at < now, Loss.SILENT)
         ended = jobs.c.finished_at < now - self._history_ttl
         async with self._database.read() as connection:
             old = await fetch_all(connection, select(jobs.c.seq).where(ended).limit(_SWEEP_LIMIT))
@@ -276,12 +281,12 @@ class Dispatcher:
         return worker is None or worker.state != WorkerState.READY or worker.last_seen <= fresh
 
     async def _extend_leases(
-        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool]
+        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool], **values: Any
     ) -> None:
         await connection.execute(
             update(jobs)
             .where(*running_on(worker_id), *which)
-            .values(lease_expires_at=now + self._database.worker_timeout)
+            .values(lease_expires_at=now + self._database.worker_timeout, **values)
         )
 
 

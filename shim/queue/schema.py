@@ -14,7 +14,7 @@ jobs = Table(
     Column("input", JSON, nullable=False),
     Column("extras", JSON(none_as_null=True)),  # s3Config and other fields of the request: deleted when the job ends
     Column("worker_id", String(128)),
-    Column("attempts", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),  # the number of the latest delivery, never reset
     Column("progress", Integer, nullable=False, default=0),
     Column("stage", String(32)),
     Column("created_at", Float, nullable=False),
@@ -27,6 +27,9 @@ jobs = Table(
     Column("stop_sent_at", Float),
     Column("idempotency_key", String(64)),  # a digest, see `shim.queue.base.Idempotency`
     Column("fingerprint", String(64)),
+    # What HUNYUAN_MAX_ATTEMPTS limits, and deliveries in a row that no worker began: see `shim.queue.lost_jobs`.
+    Column("lost_attempts", Integer, nullable=False, default=0),
+    Column("deliveries_not_begun", Integer, nullable=False, default=0),
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.

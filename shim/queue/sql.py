@@ -112,7 +112,7 @@ class SqlQueue:
         return cancelled
 
     async def retry(self, task_id: str) -> bool:
-        """Queues a failed job again with its attempts reset to 0; False if the job has not failed.
+        """Queues a failed job again with all its attempts; False if the job has not failed.
 
         Raises:
             QueueFullError: the limit of waiting jobs is reached.
@@ -123,7 +123,15 @@ class SqlQueue:
             result = await connection.execute(
                 update(jobs)
                 .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
-                .values(state=JobState.QUEUED, failure=None, attempts=0, progress=0, stage=None, finished_at=None)
+                .values(
+                    state=JobState.QUEUED,
+                    failure=None,
+                    lost_attempts=0,
+                    deliveries_not_begun=0,
+                    progress=0,
+                    stage=None,
+                    finished_at=None,
+                )
             )
         return result.rowcount > 0
 
