@@ -231,7 +231,8 @@ class Dispatcher:
         due = (
             jobs.c.worker_id == worker_id,
             jobs.c.stop_requested == true(),
-            func.coalesce(jobs.c.stop_sent_at, 0.0) <= now - _CANCELLATION_RETRY,
+            # Not later than now: an earlier start of this server may have had another clock.
+            ~func.coalesce(jobs.c.stop_sent_at, 0.0).between(now - _CANCELLATION_RETRY, now),
         )
         async with self._database.read() as connection:
             if await connection.scalar(select(jobs.c.seq).where(*due).limit(1)) is None:
