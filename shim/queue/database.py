@@ -17,7 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from contract.errors import JobFailure
 from shim.queue.base import JobState, QueueUnavailableError
 from shim.queue.clock import Clock, SteadyClock
-from shim.queue.engine import SUBMIT_LOCK, connection_parameters, database_url, open_engine, writing
+from shim.queue.engine import (
+    SUBMIT_LOCK,
+    connection_parameters,
+    database_url,
+    empty_write_ahead_log,
+    open_engine,
+    writing,
+)
 from shim.queue.schema import jobs, outcomes, workers
 
 #: Seconds between two looks for changes of other servers: without notifications, and with them.
@@ -60,6 +67,7 @@ class Database:
         self._listening = False
         self._clock = clock or SteadyClock()
         self._has_read_clock = False
+        self._log_has_deleted = not self._is_postgresql  # an earlier start may have been killed
         self._transaction_timeout = transaction_timeout
         self.worker_timeout = worker_timeout
 
@@ -103,6 +111,22 @@ class Database:
                 moved,
             )
         self._has_read_clock = True
+
+    def note_deleted(self) -> None:
+        """Says that a transaction deletes credentials: `forget_deleted` then removes their traces."""
+        self._log_has_deleted = True
+
+    async def forget_deleted(self) -> None:
+        """Removes the credentials of jobs that have ended from SQLite's write-ahead log. Call it now and then.
+
+        PostgreSQL keeps old rows until it vacuums, and its own log as long as it is configured to.
+        """
+        if self._is_postgresql or not self._log_has_deleted:
+            return
+        self._log_has_deleted = False  # before the call: a job may end during it
+        with _errors_translated():
+            if not await empty_write_ahead_log(self._engine):
+                self._log_has_deleted = True
 
     async def _renew_leases(self) -> None:
         """Gives the workers of running jobs `worker_timeout` to report to a server that has just started.
@@ -215,6 +239,7 @@ class Database:
             .values(state=state, finished_at=self.clock(), lease_expires_at=None, **values)
         )
         if ended.rowcount:
+            self.note_deleted()
             await connection.execute(
                 update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
             )

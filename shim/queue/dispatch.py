@@ -259,7 +259,7 @@ class Dispatcher:
         await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True), Loss.STOPPED)
 
     async def sweep(self) -> None:
-        """Recovers the jobs whose lease has expired; deletes old jobs and workers."""
+        """Recovers the jobs whose lease has expired; deletes old jobs and workers, and traces of credentials."""
         await self._database.set_clock()
         now = self._database.clock()
         await self._lost_jobs.recover(jobs.c.lease_expires_at < now, Loss.SILENT)
@@ -270,6 +270,8 @@ class Dispatcher:
             await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
             if old:  # `ended` again: a client may have retried a job in between
                 await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
+                self._database.note_deleted()
+        await self._database.forget_deleted()
 
     async def _has_something_to_write(
         self, connection: AsyncConnection, worker_id: str, worker: Row[Any] | None
