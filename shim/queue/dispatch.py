@@ -16,6 +16,7 @@ from contract.errors import JobFailure
 from contract.log_fields import bound
 from contract.result import Manifest, Progress
 from contract.worker import WorkerReport, WorkerState
+from shim.queue import fair_order
 from shim.queue.base import (
     NO_VIDEO,
     Discard,
@@ -295,7 +296,7 @@ class Dispatcher:
 
 def _front_job() -> Select[Any]:
     columns = jobs.c.task_id, jobs.c.created_at, jobs.c.started_at
-    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
+    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(*fair_order.ORDER).limit(1)
 
 
 async def _read_taking_worker(connection: AsyncConnection, worker_id: str) -> Row[Any] | None:

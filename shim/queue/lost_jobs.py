@@ -26,6 +26,7 @@ from contract.errors import ErrorCode, JobFailure
 from contract.log_fields import bound
 from shim.queue.base import FindResult, JobObserver, JobState
 from shim.queue.database import Database, fetch_all
+from shim.queue.fair_order import FRONT
 from shim.queue.schema import jobs
 from storage.errors import StorageError
 
@@ -118,7 +119,7 @@ class LostJobs:
             requeued = await connection.execute(
                 update(jobs)
                 .where(*_unchanged(job), which)
-                .values(state=JobState.QUEUED, worker_id=None, lease_expires_at=None, **vars(counts))
+                .values(state=JobState.QUEUED, turn=FRONT, worker_id=None, lease_expires_at=None, **vars(counts))
             )
         if requeued.rowcount:
             log.warning(

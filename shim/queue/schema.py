@@ -4,7 +4,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer,
 
 metadata = MetaData()
 
-#: `seq` orders the queue. A job that is queued again keeps its number, so it returns to the front.
+#: `seq` numbers the jobs as they are submitted. A job that is queued again keeps its number.
 jobs = Table(
     "jobs",
     metadata,
@@ -30,10 +30,13 @@ jobs = Table(
     # What HUNYUAN_MAX_ATTEMPTS limits, and deliveries in a row that no worker began: see `shim.queue.lost_jobs`.
     Column("lost_attempts", Integer, nullable=False, default=0),
     Column("deliveries_not_begun", Integer, nullable=False, default=0),
+    Column("client", String(64), nullable=False, default=""),  # the name of its API key; empty without one
+    Column("turn", Integer, nullable=False, default=0),  # orders the queue, see `shim.queue.fair_order`
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
 Index("jobs_by_state", jobs.c.state, jobs.c.seq)
+Index("jobs_by_turn", jobs.c.state, jobs.c.turn, jobs.c.seq)
 Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 Index("jobs_by_finish", jobs.c.finished_at)
