@@ -117,8 +117,8 @@ async def test_a_retry_counts_in_the_queue_of_its_client(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_no_client_gets_a_second_job_while_another_waits_for_its_first(bench: Bench, seed: int) -> None:
-    """Whatever was submitted when: while two clients both wait, they are served alternately."""
+async def test_no_client_gets_a_third_job_while_another_waits_for_its_first(bench: Bench, seed: int) -> None:
+    """Whatever was submitted when. A client with nothing waiting may join the turn that has just served it: hence two."""
     choose = random.Random(seed)
     waiting: dict[str, str] = {}
     served_while_waiting = {(one, other): 0 for one in "abc" for other in "abc"}
@@ -133,7 +133,7 @@ async def test_no_client_gets_a_second_job_while_another_waits_for_its_first(ben
             is_waiting = other in waiting.values()
             served_while_waiting[served, other] = served_while_waiting[served, other] + 1 if is_waiting else 0
             served_while_waiting[other, served] = 0
-            assert served_while_waiting[served, other] <= 1, f"seed {seed}"
+            assert served_while_waiting[served, other] <= 2, f"seed {seed}"
 
 
 async def test_a_key_whose_queue_is_full_refuses_no_other_key(database_url: str) -> None:
