@@ -45,13 +45,16 @@ class ShimSettings(LogOptions):
         default=10,
         ge=1,
         validation_alias="HUNYUAN_MAX_QUEUE_SIZE",
-        description="Tasks that may wait in the queue. A request beyond that gets QUEUE_FULL.",
+        description="Tasks that may wait in the queue; with HUNYUAN_API_KEYS, tasks of each key that may wait. A "
+        "request beyond that gets QUEUE_FULL. Keys take turns: a worker takes one task of each key that has tasks "
+        "waiting. On a RunPod endpoint, the limit is one for all keys.",
     )
     max_attempts: int = Field(
         default=3,
         ge=1,
         validation_alias="HUNYUAN_MAX_ATTEMPTS",
-        description="Attempts per task. A task fails when it has lost this many workers.",
+        description="Attempts per task. A task fails when this many workers were lost after they began it. Restarts of "
+        "the server and workers that were stopped do not count.",
     )
     worker_timeout: float = Field(
         default=60.0,

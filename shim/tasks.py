@@ -73,13 +73,15 @@ class Tasks:
         self._queue = queue
         self._videos = videos
 
-    async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
+    async def submit(self, job_input: JobInput, idempotency_key: str | None = None, *, client: str = "") -> Accepted:
         """Queues a job, unless an earlier request had the same key, and estimates when it is done.
+
+        `client` is the name of the request's API key, empty on a server without keys.
 
         Raises what `JobQueue.submit` raises.
         """
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        submission = await self._queue.submit(job_input, idempotency)
+        submission = await self._queue.submit(job_input, idempotency, client=client)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))

@@ -66,6 +66,11 @@ def client(request: Request) -> str:
     return client_of_address(request.client.host) if request.client is not None else "unknown"
 
 
+def key_name(request: Request) -> str:
+    """The name of the request's API key; empty on a server without keys."""
+    return getattr(request.state, "client", None) or ""
+
+
 def is_anonymous(request: Request) -> bool:
     """Whether the server has API keys and the request came without one: then a response must not contain details."""
     return getattr(request.state, "client", "") is None

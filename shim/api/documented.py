@@ -10,7 +10,15 @@ from contract.errors import ErrorCode
 from contract.job import JobInput, Resolution, parse_input
 from contract.result import Stage
 from contract.worker import Gpu, WorkerState
-from shim.api.dependencies import GetServices, Services, client, is_anonymous, public_url, within_rate_limit
+from shim.api.dependencies import (
+    GetServices,
+    Services,
+    client,
+    is_anonymous,
+    key_name,
+    public_url,
+    within_rate_limit,
+)
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.gpu import local_gpus
 from shim.http.body import limited_body
@@ -179,7 +187,7 @@ async def generate(
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
-    accepted = await services.tasks.submit(parse_input(body), key)
+    accepted = await services.tasks.submit(parse_input(body), key, client=key_name(request))
     log.info("accepted from %s", client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 

@@ -131,7 +131,13 @@ class RunPodQueue:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        *,
+        client: str = "",  # noqa: ARG002 - RunPod has one line and one limit for all
+    ) -> Submission:
         """Queues a job. RunPod starts a worker for it, and hides which weights its workers have.
 
         A request that RunPod may have received is not sent again: after a timeout this raises QueueUnavailableError,
