@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -60,6 +62,14 @@ _DENIED: Final[Mapping[str, tuple[str, str | None]]] = {
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
 #: Error codes with a status below 500 that a retry may resolve.
 _TRANSIENT: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """An object in a listing. `modified` is the S3 server's time of its upload."""
+
+    key: str
+    modified: datetime
 
 
 class Bucket:
@@ -142,6 +152,21 @@ class Bucket:
         """Delete an object. Deleting one that does not exist succeeds."""
         with self._requesting("delete_object", self._named(key)):
             self._client.delete_object(Bucket=self.name, Key=key)
+
+    def list_objects(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[ObjectInfo]:
+        """The first objects whose keys begin with `prefix` and follow `start_after`, in the order of their keys.
+
+        At most `limit`, and never more than 1000. An empty list is the end.
+        """
+        with self._requesting("list_objects", self._named(f"{prefix}*")):
+            answer = self._client.list_objects_v2(
+                Bucket=self.name, Prefix=prefix, StartAfter=start_after, MaxKeys=min(limit, 1000)
+            )
+        return [ObjectInfo(item["Key"], item["LastModified"]) for item in answer.get("Contents", [])]
+
+    def list_keys(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[str]:
+        """The keys of `list_objects`."""
+        return [item.key for item in self.list_objects(prefix, start_after=start_after, limit=limit)]
 
     def presign(
         self, key: str, *, method: Literal["GET", "HEAD"] = "GET", expires_in: int | None = None, public: bool = True
