@@ -55,8 +55,10 @@ class Videos:
 
     def put_manifest(self, manifest: Manifest) -> None:
         """Step 3 of storing a task, which completes it."""
+        self._bucket.sync()
         body = manifest.model_dump_json().encode()
         self._bucket.put_bytes(body, manifest_key(manifest.task_id), content_type="application/json")
+        self._bucket.sync()
 
     def discard(self, task_id: str) -> None:
         """Deletes a task's objects."""

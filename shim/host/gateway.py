@@ -44,6 +44,7 @@ class EmbeddedBucket:
             endpoint_url=HttpUrl(f"http://127.0.0.1:{self._port}"),
             access_key_id=self._access_key,
             secret_access_key=SecretStr(self._secret_key),
+            sync_directory=self._directory,
         )
 
     def environment(self) -> dict[str, str]:
@@ -53,6 +54,7 @@ class EmbeddedBucket:
             "BUCKET_ACCESS_KEY_ID": self._access_key,
             "BUCKET_SECRET_ACCESS_KEY": self._secret_key,
             "BUCKET_NAME": self.settings.name,
+            "BUCKET_SYNC_DIRECTORY": str(self._directory),
         }
 
     async def format(self) -> None:
