@@ -6,12 +6,13 @@ one of `storage.errors`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import boto3
 import urllib3
@@ -26,7 +27,13 @@ from botocore.exceptions import (
     HTTPClientError,
 )
 
-from storage.errors import ObjectNotFoundError, StorageDeniedError, StorageError, StorageUnavailableError
+from storage.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StorageDeniedError,
+    StorageError,
+    StorageUnavailableError,
+)
 from storage.file_system import sync_file_system
 from storage.settings import BucketSettings
 
@@ -61,8 +68,18 @@ _DENIED: Final[Mapping[str, tuple[str, str | None]]] = {
     "RequestTimeTooSkewed": ("the clocks of this machine and of the S3 server differ too much: set the clock", None),
 }
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
+#: Answers to a conditional write: the key has an object (412), or another request is writing one (409).
+#: Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html.
+_EXISTS: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
 #: Error codes with a status below 500 that a retry may resolve.
 _TRANSIENT: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
+
+
+log = logging.getLogger(__name__)
+
+
+class _NotImplementedError(StorageUnavailableError):
+    """The store answered 501: it does not know an option of the request."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +151,27 @@ class Bucket:
                 str(path), self.name, key, ExtraArgs={"ContentType": content_type}, Config=_TRANSFER_CONFIG
             )
 
-    def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
-        """Write a small object."""
+    def put_bytes(self, body: bytes, key: str, *, content_type: str, only_if_absent: bool = False) -> None:
+        """Write a small object.
+
+        With `only_if_absent` it replaces no object, on a store that has conditional writes. Others overwrite, some
+        without an error, so read the object back afterwards.
+
+        Raises:
+            ObjectExistsError: `only_if_absent`, and the key has an object, or another request is writing one.
+        """
+        if only_if_absent:
+            try:
+                self._put_bytes(body, key, ContentType=content_type, IfNoneMatch="*")
+            except _NotImplementedError:
+                log.debug("%s: the store has no conditional writes", self._named(key))
+            else:
+                return
+        self._put_bytes(body, key, ContentType=content_type)
+
+    def _put_bytes(self, body: bytes, key: str, **options: Any) -> None:
         with self._requesting("put_object", self._named(key)):
-            self._client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=content_type)
+            self._client.put_object(Bucket=self.name, Key=key, Body=body, **options)
 
     def get_bytes(self, key: str) -> bytes:
         """Read a small object.
@@ -232,12 +266,17 @@ class Bucket:
     def _refused(self, where: str, exc: ClientError) -> StorageError:
         code = str(exc.response.get("Error", {}).get("Code", "")) or "refused"
         message = f"{where}: {code}"
+        status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         if code in _MISSING:
             return ObjectNotFoundError(message)
+        if code in _EXISTS:
+            return ObjectExistsError(message)
+        if status == 501:
+            return _NotImplementedError(message)
         if code in _DENIED:
             why, setting = _DENIED[code]
             return StorageDeniedError(f"{message}: {why}" + (f" ({self._variable(setting)})" if setting else ""))
-        if code in _TRANSIENT or exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500:
+        if code in _TRANSIENT or status >= 500:
             return StorageUnavailableError(message)
         return StorageError(message)
 

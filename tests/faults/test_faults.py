@@ -154,7 +154,7 @@ def _wrong_videos(system: System, record: Record) -> list[str]:
             continue
         try:
             manifest = Manifest.model_validate_json(system.bucket.get_bytes(layout.manifest_key(task_id)))
-            stored = hashlib.sha256(system.bucket.get_bytes(layout.video_key(task_id))).hexdigest()
+            stored = hashlib.sha256(system.bucket.get_bytes(manifest.video_key)).hexdigest()
         except ObjectNotFoundError as exc:
             wrong.append(f"{task_id} is completed but not stored: {exc}")
             continue

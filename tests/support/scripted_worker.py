@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from handler.__main__ import exit_on_sigterm
 from handler.report import Reporter
@@ -48,8 +49,8 @@ class NotedBucket(Bucket):
         self._last_lookup = (PurePosixPath(key).stem, time.time())
         return super().get_bytes(key)
 
-    def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
-        super().put_bytes(body, key, content_type=content_type)
+    def put_bytes(self, body: bytes, key: str, **options: Any) -> None:
+        super().put_bytes(body, key, **options)
         self._notes.add("stored", PurePosixPath(key).stem, time.time())
 
     def note_rendering(self) -> None:

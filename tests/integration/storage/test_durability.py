@@ -15,8 +15,6 @@ from contract.retry import RetryPolicy
 from handler.worker import Job, JobError, Worker
 from shim.host.gateway import EmbeddedBucket
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError
-from storage.layout import manifest_key, poster_key, video_key
 from storage.settings import BucketSettings, JobBucketSettings
 from storage.videos import Videos
 from tests.support.disks import crashing_disk
@@ -24,7 +22,6 @@ from tests.support.s3_servers import juicefs
 from tests.support.scripted_model import ScriptedModel
 
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
-KEYS = (video_key("task"), poster_key("task"), manifest_key("task"))
 
 
 def render(bucket: Bucket, directory: Path, patience: float = 60.0) -> JobResult:
@@ -33,12 +30,9 @@ def render(bucket: Bucket, directory: Path, patience: float = 60.0) -> JobResult
     return worker.run(Job("task", INPUT), lambda _: None, Event())
 
 
-def has(bucket: Bucket, key: str) -> bool:
-    try:
-        bucket.get_bytes(key)
-    except ObjectNotFoundError:
-        return False
-    return True
+def extensions(bucket: Bucket) -> set[str]:
+    """Which kinds of the task's objects the bucket has."""
+    return {key.rpartition(".")[2] for key in bucket.list_keys("videos/task")}
 
 
 def test_a_task_that_completed_before_a_power_cut_has_its_video_after_it(tmp_path: Path) -> None:
@@ -55,25 +49,25 @@ def test_a_task_that_completed_before_a_power_cut_has_its_video_after_it(tmp_pat
             bucket = Bucket(settings)
             manifest = Videos(bucket).find("task")
             assert manifest is not None
-            video = bucket.get_bytes(video_key("task"))
+            video = bucket.get_bytes(manifest.video_key)
             assert hashlib.sha256(video).hexdigest() == manifest.sha256 == result.sha256
-            assert has(bucket, poster_key("task"))
+            assert extensions(bucket) == {"mp4", "jpg", "json"}
 
 
 def test_the_disk_is_synced_between_video_and_manifest_and_before_the_task_completes(tmp_path: Path) -> None:
     """A hook in place of syncfs(2) looks at what the real S3 server has at that moment."""
     (tmp_path / "bucket").mkdir()
     with juicefs(tmp_path / "bucket") as settings:
-        looks: list[tuple[bool, ...]] = []
+        looks: list[set[str]] = []
         reader = Bucket(settings)
 
         def sync(directory: Path) -> None:
             assert directory == tmp_path / "bucket"
-            looks.append(tuple(has(reader, key) for key in KEYS))
+            looks.append(extensions(reader))
 
         embedded = settings.model_copy(update={"sync_directory": tmp_path / "bucket"})
         render(Bucket(embedded, sync=sync), tmp_path)
-        assert looks == [(True, True, False), (True, True, True)]
+        assert looks == [{"mp4", "jpg"}, {"mp4", "jpg", "json"}]
         render(Bucket(settings, sync=sync), tmp_path)
         assert len(looks) == 2, "no other bucket is synced"
 
@@ -84,7 +78,7 @@ def test_a_task_does_not_complete_while_the_disk_can_not_be_synced(tmp_path: Pat
         lost = settings.model_copy(update={"sync_directory": tmp_path / "no-such-directory"})
         with pytest.raises(JobError, match="could not be stored"):
             render(Bucket(lost), tmp_path, patience=1.0)
-        assert not has(Bucket(settings), manifest_key("task"))
+        assert "json" not in extensions(Bucket(settings))
 
 
 def test_a_worker_of_the_embedded_bucket_knows_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
