@@ -74,6 +74,12 @@ class Videos:
 
     def put_manifest(self, manifest: Manifest) -> Verdict:
         """Step 3 of storing a task, which completes it unless it has a verdict. Returns the verdict."""
+        self._bucket.sync()
+        verdict = self._put_verdict(manifest)
+        self._bucket.sync()
+        return verdict
+
+    def _put_verdict(self, manifest: Manifest) -> Verdict:
         try:
             self._put(manifest, only_if_absent=True)
         except ObjectExistsError:

@@ -35,6 +35,8 @@ class Platform:
         token: str,
         hold: float = LONG_POLL_SECONDS,
     ) -> None:
+        if not token.strip():
+            raise ValueError("the platform's token is empty: any request without a key would match it")
         self._token = token.encode()
         self._stopped = asyncio.Event()
         self._worker_api = WorkerApi(dispatcher, self._stopped, hold)

@@ -99,7 +99,7 @@ async def _serve_local(
 ) -> None:
     """The server, its queue, and the workers of this machine."""
     token = _platform_token(settings)
-    instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4))
+    instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4), form="[0-9a-f]{8}")
     async with AsyncExitStack() as stack:
         # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
         database = await _open_database(settings)
@@ -212,7 +212,8 @@ def _platform_token(settings: ShimSettings) -> str:
     """The key of the endpoints under /v2: HUNYUAN_PLATFORM_TOKEN, else one that is generated once."""
     if settings.platform_token is not None:
         return settings.platform_token.get_secret_value()
-    return secret_file(settings.directory / "platform-token", lambda: secrets.token_urlsafe(32))
+    path = settings.directory / "platform-token"
+    return secret_file(path, lambda: secrets.token_urlsafe(32), form="[A-Za-z0-9_-]{43}")
 
 
 @asynccontextmanager
