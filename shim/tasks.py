@@ -1,6 +1,7 @@
 """Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket every finished video."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio.to_thread
@@ -57,13 +58,15 @@ class Tasks:
         self._queue = queue
         self._videos = videos
 
-    async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
+    async def submit(
+        self, job_input: JobInput, idempotency_key: str | None = None, check: Callable[[], None] | None = None
+    ) -> Accepted:
         """Queues a job, unless an earlier request had the same key, and estimates when it is done.
 
-        Raises what `JobQueue.submit` raises.
+        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
         """
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        submission = await self._queue.submit(job_input, idempotency)
+        submission = await self._queue.submit(job_input, idempotency, check)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))

@@ -201,10 +201,15 @@ class JobQueue(Protocol):
     Every method may raise QueueUnavailableError.
     """
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Submission:
         """Queues a job. A repeated idempotency key returns the job of the first request as it is now.
 
-        Nothing is queued when it raises.
+        Nothing is queued when it raises. `check` is called last before a job is queued, and may raise.
 
         Raises:
             InvalidInputError: no ready worker has the weights for this input.

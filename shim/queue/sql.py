@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, func, insert, select, update
@@ -44,7 +44,12 @@ class SqlQueue:
     async def close(self) -> None:
         await self._database.close()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Submission:
         """Queues a job in one transaction. See `JobQueue.submit`."""
         async with self._database.write(notify=True) as connection:
             # 1. Wait for other submissions: the limit of waiting jobs holds for requests at the same moment.
@@ -59,6 +64,8 @@ class SqlQueue:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)
             self._check_not_full(len(backlog.waiting))
+            if check is not None:
+                check()
             # 4. Queue the job.
             task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
         self._observer.submitted()
