@@ -14,6 +14,7 @@ import uvloop
 
 from contract import log_fields as logs
 from contract.retry import RetryPolicy
+from shim.access import ConnectionLimits
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.host.bucket import OpenBucket, open_bucket
@@ -57,6 +58,12 @@ def main(**overrides: Any) -> None:
         log.warning(
             "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
             "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
+        )
+    if settings.is_open_to_all:
+        log.warning(
+            "listening on all addresses of this machine without an API key: anyone who reaches port %d may use the "
+            "server. Set HUNYUAN_API_KEYS, or HUNYUAN_HOST=127.0.0.1.",
+            settings.port,
         )
     uvloop.run(_serve(settings))
 
@@ -139,7 +146,8 @@ def _http_server(
     app = create_app(
         queue, store.bucket, metrics=metrics, public_url=public_url, routers=routers, access=settings.access
     )
-    return HttpServer(app, grace=_CONNECTION_GRACE)
+    limits = ConnectionLimits(per_address=settings.max_connections_per_address)
+    return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)
 
 
 def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos, metrics: Metrics) -> Dispatcher:

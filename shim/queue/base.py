@@ -220,12 +220,17 @@ class JobQueue(Protocol):
     """
 
     async def submit(
-        self, job_input: JobInput, idempotency: Idempotency | None = None, *, client: str = ""
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
     ) -> Submission:
         """Queues a job. A repeated idempotency key returns the job of the first request as it is now.
 
         `client` is the name of an API key: each has a limit of its own, and clients with waiting jobs take turns.
-        Nothing is queued when it raises.
+        Nothing is queued when it raises. `check` is called last before a job is queued, and may raise.
 
         Raises:
             InvalidInputError: no ready worker has the weights for this input.

@@ -135,6 +135,7 @@ class RunPodQueue:
         self,
         job_input: JobInput,
         idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
         *,
         client: str = "",  # noqa: ARG002 - RunPod has one line and one limit for all
     ) -> Submission:
@@ -153,6 +154,8 @@ class RunPodQueue:
                 return Submission(earlier, backlog, self._render_times)
             if len(backlog.waiting) >= self._max_queue_size:
                 raise QueueFullError(f"The queue is full: {len(backlog.waiting)} tasks are waiting")
+            if check is not None:
+                check()
             body = {
                 "input": job_input.wire(),
                 "policy": {"executionTimeout": int(self._execution_timeout * 1000)},

@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, func, insert, select, update
@@ -46,7 +46,12 @@ class SqlQueue:
         await self._database.close()
 
     async def submit(
-        self, job_input: JobInput, idempotency: Idempotency | None = None, *, client: str = ""
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
     ) -> Submission:
         """Queues a job in one transaction. See `JobQueue.submit`."""
         async with self._database.write(notify=True) as connection:
@@ -63,6 +68,8 @@ class SqlQueue:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)
             self._check_not_full(waiting, client)
+            if check is not None:
+                check()
             # 4. Queue the job, behind those of its turn and of earlier turns.
             turn = next_turn(waiting, client)
             task_id = await self._insert(connection, job_input.wire(), {}, idempotency, client=client, turn=turn)
