@@ -74,8 +74,8 @@ class ShimSettings(LogOptions):
         default=7 * 24 * 3600.0,
         ge=3600,
         validation_alias="HUNYUAN_HISTORY_TTL",
-        description="Seconds for which the queue remembers a task after it ended. The status of a completed task stays "
-        "available as long as the bucket has its video.",
+        description="Seconds for which the queue remembers a task after it ended. Its final status stays available "
+        "after that, from the bucket.",
     )
     database_url: SecretStr | None = Field(
         default=None,
