@@ -28,6 +28,7 @@ from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.instance import Instance
 from shim.queue.orphans import Orphans
 from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
@@ -106,16 +107,17 @@ async def _serve_local(
 ) -> None:
     """The server, its queue, and the workers of this machine."""
     token = _platform_token(settings)
-    instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4), form="[0-9a-f]{8}")
     async with AsyncExitStack() as stack:
         # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
         database = await _open_database(settings)
         stack.push_async_callback(database.close)
+        instance = await _retry_database(lambda: _claim_instance(settings))
+        stack.push_async_callback(instance.release)
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
         videos = StoredVideos(store.bucket)
         dispatcher = _dispatcher(settings, database, videos, metrics)
         outbox = Outbox(database, videos)
-        await _retry_database(lambda: dispatcher.release_workers(f"{instance}-"))
+        await _retry_database(lambda: dispatcher.release_workers(f"{instance.instance_id}-"))
 
         # 2. Serve the documented API, and RunPod's worker protocol under /v2.
         platform = Platform(queue, dispatcher, outbox, endpoint_id=ENDPOINT_ID, token=token)
@@ -123,16 +125,18 @@ async def _serve_local(
         server = await stack.enter_async_context(_listening(http_server, listener))
         stack.callback(platform.stop)
 
-        # 3. Requeue the tasks of lost workers, tidy up the bucket, and listen for the database's notifications.
+        # 3. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
-        background = await stack.enter_async_context(_background(sweep_forever(dispatcher), tidying, database.listen()))
+        background = await stack.enter_async_context(
+            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep())
+        )
 
         # 4. Run the workers. At the end they are given no more jobs, and then stopped.
         base_url = f"http://{_local_address(listener)}/v2"
         workers = []
         for index in range(settings.workers):
             environment = {**store.environment, **model_environment(settings, index)}
-            worker = LocalWorker(f"{instance}-{index}", dispatcher, base_url, token, environment)
+            worker = LocalWorker(f"{instance.instance_id}-{index}", dispatcher, base_url, token, environment)
             workers.append(Supervised(f"worker {index}", worker.launch, metrics.supervise(f"worker {index}")))
         supervisions = await stack.enter_async_context(supervising(workers, settings.shutdown_grace))
         stack.callback(platform.drain)
@@ -161,9 +165,28 @@ def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos
 
 
 async def _open_database(settings: ShimSettings) -> Database:
+    return await _retry_database(lambda: Database.open(_database_url(settings), worker_timeout=settings.worker_timeout))
+
+
+def _database_url(settings: ShimSettings) -> str:
     named = settings.database_url
-    url = named.get_secret_value() if named is not None else f"sqlite:///{settings.directory}/queue.sqlite3"
-    return await _retry_database(lambda: Database.open(url, worker_timeout=settings.worker_timeout))
+    return named.get_secret_value() if named is not None else f"sqlite:///{settings.directory}/queue.sqlite3"
+
+
+async def _claim_instance(settings: ShimSettings) -> Instance:
+    """The instance id in the data directory, or a new one for this start if another server uses that id."""
+    path = settings.directory / "instance"
+    instance = Instance(_database_url(settings), secret_file(path, lambda: secrets.token_hex(4), form="[0-9a-f]{8}"))
+    while not await instance.claim():
+        taken, instance = instance, Instance(_database_url(settings), secrets.token_hex(4))
+        log.warning(
+            "another server uses the instance id %s in %s, so this directory may be a copy of its HUNYUAN_DATA_DIR; "
+            "using %s until the next start. Delete the file to get an id of its own",
+            taken.instance_id,
+            path,
+            instance.instance_id,
+        )
+    return instance
 
 
 async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:

@@ -17,6 +17,7 @@ from shim.queue.base import QueueError, QueueUnavailableError
 #: PostgreSQL identifies an advisory lock by a number within the database.
 MIGRATION_LOCK: Final = 1_500_001
 SUBMIT_LOCK: Final = 1_500_002
+INSTANCE_LOCK: Final = 1_500_003  # with a second number, the hash of the instance id
 #: Milliseconds that SQLite waits for a lock; for readers that keep it from emptying the write-ahead log, while no
 #: writer can begin.
 _BUSY_TIMEOUT: Final = 10_000

@@ -118,7 +118,7 @@ async def test_a_retry_counts_in_the_queue_of_its_client(bench: Bench) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_no_client_gets_a_third_job_while_another_waits_for_its_first(bench: Bench, seed: int) -> None:
-    """Whatever was submitted when. A client with nothing waiting may join the turn that just served it: hence two."""
+    """Whatever was submitted when. A client with nothing waiting may join the turn that has just served it."""
     choose = random.Random(seed)
     waiting: dict[str, str] = {}
     served_while_waiting = {(one, other): 0 for one in "abc" for other in "abc"}
