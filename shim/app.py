@@ -20,7 +20,7 @@ from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.http.access_log import AccessLog
 from shim.http.guard import DOCS_PATH, error_response, guarded
-from shim.http_client import HttpClient
+from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
 from shim.tasks import StoredVideos, TaskNotFoundError, Tasks
@@ -59,7 +59,11 @@ def create_app(
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
-            bucket_http=HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=_BUCKET_LIMITS),
+            bucket_http=HttpClient(
+                timeout=httpx.Timeout(store_timeout, connect=3.05),
+                limits=_BUCKET_LIMITS,
+                transport=transport_with_small_buffers(_BUCKET_LIMITS),
+            ),
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
             readiness=Readiness(queue, bucket),
