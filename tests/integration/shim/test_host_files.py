@@ -8,8 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from hunyuan.cli.main import app
 from shim.api.platform import Platform
@@ -104,7 +103,7 @@ async def test_the_platform_accepts_no_empty_token(tmp_path: Path, token: str) -
     async with sql_bench(f"sqlite:///{tmp_path}/queue.sqlite3") as bench:
         assert isinstance(bench.queue, SqlQueue)
         with pytest.raises(ValueError, match="token is empty"):
-            Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=token)
+            Platform(bench.queue, bench.dispatcher, bench.outbox, endpoint_id="local", token=token)
 
 
 def test_the_gateway_listens_on_one_port_only(tmp_path: Path) -> None:
