@@ -15,6 +15,7 @@ import uvloop
 
 from contract import log_fields as logs
 from contract.retry import RetryPolicy
+from contract.settings import warnings_of_unknown_variables
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.host.bucket import OpenBucket, open_bucket
@@ -56,6 +57,8 @@ def main(**overrides: Any) -> None:
     with settings_errors():
         settings = ShimSettings(**overrides)
     logs.configure(settings)
+    for warning in warnings_of_unknown_variables():
+        log.warning("%s", warning)
     if settings.model_path is None and settings.runpod_endpoint_id is None:
         log.warning(
             "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
