@@ -23,7 +23,7 @@ from shim.http.guard import DOCS_PATH, error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
@@ -33,7 +33,7 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"})
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
-    *(ApiError, InvalidInputError, QueueError, StorageError, TaskNotFoundError),
+    *(ApiError, InvalidInputError, NoVideoError, QueueError, StorageError, TaskNotFoundError),
     *(ClientDisconnect, HTTPException, Exception),
 )
 
