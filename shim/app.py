@@ -18,6 +18,7 @@ from shim.api import documented, page, videos
 from shim.api.dependencies import Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
+from shim.gpu import LocalGpus
 from shim.http.access_log import AccessLog
 from shim.http.guard import DOCS_PATH, error_response, guarded
 from shim.http_client import HttpClient
@@ -64,6 +65,7 @@ def create_app(
             version=version(DISTRIBUTION),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
+            gpus=LocalGpus(),
         ),
         access,
         routers,

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
 from shim.errors import ApiError, ServerErrorCode
+from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
@@ -33,6 +34,7 @@ class Services:
     version: str
     public_url: str | None
     rate_limit: RateLimit | None
+    gpus: LocalGpus
 
     async def check_bucket(self) -> None:
         """Raise StorageError unless the bucket answers within 5 s."""
@@ -43,10 +45,15 @@ class Services:
             raise StorageUnavailableError(f"the bucket did not answer within {_CHECK_SECONDS:.0f} s") from exc
 
 
-def get_services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
     """The app's services."""
     services: Services = request.app.state.services
     return services
+
+
+async def get_services(request: Request) -> Services:
+    """`services_of` as a dependency. It is a coroutine, because FastAPI would call a function in a thread."""
+    return services_of(request)
 
 
 #: A route's parameter that is the app's services.
@@ -77,7 +84,7 @@ async def within_rate_limit(request: Request) -> None:
     Raises:
         ApiError: RATE_LIMITED, with the seconds to wait.
     """
-    limit = get_services(request).rate_limit
+    limit = services_of(request).rate_limit
     wait = limit.take(client(request)) if limit is not None else 0.0
     if wait > 0:
         headers = {"Retry-After": str(math.ceil(wait))}

@@ -3,7 +3,7 @@
 import logging
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
@@ -12,9 +12,8 @@ from contract.result import Stage
 from contract.worker import Gpu, WorkerState
 from shim.api.dependencies import GetServices, Services, client, is_anonymous, public_url, within_rate_limit
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
-from shim.gpu import local_gpus
 from shim.http.body import limited_body
-from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueUnavailableError, Workers
+from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, QueueUnavailableError, Workers
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
@@ -184,10 +183,15 @@ async def generate(
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id:path}", operation_id="get_status", responses=error_responses(401, 404, 500, 503))
-async def status(task_id: str, request: Request, services: GetServices) -> Status:
+@router.get(
+    "/status/{task_id:path}",
+    operation_id="get_status",
+    response_model=Status,
+    responses=error_responses(401, 404, 500, 503),
+)
+async def status(task_id: str, request: Request, services: GetServices) -> Response:
     """Check the status of a video generation task."""
-    return _status(await services.tasks.find(task_id), request, services)
+    return _json(_status(await services.tasks.find(task_id), request, services))
 
 
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
@@ -216,18 +220,26 @@ def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
     )
 
 
-@router.get("/health", responses=error_responses(500))
-async def health(services: GetServices) -> Health:
+def _json(answer: BaseModel) -> Response:
+    """A response of a route that is polled: FastAPI would validate the model again before it writes it."""
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+@router.get("/health", response_model=Health, responses=error_responses(500))
+async def health(services: GetServices) -> Response:
     """Check the API server, its workers and its GPU. Always 200 while the server runs."""
+    return _json(await _health(services))
+
+
+async def _health(services: Services) -> Health:
     state: Literal["healthy", "degraded"] = "healthy"
     try:
-        workers = await services.queue.workers()
-        backlog = await services.queue.backlog()
-        queue = QueueHealth(waiting=len(backlog.waiting), running=len(backlog.running))
+        summary = await services.queue.summary()
     except QueueUnavailableError:
-        state, workers, queue = "degraded", Workers(ready=0, loading=0, failed=0), QueueHealth(waiting=0, running=0)
+        state, summary = "degraded", QueueSummary(waiting=0, running=0, workers=Workers(ready=0, loading=0, failed=0))
+    workers = summary.workers
     loaded = next((report for report in workers.reports if report.state is WorkerState.READY), None)
-    gpus = local_gpus() or [report.gpu for report in workers.reports if report.gpu is not None]
+    gpus = await services.gpus.read() or [report.gpu for report in workers.reports if report.gpu is not None]
     return Health(
         status=state,
         model_loaded=workers.ready > 0,
@@ -239,7 +251,7 @@ async def health(services: GetServices) -> Health:
         attention=loaded.attention if loaded else None,
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),
-        queue=queue,
+        queue=QueueHealth(waiting=summary.waiting, running=summary.running),
     )
 
 

@@ -18,8 +18,10 @@ _REQUEST_ID: Final = "X-Request-ID"
 _OTHER: Final = "other"
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-#: Workers, load balancers and Prometheus call these every few seconds: a success is logged at DEBUG.
-_POLLED: Final = re.compile(r"/(health|metrics|ready)|/v2/\w+/(job-stop|job-take(-batch)?|ping|worker-report)/.*")
+#: Clients, workers, load balancers and Prometheus call these every few seconds: a success is logged at DEBUG.
+_POLLED: Final = re.compile(
+    r"/(health|metrics|ready|status/.*)|/v2/\w+/(health|(job-stop|job-take(-batch)?|ping|status|worker-report)/.*)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class AccessLog:
         method = scope["method"] if scope["method"] in _METHODS else _OTHER
         self._metrics.http_request(route, method, status, latency)
         level = logging.DEBUG if status < 400 and _POLLED.fullmatch(route) else logging.INFO
+        if not log.isEnabledFor(level):
+            return
         milliseconds = round(seconds * 1000)
         fields = {"method": method, "route": route, "status": status, "duration_ms": milliseconds}
         log.log(level, "%s %s %d in %d ms", method, route, status, milliseconds, extra=fields)

@@ -2,10 +2,10 @@
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, func, insert, select, update
+from sqlalchemy import ColumnElement, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import ErrorCode, JobFailure
@@ -22,12 +22,14 @@ from shim.queue.base import (
     JobState,
     ModelNotLoadedError,
     QueueFullError,
+    QueueSummary,
     RenderTimes,
     Submission,
     Workers,
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
+from shim.queue.reader import JobRow, WorkerRow, select_job
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -79,8 +81,8 @@ class SqlQueue:
         return task_id
 
     async def get(self, task_id: str) -> JobSnapshot | None:
-        async with self._database.read() as connection:
-            return await self._find(connection, jobs.c.task_id == task_id)
+        row = await self._database.reader.job(task_id)
+        return self._snapshot(row) if row is not None else None
 
     async def output(self, task_id: str) -> Any:
         """What the worker returned for the job, unchanged; None before that."""
@@ -140,6 +142,10 @@ class SqlQueue:
         async with self._database.read() as connection:
             return await _read_workers(connection, self._database.is_alive())
 
+    async def summary(self) -> QueueSummary:
+        counts = await self._database.reader.counts(self._database.alive_since())
+        return QueueSummary(counts.waiting, counts.running, _workers_of(counts.workers))
+
     async def ended(self) -> Mapping[JobState, int]:
         """How many jobs have reached each terminal state."""
         async with self._database.read() as connection:
@@ -155,12 +161,8 @@ class SqlQueue:
         return await self._find(connection, which)
 
     async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
-        row = await fetch_one(connection, select(jobs).where(which))
-        if row is None:
-            return None
-        queued = row.state == JobState.QUEUED
-        position = await _count_waiting(connection, jobs.c.seq <= row.seq) if queued else None
-        return self._snapshot(row, position)
+        row = await fetch_one(connection, select_job(which))
+        return self._snapshot(JobRow(*row)) if row is not None else None
 
     async def _insert(
         self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any], idempotency: Idempotency | None
@@ -183,7 +185,7 @@ class SqlQueue:
         if waiting >= self._max_queue_size:
             raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
 
-    def _snapshot(self, row: Row[Any], position: int | None) -> JobSnapshot:
+    def _snapshot(self, row: JobRow) -> JobSnapshot:
         state = JobState(row.state)
         result = valid_manifest(row.output) if state is JobState.COMPLETED else None
         failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
@@ -195,14 +197,19 @@ class SqlQueue:
             progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
             stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
             elapsed_time=max((row.finished_at or self._database.clock()) - row.created_at, 0.0),
-            queue_position=position,
+            queue_position=row.queue_position,
             result=result,
             failure=failure,
         )
 
 
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
-    rows = await fetch_all(connection, select(workers).where(is_alive).order_by(workers.c.worker_id))
+    columns = workers.c.worker_id, workers.c.state, workers.c.report
+    rows = await fetch_all(connection, select(*columns).where(is_alive).order_by(workers.c.worker_id))
+    return _workers_of([WorkerRow(*row) for row in rows])
+
+
+def _workers_of(rows: Sequence[WorkerRow]) -> Workers:
     states = [row.state for row in rows]
     return Workers(
         ready=states.count(WorkerState.READY),
