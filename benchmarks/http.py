@@ -182,11 +182,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each path; the median one is printed")
+    parser.add_argument("--connections", type=int, nargs="+", default=CONNECTIONS, help="numbers of connections")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the JSON file")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory, running_postgres() as server:
         urls = {"SQLite": f"sqlite:///{directory}/queue.sqlite3", "PostgreSQL": server.create_database()}
-        figures = {name: measure(url, seconds=options.seconds, rounds=options.rounds) for name, url in urls.items()}
+        figures = {
+            name: measure(url, seconds=options.seconds, rounds=options.rounds, connections=options.connections)
+            for name, url in urls.items()
+        }
     print(table(figures))
     options.output.mkdir(exist_ok=True)
     written = {

@@ -80,7 +80,7 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    for router in (documented.router, videos.router, page.router, metrics_router, *routers):
+    for router in (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers):
         app.include_router(router)
     for error in _HANDLED:
         app.add_exception_handler(error, _on_error)

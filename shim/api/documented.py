@@ -10,7 +10,16 @@ from contract.errors import ErrorCode
 from contract.job import JobInput, Resolution, parse_input
 from contract.result import Stage
 from contract.worker import Gpu, WorkerState
-from shim.api.dependencies import GetServices, Services, client, is_anonymous, public_url, within_rate_limit
+from shim.api.dependencies import (
+    GetServices,
+    Services,
+    client,
+    is_anonymous,
+    public_url,
+    services_of,
+    within_rate_limit,
+)
+from shim.api.polled import PolledRoute, json_response
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.http.body import limited_body
 from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, QueueUnavailableError, Workers
@@ -21,6 +30,8 @@ _GIB: Final = 1024**3
 
 log = logging.getLogger(__name__)
 router = APIRouter()
+#: The routes that clients poll. The app tries them first: each route that is tried takes time.
+polled_router = APIRouter()
 
 #: OpenAPI's links from an accepted task to the routes that take its id, for generated clients.
 _LINKS: Final = {
@@ -183,15 +194,20 @@ async def generate(
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get(
+async def status(task_id: str, request: Request) -> Response:
+    """Check the status of a video generation task."""
+    services = services_of(request)
+    return json_response(_status(await services.tasks.find(task_id), request, services))
+
+
+polled_router.add_api_route(
     "/status/{task_id:path}",
+    status,
     operation_id="get_status",
     response_model=Status,
     responses=error_responses(401, 404, 500, 503),
+    route_class_override=PolledRoute,
 )
-async def status(task_id: str, request: Request, services: GetServices) -> Response:
-    """Check the status of a video generation task."""
-    return _json(_status(await services.tasks.find(task_id), request, services))
 
 
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
@@ -220,15 +236,14 @@ def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
     )
 
 
-def _json(answer: BaseModel) -> Response:
-    """A response of a route that is polled: FastAPI would validate the model again before it writes it."""
-    return Response(answer.model_dump_json(), media_type="application/json")
-
-
-@router.get("/health", response_model=Health, responses=error_responses(500))
-async def health(services: GetServices) -> Response:
+async def health(request: Request) -> Response:
     """Check the API server, its workers and its GPU. Always 200 while the server runs."""
-    return _json(await _health(services))
+    return json_response(await _health(services_of(request)))
+
+
+polled_router.add_api_route(
+    "/health", health, response_model=Health, responses=error_responses(500), route_class_override=PolledRoute
+)
 
 
 async def _health(services: Services) -> Health:

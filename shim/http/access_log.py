@@ -7,14 +7,13 @@ import uuid
 from typing import Final
 
 from fastapi import Request
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contract.log_fields import begin, bind
 from shim.metrics import Metrics
 from storage import layout
 
-_REQUEST_ID: Final = "X-Request-ID"
+_REQUEST_ID: Final = b"x-request-id"
 _OTHER: Final = "other"
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
@@ -50,7 +49,7 @@ class AccessLog:
             nonlocal response
             if message["type"] == "http.response.start":
                 response = message["status"], time.perf_counter() - started
-                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID, request_id.encode())]
             await send(message)
 
         try:
@@ -78,5 +77,5 @@ async def bind_path_ids(request: Request) -> None:
 
 
 def _request_id(scope: Scope) -> str:
-    from_client = Headers(scope=scope).get(_REQUEST_ID, "")
+    from_client = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), "")
     return from_client if _VALID_ID.fullmatch(from_client) else uuid.uuid4().hex
