@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Final
 
 import pynvml
@@ -32,9 +33,10 @@ def local_gpus() -> list[Gpu]:
 
 
 class LocalGpus:
-    """`local_gpus` for callers that ask often: read at most once a second, by one thread."""
+    """The GPUs for callers that ask often: `read_gpus` runs at most once a second, in one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_gpus: Callable[[], list[Gpu]] = local_gpus) -> None:
+        self._read_gpus = read_gpus
         self._gpus: list[Gpu] = []
         self._read_at = float("-inf")
         self._reading: asyncio.Task[list[Gpu]] | None = None
@@ -43,7 +45,7 @@ class LocalGpus:
         """The GPUs and their memory a second ago at most; the figures before, while the driver does not answer."""
         if time.monotonic() - self._read_at >= _CURRENT:
             if self._reading is None:
-                self._reading = asyncio.create_task(asyncio.to_thread(local_gpus))
+                self._reading = asyncio.create_task(asyncio.to_thread(self._read_gpus))
                 self._reading.add_done_callback(self._store)
             await asyncio.wait([self._reading], timeout=_WAIT)
         return self._gpus

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 import psycopg
 from psycopg import pq
+from psycopg.pq.abc import PGresult
 from sqlalchemy import URL, func, text
 from sqlalchemy.dialects import postgresql
 
@@ -135,11 +136,11 @@ class _Session:
         self._loop.remove_reader(self._socket)
         await self._connection.close()
 
-    async def _results(self) -> Sequence[pq.PGresult]:
+    async def _results(self) -> Sequence[PGresult]:
         """The results of what was sent. Raises psycopg.OperationalError."""
         while self._libpq.flush():
             await self._writable()
-        results: list[Any] = []
+        results: list[PGresult] = []
         while True:
             while self._libpq.is_busy():
                 await self._readable()

@@ -162,7 +162,7 @@ class SqlQueue:
 
     async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
         row = await fetch_one(connection, select_job(which))
-        return self._snapshot(JobRow(*row)) if row is not None else None
+        return self._snapshot(JobRow._make(row)) if row is not None else None
 
     async def _insert(
         self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any], idempotency: Idempotency | None
@@ -206,7 +206,7 @@ class SqlQueue:
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
     columns = workers.c.worker_id, workers.c.state, workers.c.report
     rows = await fetch_all(connection, select(*columns).where(is_alive).order_by(workers.c.worker_id))
-    return _workers_of([WorkerRow(*row) for row in rows])
+    return _workers_of([WorkerRow._make(row) for row in rows])
 
 
 def _workers_of(rows: Sequence[WorkerRow]) -> Workers:

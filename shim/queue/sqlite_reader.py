@@ -51,7 +51,7 @@ class SqliteReader:
 
     async def job(self, task_id: str) -> JobRow | None:
         for *columns, output, failure, position in await self._rows(_JOB, task_id):
-            return JobRow(*columns, decode_json(output), decode_json(failure), position)
+            return JobRow._make((*columns, decode_json(output), decode_json(failure), position))
         return None
 
     async def counts(self, alive_since: float) -> CountRow:
