@@ -104,9 +104,18 @@ def served(url: str) -> Iterator[Mapping[str, Target]]:
         process.join(10)
 
 
-async def _ask(target: Target, begin: float, until: float, latencies: list[float]) -> int:
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _connect(target: Target, number: int) -> _Streams:
+    """Ten connections share an address of the loopback network: the server limits the connections of one address."""
+    address = f"127.0.0.{1 + number // 10}"
+    return await asyncio.open_connection("127.0.0.1", target.port, local_addr=(address, 0))
+
+
+async def _ask(target: Target, streams: _Streams, begin: float, until: float, latencies: list[float]) -> int:
     """Asks over one connection until `until`; records the latencies of the 200s after `begin`, returns the failures."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
+    reader, writer = streams
     request = f"GET {target.path} HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n\r\n".encode()
     failures = 0
     try:
@@ -128,8 +137,10 @@ async def _ask(target: Target, begin: float, until: float, latencies: list[float
 async def load(target: Target, connections: int, seconds: float) -> Load:
     """Asks `target` over `connections` connections for `seconds`."""
     latencies: list[float] = []
+    opened = await asyncio.gather(*(_connect(target, number) for number in range(connections)))
     begin = time.perf_counter() + _WARM_UP
-    failures = await asyncio.gather(*(_ask(target, begin, begin + seconds, latencies) for _ in range(connections)))
+    end = begin + seconds
+    failures = await asyncio.gather(*(_ask(target, streams, begin, end, latencies) for streams in opened))
     ordered = sorted(latencies) or [float("inf")]
     return Load(
         requests_per_second=len(latencies) / seconds,
