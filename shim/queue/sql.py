@@ -253,8 +253,9 @@ async def _read_running(connection: AsyncConnection) -> list[Row[Any]]:
 
 
 def _backlog(waiting: Sequence[Row[Any]], running: Sequence[Row[Any]], ready_workers: int) -> Backlog:
-    inputs = [[_valid_input(job.input) for job in rows] for rows in (waiting, running)]
-    return Backlog(*inputs, ready_workers)
+    return Backlog(
+        [_valid_input(job.input) for job in waiting], [_valid_input(job.input) for job in running], ready_workers
+    )
 
 
 async def _read_render_times(connection: AsyncConnection) -> RenderTimes:

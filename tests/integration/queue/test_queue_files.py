@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shim.queue.sql import SqlQueue
 from tests.support.queues import JOB, Bench, result, sql_bench
 
 FILES = ("queue.sqlite3", "queue.sqlite3-wal", "queue.sqlite3-shm")
@@ -43,7 +44,8 @@ async def test_only_the_owner_reads_the_queues_files_in_a_directory_that_others_
 async def _job_with_a_secret(bench: Bench, secret: str) -> str:
     """A job with credentials that many changes have copied into the write-ahead log."""
     extras = {"s3Config": {"accessId": "an-id", "accessSecret": secret}}
-    task_id = await bench.queue.enqueue(JOB.wire(), extras)  # type: ignore[attr-defined]
+    assert isinstance(bench.queue, SqlQueue)
+    task_id = await bench.queue.enqueue(JOB.wire(), extras)
     assert await bench.take("w1") == task_id
     for _ in range(20):
         await bench.dispatcher.ping("w1", [task_id])
