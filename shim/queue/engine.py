@@ -168,7 +168,7 @@ async def empty_write_ahead_log(engine: AsyncEngine) -> bool:
         await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT}")
         try:
             busy = await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-            done = busy.scalar_one() == 0
+            is_done: bool = busy.scalar_one() == 0
         finally:
             await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
-    return done
+    return is_done
