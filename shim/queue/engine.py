@@ -167,7 +167,8 @@ async def empty_write_ahead_log(engine: AsyncEngine) -> bool:
     async with engine.execution_options(transaction=False).connect() as connection:
         await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT}")
         try:
-            busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
+            busy = await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            is_done: bool = busy.scalar_one() == 0
         finally:
             await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
-    return not busy
+    return is_done
