@@ -143,6 +143,9 @@ class ConnectionLimits:
     reserve: int = 100
     #: Of one address; of one /64 network for IPv6. Proxies and workers may have more.
     per_address: int = 128
+    #: Seconds for which a connection must have waited for its client before it is given up for one of the same address,
+    #: or while a request is in progress.
+    patience: float = 1.0
 
 
 @dataclass(frozen=True)

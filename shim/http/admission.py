@@ -15,9 +15,6 @@ from shim.errors import ApiError, ServerErrorCode
 
 #: In the state of a request's scope: a function to call when the request has sent the platform token.
 TRUST_CONNECTION: Final = "trust_connection"
-#: Seconds for which a connection must have waited for its client before it is given up for one of the same address, or
-#: while a request is in progress.
-_PATIENCE: Final = 1.0
 #: The addresses that sent the platform token most recently.
 _MAX_TRUSTED: Final = 1_000
 #: Seconds between two log lines about rejected connections.
@@ -103,7 +100,7 @@ class Admission:
                 for guest in guests
                 if guest.waiting_since is not None
                 and not guest.trusted
-                and (now - guest.waiting_since > _PATIENCE or (guests is not own and not guest.in_progress))
+                and (now - guest.waiting_since > self._limits.patience or (guests is not own and not guest.in_progress))
             ]
             if waiting:
                 min(waiting, key=lambda entry: entry[:2])[2].give_up()

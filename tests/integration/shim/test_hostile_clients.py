@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -635,17 +635,17 @@ async def test_a_client_that_disconnects_early_causes_no_traceback(
     assert (await server.bench.queue.backlog()).waiting == []
 
 
-async def test_a_full_server_gives_up_the_oldest_connection_that_waits(with_short_limits: Server) -> None:
-    async with asyncio.timeout(DEADLINE):
-        address = with_short_limits.host, with_short_limits.port
-        idle = [await asyncio.open_connection(*address) for _ in range(FEW.total)]
-        await asyncio.gather(*(reader.read(0) for reader, _ in idle))
-        assert await with_short_limits.is_healthy()
-        endings = []
-        for reader, writer in idle:
-            endings.append((await reader.read())[:12])
-            writer.close()
-    assert endings == [b"", *[b"HTTP/1.1 408"] * (FEW.total - 1)], "the oldest one is closed"
+async def test_a_full_server_gives_up_the_oldest_connection_that_waits(
+    tmp_path: Path, bucket_settings: BucketSettings
+) -> None:
+    limits = replace(FEW, patience=0.0)
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running(tmp_path, Bucket(bucket_settings), ShortLimits, limits))
+        idle = [await stack.enter_async_context(server.client()) for _ in range(FEW.total)]
+        assert await server.is_healthy()
+        assert await idle[0].answer() is None, "the oldest one is closed"
+        for client in idle[1:]:
+            assert_documented(await client.answer(), 408)
 
 
 async def test_a_full_server_without_a_waiting_connection_rejects_the_next(with_short_limits: Server) -> None:

@@ -87,8 +87,8 @@ class Attack:
 
     def fill(self) -> None:
         missing = {True: SLOW_READERS, False: IDLE}
-        for _, is_reader in self._open:
-            missing[is_reader] -= 1
+        for _, reads in self._open:
+            missing[reads] -= 1
         for is_reader, number in missing.items():
             for _ in range(number):
                 try:
@@ -126,7 +126,7 @@ class Attack:
         self._thread = threading.Thread(target=self.run)
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self._thread.join()
         for connection, _is_reader in self._open:
