@@ -100,6 +100,7 @@ async def _serve_runpod(
             _background(*_retention(settings, Tasks(queue, videos), videos)) as background,
         ):
             await _run_until(stopping, [server, *background])
+            log.info("stopping")
     finally:
         await queue.close()
 
@@ -111,14 +112,13 @@ async def _serve_local(
     token = _platform_token(settings)
     instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4), form="[0-9a-f]{8}")
     async with AsyncExitStack() as stack:
-        # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
+        # 1. Open the queue.
         database = await open_database(settings)
         stack.push_async_callback(database.close)
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
         videos = StoredVideos(store.bucket)
         dispatcher = _dispatcher(settings, database, videos, metrics)
         outbox = Outbox(database, videos)
-        await _retry_database(lambda: dispatcher.release_workers(f"{instance}-"))
 
         # 2. Serve the documented API, and RunPod's worker protocol under /v2.
         platform = Platform(queue, dispatcher, outbox, endpoint_id=ENDPOINT_ID, token=token)
@@ -126,13 +126,19 @@ async def _serve_local(
         server = await stack.enter_async_context(_listening(http_server, listener))
         stack.callback(platform.stop)
 
-        # 3. Requeue the tasks of lost workers, tidy up the bucket, and listen for the database's notifications.
+        # 3. Wait for the bucket, and requeue the tasks of the workers that exited with the last run of this server.
+        await _run_until(stopping, [server, store.started])
+        if stopping.is_set():
+            return
+        await _retry_database(lambda: dispatcher.release_workers(f"{instance}-"))
+
+        # 4. Requeue the tasks of lost workers, tidy up the bucket, and listen for the database's notifications.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
         loops = sweep_forever(dispatcher), tidying, database.listen()
         retention = _retention(settings, Tasks(queue, videos), videos)
         background = await stack.enter_async_context(_background(*loops, *retention))
 
-        # 4. Run the workers. At the end they are given no more jobs, and then stopped.
+        # 5. Run the workers. At the end they are given no more jobs, and then stopped.
         base_url = f"http://{_local_address(listener)}/v2"
         workers = []
         for index in range(settings.workers):
@@ -142,6 +148,7 @@ async def _serve_local(
         supervisions = await stack.enter_async_context(supervising(workers, settings.shutdown_grace))
         stack.callback(platform.drain)
         await _run_until(stopping, [server, *background, *supervisions])
+        log.info("stopping")
 
 
 def _http_server(
@@ -244,7 +251,7 @@ async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[S
 
 
 async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Returns when `stopping` is set. A task that ends earlier ends the run; its error is raised."""
+    """Returns when `stopping` is set or when one of `tasks` ends, whose error is raised."""
     signalled = asyncio.create_task(stopping.wait())
     try:
         done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -252,4 +259,3 @@ async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]
             task.result()
     finally:
         signalled.cancel()
-    log.info("stopping")
