@@ -1,5 +1,6 @@
 """Runs the other programs of this package. No other module of `hunyuan` imports them, and this one only when called."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,9 +28,21 @@ def serve(**overrides: object) -> None:
         LaunchError: the server can't start.
     """
     with _start_errors():
-        from shim.host.serve import main
+        with _without_garbage_collection():
+            from shim.host.serve import main
 
         main(**_given(overrides))
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Imports create objects that stay: collecting them takes a fifth of the time of the imports."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def worker(**overrides: object) -> None:

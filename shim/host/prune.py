@@ -77,4 +77,5 @@ async def _bucket(settings: ShimSettings) -> AsyncIterator[Bucket]:
             yield Bucket(running_gateway(settings.directory / "bucket"))
             return
         store = await stack.enter_async_context(open_bucket(settings, Metrics(data_directory=settings.directory)))
+        await store.started
         yield store.bucket

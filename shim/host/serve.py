@@ -108,6 +108,7 @@ async def _serve_runpod(
             _background(*_retention(settings, Tasks(queue, videos), videos)) as background,
         ):
             await _run_until(stopping, [server, *background])
+            log.info("stopping")
     finally:
         await queue.close()
 
@@ -118,7 +119,7 @@ async def _serve_local(
     """The server, its queue, and the workers of this machine."""
     token = _platform_token(settings)
     async with AsyncExitStack() as stack:
-        # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
+        # 1. Open the queue.
         database = await open_database(settings)
         stack.push_async_callback(database.close)
         instance = await _retry_database(lambda: _claim_instance(settings))
@@ -127,7 +128,6 @@ async def _serve_local(
         videos = StoredVideos(store.bucket)
         dispatcher = _dispatcher(settings, database, videos, metrics)
         outbox = Outbox(database, videos)
-        await _retry_database(lambda: dispatcher.release_workers(f"{instance.instance_id}-"))
 
         # 2. Serve the documented API, and RunPod's worker protocol under /v2.
         platform = Platform(queue, dispatcher, outbox, endpoint_id=ENDPOINT_ID, token=token)
@@ -135,14 +135,20 @@ async def _serve_local(
         server = await stack.enter_async_context(_listening(http_server, listener))
         stack.callback(platform.stop)
 
-        # 3. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
+        # 3. Wait for the bucket, and requeue the tasks of the workers that exited with the last run of this server.
+        await _run_until(stopping, [server, store.started])
+        if stopping.is_set():
+            return
+        await _retry_database(lambda: dispatcher.release_workers(f"{instance.instance_id}-"))
+
+        # 4. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
         retention = _retention(settings, Tasks(queue, videos), videos)
         background = await stack.enter_async_context(
             _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention)
         )
 
-        # 4. Run the workers. At the end they are given no more jobs, and then stopped.
+        # 5. Run the workers. At the end they are given no more jobs, and then stopped.
         base_url = f"http://{_local_address(listener)}/v2"
         workers = []
         for index in range(settings.workers):
@@ -152,6 +158,7 @@ async def _serve_local(
         supervisions = await stack.enter_async_context(supervising(workers, settings.shutdown_grace))
         stack.callback(platform.drain)
         await _run_until(stopping, [server, *background, *supervisions])
+        log.info("stopping")
 
 
 def _http_server(
@@ -274,7 +281,7 @@ async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[S
 
 
 async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Returns when `stopping` is set. A task that ends earlier ends the run; its error is raised."""
+    """Returns when `stopping` is set or when one of `tasks` ends, whose error is raised."""
     signalled = asyncio.create_task(stopping.wait())
     try:
         done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -282,4 +289,3 @@ async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]
             task.result()
     finally:
         signalled.cancel()
-    log.info("stopping")

@@ -16,6 +16,8 @@ import httpx
 import psutil
 from pydantic import HttpUrl, SecretStr
 
+from storage.bucket import Bucket
+from storage.errors import StorageError
 from storage.settings import BucketSettings
 
 START_SECONDS = 120.0
@@ -81,9 +83,20 @@ class Service:
         assert self.process is not None
         assert self.process.poll() is None, f"the server exited:\n{self.log.read_text()}"
         try:
-            return self.http.get("/ready" if until_ready else "/health").status_code == 200
+            up = self.http.get("/ready" if until_ready else "/health").status_code == 200
         except httpx.TransportError:
             return False
+        return up and self._bucket_is_up()
+
+    def _bucket_is_up(self) -> bool:
+        """The server answers while its embedded bucket still starts."""
+        if self._environment.get("BUCKET_ENDPOINT_URL"):
+            return True
+        try:
+            Bucket(self.embedded_bucket(), attempts=1).check()
+        except StorageError:
+            return False
+        return True
 
     def stop(self) -> int:
         """Sends SIGTERM and returns the exit code."""
