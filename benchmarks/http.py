@@ -134,11 +134,11 @@ async def _ask(target: Target, streams: _Streams, begin: float, until: float, la
     return failures
 
 
-async def load(target: Target, connections: int, seconds: float) -> Load:
-    """Asks `target` over `connections` connections for `seconds`."""
+async def load(target: Target, connections: int, seconds: float, warm_up: float = _WARM_UP) -> Load:
+    """Asks `target` over `connections` connections for `warm_up`, which does not count, and `seconds`."""
     latencies: list[float] = []
     opened = await asyncio.gather(*(_connect(target, number) for number in range(connections)))
-    begin = time.perf_counter() + _WARM_UP
+    begin = time.perf_counter() + warm_up
     end = begin + seconds
     failures = await asyncio.gather(*(_ask(target, streams, begin, end, latencies) for streams in opened))
     ordered = sorted(latencies) or [float("inf")]

@@ -109,9 +109,9 @@ async def test_500_polls_at_once_all_get_an_answer(bench: Bench) -> None:
     async with serving(app) as address:
         port = int(address.rpartition(":")[2])
         for path in (f"/status/{task_id}", "/health"):
-            measured = await load(Target(port, path), connections=500, seconds=1.0)
+            measured = await load(Target(port, path), connections=500, seconds=1.0, warm_up=0)
             assert measured.failures == 0
-            assert measured.requests_per_second > 0
+            assert measured.requests_per_second >= 500, "each connection has at least one answer"
         async with httpx.AsyncClient(base_url=address) as http:
             status, health = [(await http.get(path)).json() for path in (f"/status/{task_id}", "/health")]
     assert (status["status"], status["queue_position"]) == ("processing", 1)
