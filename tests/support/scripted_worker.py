@@ -1,7 +1,8 @@
 """`python -m tests.support.scripted_worker`: the worker with its SDK loop, bucket and ffmpeg, and the scripted model.
 
-It writes a note (a line of JSON) for each `rendering`, with the time of its last lookup of the manifest, and for each
-`stored` manifest.
+It writes a note (a line of JSON) for each `rendering`, with the time of its last lookup of the manifest, for each
+`uploading` of a video that begins, and for each `stored` manifest. A step hangs while the file `hang-PID` is beside
+the notes.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from handler.__main__ import exit_on_sigterm
 from handler.report import Reporter
@@ -45,15 +48,26 @@ class NotedBucket(Bucket):
         self._last_lookup = ("", 0.0)
 
     def get_bytes(self, key: str) -> bytes:
-        self._last_lookup = (PurePosixPath(key).stem, time.time())
+        self._last_lookup = (_task_id(key), time.time())
         return super().get_bytes(key)
 
-    def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
-        super().put_bytes(body, key, content_type=content_type)
-        self._notes.add("stored", PurePosixPath(key).stem, time.time())
+    def put_file(self, path: Path, key: str, **options: Any) -> None:
+        if path.suffix == ".mp4":
+            self._notes.add("uploading", _task_id(key), time.time())
+        super().put_file(path, key, **options)
+
+    def put_bytes(self, body: bytes, key: str, **options: Any) -> None:
+        super().put_bytes(body, key, **options)
+        self._notes.add("stored", _task_id(key), time.time())
 
     def note_rendering(self) -> None:
         self._notes.add("rendering", *self._last_lookup)
+
+
+def _task_id(key: str) -> str:
+    """The task of an object: the UUID in its key, or the name of the file."""
+    found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", key)
+    return found[0] if found else PurePosixPath(key).stem
 
 
 def main() -> None:
@@ -61,6 +75,7 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--step-seconds", type=float, default=0.1)
     parser.add_argument("--answer-timeout", type=float, default=150.0)
+    parser.add_argument("--varied", action="store_true", help="other bytes in each attempt")
     parser.add_argument("--silent", action="store_true", help="send no progress")
     arguments = parser.parse_args()
     sys.argv[1:] = []  # the SDK parses them, too
@@ -71,13 +86,16 @@ def main() -> None:
     assert named is not None
     assert settings.platform_key is not None
     bucket = NotedBucket(named, Notes(arguments.notes))
+    hang = arguments.notes.with_name(f"hang-{os.getpid()}")
 
     def before_step(step: int) -> None:
         if step == 0:
             bucket.note_rendering()
         time.sleep(arguments.step_seconds)
+        while hang.exists():
+            time.sleep(0.05)
 
-    model = ScriptedModel(before_step)
+    model = ScriptedModel(before_step, varied=arguments.varied)
     url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "")
     with Reporter(url or None, key=settings.platform_key.get_secret_value(), model=model.name) as reporter:
         reporter.ready(model, {})
