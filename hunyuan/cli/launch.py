@@ -43,6 +43,18 @@ def worker(**overrides: object) -> None:
         main(**_given(overrides))
 
 
+def downgrade_queue(revision: str) -> None:
+    """Migrates the queue's database back to `revision`.
+
+    Raises:
+        LaunchError: a setting is wrong, a server is running, or the database can't be downgraded.
+    """
+    with _start_errors():
+        from shim.host.downgrade import main
+
+        main(revision)
+
+
 def _given(overrides: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in overrides.items() if value is not None}
 

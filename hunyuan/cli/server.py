@@ -1,4 +1,4 @@
-"""`hunyuan serve`, `hunyuan worker` and `hunyuan demo`: commands that start a process."""
+"""`hunyuan serve`, `worker`, `demo` and `downgrade-queue`: commands of the server and its workers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,17 @@ def worker(
         launch.worker(HUNYUAN_PLATFORM_URL=platform, HUNYUAN_PLATFORM_TOKEN=token)
     except launch.LaunchError as exc:
         fail(str(exc), ExitCode(exc.exit_code))
+
+
+def downgrade_queue(
+    revision: Annotated[str, typer.Argument(help="The older release's revision, which its error text names: 0002.")],
+) -> None:
+    """Migrate the queue's database back, before you install an older release. Stop all servers first."""
+    try:
+        launch.downgrade_queue(revision)
+    except launch.LaunchError as exc:
+        fail(str(exc), ExitCode(exc.exit_code))
+    typer.echo(f"The database is at revision {revision}. Install the older release and start it.")
 
 
 def demo(

@@ -64,7 +64,7 @@ async def _serve(settings: ShimSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with AsyncExitStack() as stack:
-        stack.enter_context(_locked_data_directory(settings))
+        stack.enter_context(locked_data_directory(settings))
         listener = stack.enter_context(_listen(settings))
         metrics = Metrics(data_directory=settings.directory)
         store = await stack.enter_async_context(open_bucket(settings, metrics))
@@ -149,8 +149,7 @@ def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos
 
 
 async def _open_database(settings: ShimSettings) -> Database:
-    named = settings.database_url
-    url = named.get_secret_value() if named is not None else f"sqlite:///{settings.directory}/queue.sqlite3"
+    url = settings.queue_url
     return await _retry_database(lambda: Database.open(url, worker_timeout=settings.worker_timeout))
 
 
@@ -172,7 +171,7 @@ async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:
 
 
 @contextmanager
-def _locked_data_directory(settings: ShimSettings) -> Iterator[None]:
+def locked_data_directory(settings: ShimSettings) -> Iterator[None]:
     """Locks the data directory: one server at a time uses its queue and its bucket."""
     try:
         settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import boto3
+import httpx
 import psycopg
 
 from contract.result import Manifest
@@ -83,7 +84,11 @@ def _wrong_videos(system: System, record: Record) -> list[str]:
         except ObjectNotFoundError as exc:
             wrong.append(f"{task_id} is completed but not stored: {exc}")
             continue
-        served = system.shims[0].service.http.get(f"/videos/{task_id}.mp4").content
+        try:
+            served = system.shims[0].service.http.get(f"/videos/{task_id}.mp4").content
+        except httpx.TransportError as exc:
+            wrong.append(f"{task_id} is completed and can't be downloaded: {exc}")
+            continue
         sums = {manifest.sha256, hashlib.sha256(served).hexdigest(), record.downloaded.get(task_id)}
         if len(sums) > 1 or len(served) != status["file_size"]:
             wrong.append(f"{task_id}: manifest, served and first download differ: {sums}, {len(served)} of {status}")
