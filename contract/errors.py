@@ -1,7 +1,7 @@
 """Why a request or a job failed, in the shape clients read."""
 
 from enum import StrEnum
-from typing import Self
+from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,3 +42,7 @@ class JobFailure(BaseModel):
                 error="Video generation failed; the worker's log has the details",
                 error_code=ErrorCode.GENERATION_FAILED,
             )
+
+
+#: The failure of a task that a client cancelled.
+TASK_CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import InvalidInputError, JobInput, check_offered, num_frames, parse_input
-from contract.result import JobResult, Manifest, Progress, Stage
+from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
-from handler.store import JobStore
+from handler.store import NOT_STORED, JobStore
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.work_dir import WorkDirError, job_directory
 from storage.bucket import Bucket
@@ -120,7 +120,7 @@ class Worker:
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
 
-        # 2. Return the manifest of an earlier attempt
+        # 2. Return the verdict of an earlier attempt
         videos = Videos(self._bucket_for(job))
         store = JobStore(
             videos,
@@ -130,10 +130,10 @@ class Worker:
             cancelled=cancelled,
             keep_alive=meter.keep_alive,
         )
-        finished = store.find()
-        if finished is not None:
-            log.info("the bucket has this task's manifest already; not rendering it again")
-            return videos.result(finished)
+        verdict = store.find()
+        if verdict is not None:
+            log.info("the bucket says already that this task is %s; not rendering it", verdict.status)
+            return videos.result(_completed(verdict))
 
         # 3. Render, encode and store
         image = self._image(job_input)
@@ -143,8 +143,8 @@ class Worker:
             target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
             self._render(job_input, image, seed, target, meter, cancelled)
             meter.reach(Stage.STORING, 0.0)
-            manifest = store.put(
-                target.video, target.poster, lambda: self._manifest(job.task_id, job_input, seed, target, meter)
+            manifest = _completed(
+                store.put(target.video, target.poster, lambda: self._manifest(store, job_input, seed, target, meter))
             )
         log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
         return videos.result(manifest)
@@ -161,9 +161,10 @@ class Worker:
             log.error("ffmpeg failed to encode the frames: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
 
-    def _manifest(self, task_id: str, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
+    def _manifest(self, store: JobStore, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
         return Manifest(
-            task_id=task_id,
+            task_id=store.task_id,
+            **store.keys,
             input=job_input.without_data(),
             model=self._model.name,
             attention=self._model.attention,
@@ -200,6 +201,13 @@ class Worker:
         return self._bucket
 
 
+def _completed(verdict: Verdict) -> Manifest:
+    """The manifest. Raises JobError for a task that has failed or was cancelled."""
+    if isinstance(verdict, Tombstone):
+        raise JobError(verdict.failure)
+    return verdict
+
+
 def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledError:
     """What `Worker.run` raises for `exc`. Logs the details that the client must not see."""
     match exc:
@@ -211,7 +219,7 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
             log.error("the bucket failed; HUNYUAN_STORE_PATIENCE sets how long uploads are retried: %s", exc)
             # Only the owner of the bucket can act on the details.
             detail = f": s3Config: {exc}" if job.s3_config is not None else ""
-            return JobError.of(ErrorCode.STORAGE_UNAVAILABLE, f"The video could not be stored{detail}")
+            return JobError.of(NOT_STORED.error_code, f"{NOT_STORED.error}{detail}")
         case WorkDirError():
             log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)
             return JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")

@@ -1,17 +1,19 @@
-"""Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket every finished video."""
+"""Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket a verdict of every ended one."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import anyio.to_thread
 
 from contract.job import JobInput
 from contract.log_fields import bind
-from contract.result import JobResult, Manifest, Stage
+from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
 from shim.estimates import estimated_time
 from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
 from storage import layout
-from storage.bucket import Bucket
+from storage.bucket import Bucket, ObjectInfo
 from storage.errors import StorageError
 from storage.videos import Videos
 
@@ -34,20 +36,34 @@ class StoredVideos:
     """`storage.videos.Videos` for coroutines: each call runs in a thread."""
 
     def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self._videos = Videos(bucket)
-
-    async def find(self, task_id: str) -> Manifest | None:
-        return await anyio.to_thread.run_sync(self._videos.find, task_id)
 
     async def find_result(self, task_id: str) -> JobResult | None:
         return await anyio.to_thread.run_sync(self._videos.find_result, task_id)
 
-    async def discard(self, task_id: str) -> None:
-        """Deletes a cancelled task's objects; logs a warning if the bucket is unavailable."""
-        try:
-            await anyio.to_thread.run_sync(self._videos.discard, task_id)
-        except StorageError as exc:
-            log.warning("cannot delete the cancelled task's objects, delete them from the bucket by hand: %s", exc)
+    async def find_verdict(self, task_id: str) -> Verdict | None:
+        return await anyio.to_thread.run_sync(self._videos.find_verdict, task_id)
+
+    async def settle(self, job: JobSnapshot) -> None:
+        """Makes the bucket agree with an ended job: its verdict, and no objects of other attempts."""
+        if job.result is not None:
+            await anyio.to_thread.run_sync(self._videos.keep_only, job.result)
+        elif job.failure is not None and job.state is not JobState.COMPLETED:
+            tombstone = Tombstone.of(job.task_id, job.failure, cancelled=job.state is JobState.CANCELLED)
+            await anyio.to_thread.run_sync(self._videos.bury, tombstone)
+
+    async def reopen(self, task_id: str) -> None:
+        """Deletes the tombstone of a failed job that will be rendered again."""
+        await anyio.to_thread.run_sync(self._videos.reopen, task_id)
+
+    async def list_objects(self, start_after: str, limit: int) -> Sequence[ObjectInfo]:
+        """The next objects of tasks, in the order of their keys."""
+        listing = partial(self._bucket.list_objects, layout.PREFIX, start_after=start_after, limit=limit)
+        return await anyio.to_thread.run_sync(listing)
+
+    async def delete(self, key: str) -> None:
+        await anyio.to_thread.run_sync(self._bucket.delete, key)
 
 
 class Tasks:
@@ -82,8 +98,15 @@ class Tasks:
         if job is None:
             return await self.find(task_id)
         if job.state is JobState.CANCELLED:
-            await self._videos.discard(task_id)
+            await self._bury(job)
         return job
+
+    async def _bury(self, job: JobSnapshot) -> None:
+        """Stores that the task was cancelled, so that its worker stops. The outbox does so again until it succeeds."""
+        try:
+            await self._videos.settle(job)
+        except StorageError as exc:
+            log.warning("cannot store yet that this task was cancelled, its objects remain until then: %s", exc)
 
     async def find(self, task_id: str) -> JobSnapshot:
         """The task as it is now, from the queue, or from the bucket if the queue has deleted it.
@@ -113,7 +136,11 @@ class Tasks:
             return job
 
     async def _stored(self, task_id: str) -> JobSnapshot | None:
-        manifest = await self._videos.find(task_id)
-        if manifest is None:
-            return None
-        return JobSnapshot(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
+        verdict = await self._videos.find_verdict(task_id)
+        match verdict:
+            case None:
+                return None
+            case Manifest():
+                return JobSnapshot(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=verdict)
+            case Tombstone():
+                return JobSnapshot(task_id, JobState(verdict.status), failure=verdict.failure)

@@ -23,7 +23,6 @@ from contract.result import Manifest
 from shim.api.dependencies import GetServices, Services
 from shim.api.documented import error_responses
 from shim.errors import ApiError, ServerErrorCode
-from storage import layout
 
 #: Seconds for which a presigned URL is valid: enough for clocks that differ by minutes. The URL stays in this process,
 #: and a download may take longer, because only the start of a request needs a valid URL.
@@ -114,7 +113,7 @@ async def video(file_name: str, request: Request, services: GetServices) -> Resp
     if wanted is not None:
         headers["Content-Range"] = f"bytes {wanted.start}-{wanted.end}/{manifest.file_size}"
     headers["Content-Length"] = str((wanted or whole).length)
-    source = StoredVideo(services, task_id)
+    source = StoredVideo(services, manifest)
     if request.method == "HEAD":
         await source.check()
         return Response(status_code=status, headers=headers, media_type="video/mp4")
@@ -177,11 +176,11 @@ class VideoResponse(StreamingResponse):
 class StoredVideo:
     """One video in the bucket, read through presigned URLs."""
 
-    def __init__(self, services: Services, task_id: str) -> None:
+    def __init__(self, services: Services, manifest: Manifest) -> None:
         self._http = services.bucket_http
         self._bucket = services.bucket
         self._observe = services.metrics.s3_request
-        self._key = layout.video_key(task_id)
+        self._key = manifest.video_key
 
     async def check(self) -> None:
         """Raise ApiError unless the bucket returns the video's head."""

@@ -27,9 +27,11 @@ from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.orphans import Orphans
+from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
-from shim.queue.sweep import sweep_forever
+from shim.queue.sweep import sweep_forever, tidy_bucket_forever
 from shim.settings import ShimSettings
 from shim.tasks import StoredVideos
 
@@ -103,17 +105,20 @@ async def _serve_local(
         database = await _open_database(settings)
         stack.push_async_callback(database.close)
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
-        dispatcher = _dispatcher(settings, database, StoredVideos(store.bucket), metrics)
+        videos = StoredVideos(store.bucket)
+        dispatcher = _dispatcher(settings, database, videos, metrics)
+        outbox = Outbox(database, videos)
         await _retry_database(lambda: dispatcher.release_workers(f"{instance}-"))
 
         # 2. Serve the documented API, and RunPod's worker protocol under /v2.
-        platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
+        platform = Platform(queue, dispatcher, outbox, endpoint_id=ENDPOINT_ID, token=token)
         http_server = _http_server(settings, queue, store, metrics, [platform.router])
         server = await stack.enter_async_context(_listening(http_server, listener))
         stack.callback(platform.stop)
 
-        # 3. Requeue the tasks of lost workers, and listen for the database's notifications.
-        background = await stack.enter_async_context(_background(sweep_forever(dispatcher), database.listen()))
+        # 3. Requeue the tasks of lost workers, tidy up the bucket, and listen for the database's notifications.
+        tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
+        background = await stack.enter_async_context(_background(sweep_forever(dispatcher), tidying, database.listen()))
 
         # 4. Run the workers. At the end they are given no more jobs, and then stopped.
         base_url = f"http://{_local_address(listener)}/v2"
@@ -141,7 +146,6 @@ def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos
     return Dispatcher(
         database,
         find_result=videos.find_result,
-        discard=videos.discard,
         max_attempts=settings.max_attempts,
         history_ttl=settings.history_ttl,
         observer=metrics,

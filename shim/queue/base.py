@@ -9,23 +9,21 @@ from typing import Any, Final, Protocol, Self
 
 from pydantic import ValidationError
 
-from contract.errors import ErrorCode, JobFailure
+from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
 from contract.job import JobInput, Resolution
-from contract.result import JobResult, Manifest, Stage
+from contract.result import JobResult, Manifest, Stage, Verdict
 from contract.worker import WorkerReport, WorkerState
+from storage.bucket import ObjectInfo
 
 #: The failure of a job that completed without a manifest in its output.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
 
 #: The failure of a job that a client cancelled.
-CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+CANCELLED: Final = TASK_CANCELLED
 
 #: Reads a finished job's result from the bucket by its task id; None if the bucket has no manifest. Raises StorageError
 #: if the bucket is unavailable, and nothing else.
 FindResult = Callable[[str], Awaitable[JobResult | None]]
-
-#: Deletes a job's objects from the bucket by its task id. Raises nothing.
-Discard = Callable[[str], Awaitable[None]]
 
 #: Jobs of one kind take about the same time to render: model, resolution, duration in seconds.
 RenderKind = tuple[str, Resolution, int]
@@ -175,6 +173,26 @@ class Workers:
     @property
     def _ready_reports(self) -> Sequence[WorkerReport]:
         return [report for report in self.reports if report.state is WorkerState.READY]
+
+
+class TaskObjects(Protocol):
+    """The tasks' objects in the bucket, as the SQL queue needs them. Every method may raise StorageError."""
+
+    async def settle(self, job: JobSnapshot) -> None:
+        """Makes the bucket agree with an ended job: its verdict, and no objects of other attempts."""
+        ...
+
+    async def reopen(self, task_id: str) -> None:
+        """Deletes the tombstone of a failed job that will be rendered again."""
+        ...
+
+    async def find_verdict(self, task_id: str) -> Verdict | None: ...
+
+    async def list_objects(self, start_after: str, limit: int) -> Sequence[ObjectInfo]:
+        """The next objects of tasks, in the order of their keys."""
+        ...
+
+    async def delete(self, key: str) -> None: ...
 
 
 class JobObserver:

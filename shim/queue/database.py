@@ -177,8 +177,11 @@ class Database:
     ) -> int:
         """Moves the waiting and running jobs that `which` selects to a terminal state; returns how many there were.
 
-        Deletes the credentials that came with them, except of failed jobs, which may be retried.
+        Deletes the credentials that came with them, except of failed jobs, which may be retried. A job that ends
+        without a video enters the outbox of the bucket in the same transaction.
         """
+        if state is not JobState.COMPLETED:
+            values["bucket_due_at"] = self.clock()
         if state is not JobState.FAILED:
             values["extras"] = None
         if failure is not None:

@@ -18,7 +18,6 @@ from contract.result import Manifest, Progress
 from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
     NO_VIDEO,
-    Discard,
     FindResult,
     JobObserver,
     JobState,
@@ -28,6 +27,7 @@ from shim.queue.base import (
 )
 from shim.queue.database import Database, fetch_all, fetch_one, upsert
 from shim.queue.lost_jobs import LostJobs, running_on
+from shim.queue.outbox import put_in_outbox
 from shim.queue.schema import jobs, render_times, workers
 
 #: Seconds after which a cancellation is sent to the worker again if the job still runs there.
@@ -60,8 +60,8 @@ class Dispatcher:
 
     A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report,
     progress or ping. When the lease expires, `find_result` looks for the job in the bucket; otherwise the job returns
-    to the front of the queue, and fails after `max_attempts`. `discard` deletes the video of a job that was cancelled
-    but finished anyway. Jobs are deleted `history_ttl` seconds after they ended.
+    to the front of the queue, and fails after `max_attempts`. A job that ended otherwise than its worker says enters
+    the outbox of the bucket. Jobs are deleted `history_ttl` seconds after they ended.
     """
 
     def __init__(
@@ -69,13 +69,11 @@ class Dispatcher:
         database: Database,
         *,
         find_result: FindResult,
-        discard: Discard,
         max_attempts: int = 3,
         history_ttl: float = 7 * 24 * 3600.0,
         observer: JobObserver | None = None,
     ) -> None:
         self._database = database
-        self._discard = discard
         self._history_ttl = history_ttl
         self._observer = observer or JobObserver()
         self._lost_jobs = LostJobs(database, find_result, self.complete, max_attempts, self._observer)
@@ -107,7 +105,7 @@ class Dispatcher:
         async with self._database.write() as connection:
             now = self._database.clock()
             await _save_worker(connection, worker_id, now, WorkerState.READY)
-            await connection.execute(_clear_cancellations(worker_id))
+            await connection.execute(_clear_cancellations(worker_id, now))
             front = await fetch_one(connection, _front_job().with_for_update(skip_locked=True))
             if front is None:
                 return None
@@ -163,12 +161,11 @@ class Dispatcher:
             )
             if completed:
                 await _update_render_times(connection, output)
-            await connection.execute(_clear_cancellations(worker_id, task_id))
-            state = await connection.scalar(select(jobs.c.state).where(jobs.c.task_id == task_id))
+            else:  # the worker may have stored objects after the job's end
+                await connection.execute(put_in_outbox(self._database.clock(), jobs.c.task_id == task_id))
+            await connection.execute(_clear_cancellations(worker_id, self._database.clock(), task_id))
         if completed:
             self._log_completion(worker_id, valid_manifest(output))
-        if state == JobState.CANCELLED:
-            await self._discard(task_id)
         return bool(completed)
 
     def _log_completion(self, worker_id: str, result: Manifest | None) -> None:
@@ -184,7 +181,7 @@ class Dispatcher:
         async with self._database.write(notify=True) as connection:
             which = *running_on(worker_id), jobs.c.task_id == task_id
             failed = await self._database.end_jobs(connection, JobState.FAILED, *which, failure=failure)
-            await connection.execute(_clear_cancellations(worker_id, task_id))
+            await connection.execute(_clear_cancellations(worker_id, self._database.clock(), task_id))
         if failed:
             log.warning("failed with %s on worker %s", failure.error_code, worker_id)
             self._observer.ended(JobState.FAILED, failure=failure)
@@ -243,7 +240,7 @@ class Dispatcher:
         """Deletes a worker whose process has ended and recovers its job, whose attempt may stay uncounted."""
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id == worker_id))
-            await connection.execute(_clear_cancellations(worker_id))
+            await connection.execute(_clear_cancellations(worker_id, self._database.clock()))
         await self._lost_jobs.recover(jobs.c.worker_id == worker_id, count_attempt=count_attempt)
 
     async def release_workers(self, prefix: str) -> None:
@@ -257,7 +254,7 @@ class Dispatcher:
         await self._database.set_clock()
         now = self._database.clock()
         await self._lost_jobs.recover(jobs.c.lease_expires_at < now)
-        ended = jobs.c.finished_at < now - self._history_ttl
+        ended = (jobs.c.finished_at < now - self._history_ttl) & jobs.c.bucket_due_at.is_(None)
         async with self._database.read() as connection:
             old = await fetch_all(connection, select(jobs.c.seq).where(ended).limit(_SWEEP_LIMIT))
         async with self._database.write() as connection:
@@ -298,12 +295,15 @@ async def _read_taking_worker(connection: AsyncConnection, worker_id: str) -> Ro
     return worker
 
 
-def _clear_cancellations(worker_id: str, task_id: str | None = None) -> Update:
-    """The worker has left that job, or every job, and needs no cancellation for it."""
-    statement = update(jobs).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested == true())
+def _clear_cancellations(worker_id: str, now: float, task_id: str | None = None) -> Update:
+    """The worker has left that job, or every job, and needs no cancellation for it.
+
+    The job enters the outbox again: the worker may have stored objects after the cancellation.
+    """
+    which = [jobs.c.worker_id == worker_id, jobs.c.stop_requested == true()]
     if task_id is not None:
-        statement = statement.where(jobs.c.task_id == task_id)
-    return statement.values(stop_requested=False, stop_sent_at=None)
+        which.append(jobs.c.task_id == task_id)
+    return put_in_outbox(now, *which).values(stop_requested=False, stop_sent_at=None)
 
 
 async def _save_worker(

@@ -27,6 +27,7 @@ jobs = Table(
     Column("stop_sent_at", Float),
     Column("idempotency_key", String(64)),  # a digest, see `shim.queue.base.Idempotency`
     Column("fingerprint", String(64)),
+    Column("bucket_due_at", Float),  # when the bucket must be made to agree with the end of the job, see `outbox`
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
@@ -34,6 +35,7 @@ Index("jobs_by_state", jobs.c.state, jobs.c.seq)
 Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 Index("jobs_by_finish", jobs.c.finished_at)
+Index("jobs_by_bucket_due", jobs.c.bucket_due_at)
 Index("jobs_by_idempotency_key", jobs.c.idempotency_key, unique=True)
 
 workers = Table(

@@ -114,6 +114,8 @@ class SqlQueue:
     async def retry(self, task_id: str) -> bool:
         """Queues a failed job again with its attempts reset to 0; False if the job has not failed.
 
+        Call `Outbox.reopen` before: the job's tombstone would stop its next worker.
+
         Raises:
             QueueFullError: the limit of waiting jobs is reached.
         """
@@ -123,7 +125,15 @@ class SqlQueue:
             result = await connection.execute(
                 update(jobs)
                 .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
-                .values(state=JobState.QUEUED, failure=None, attempts=0, progress=0, stage=None, finished_at=None)
+                .values(
+                    state=JobState.QUEUED,
+                    failure=None,
+                    attempts=0,
+                    progress=0,
+                    stage=None,
+                    finished_at=None,
+                    bucket_due_at=None,
+                )
             )
         return result.rowcount > 0
 

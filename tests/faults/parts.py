@@ -161,7 +161,7 @@ class WorkerPart:
         if not self._keeps_id:
             self.worker.worker_id = f"{self.name}-{secrets.token_hex(4)}"
         self.may_end = False
-        self.worker.start("--step-seconds", str(self._step_seconds), "--varied")
+        self.worker.start("--step-seconds", str(self._step_seconds))
 
     def is_up(self) -> bool:
         return self._started.is_up()

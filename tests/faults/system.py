@@ -84,16 +84,14 @@ class System:
 
     def stop(self) -> dict[str, int]:
         """Sends SIGTERM to the workers, then to the servers, then to the store. Returns the exit codes."""
-        codes: dict[str, int] = {}
-        groups: list[list[Part]] = [[*self.workers], [*self.shims], [self.store]]
-        for group in groups:
-            running = [part for part in group if part.is_running()]
-            with ThreadPoolExecutor() as pool:
-                ended = pool.map(lambda part: (part.name, part.terminate()), running)
-                codes.update(ended)
+        codes = self.stop_workers() | _terminate([*self.shims]) | _terminate([self.store])
         for shim in self.shims:
             shim.service.http.close()
         return codes
+
+    def stop_workers(self) -> dict[str, int]:
+        """Sends SIGTERM to the workers, so that each finishes what it does, and returns their exit codes."""
+        return _terminate([*self.workers])
 
     def notes(self) -> list[Note]:
         return read_notes(self.directory / "notes.jsonl")
@@ -108,6 +106,12 @@ class System:
             for part in self.parts
             if part.log.exists()
         )
+
+
+def _terminate(parts: list[Part]) -> dict[str, int]:
+    running = [part for part in parts if part.is_running()]
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(lambda part: (part.name, part.terminate()), running))
 
 
 def _directories(process: psutil.Process) -> str:

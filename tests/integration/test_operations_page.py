@@ -70,7 +70,7 @@ class Machine(Terminal):
         token = (self._data / "platform-token").read_text().strip()
         bucket = self.bucket or self._embedded_bucket()
         worker = WorkerProcess(self.directory, bucket, platform=self.address, token=token)
-        worker.start("--varied")
+        worker.start()
         try:
             eventually("a ready worker", lambda: self._health()["workers"]["ready"], 60)
             yield worker

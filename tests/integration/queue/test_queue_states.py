@@ -79,9 +79,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.last_seen: dict[str, float] = {}
         self.ended = dict.fromkeys((JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED), 0)
         self.queue = SqlQueue(self.database, max_queue_size=MAX_WAITING)
-        self.dispatcher = Dispatcher(
-            self.database, find_result=self.find_result, discard=self.discard, max_attempts=MAX_ATTEMPTS
-        )
+        self.dispatcher = Dispatcher(self.database, find_result=self.find_result, max_attempts=MAX_ATTEMPTS)
         self.run(self.empty())
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
@@ -95,9 +93,6 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def find_result(self, task_id: str) -> JobResult | None:
         return result(task_id) if task_id in self.stored else None
-
-    async def discard(self, task_id: str) -> None:
-        self.stored.discard(task_id)
 
     # What the model does.
 

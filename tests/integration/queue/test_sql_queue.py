@@ -463,24 +463,6 @@ async def test_jobs_are_deleted_history_ttl_after_they_ended(bench: Bench) -> No
     assert await state(bench, waiting) is JobState.QUEUED
 
 
-async def test_the_video_of_a_cancelled_job_that_finished_anyway_is_deleted(database_url: str) -> None:
-    discarded: list[str] = []
-
-    async def discard(task_id: str) -> None:
-        discarded.append(task_id)
-
-    async with sql_bench(database_url, discard=discard) as bench:
-        await bench.worker()
-        cancelled, done = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
-        await bench.take("w1")
-        await bench.queue.cancel(cancelled)
-        await bench.take("w2")
-        for worker_id, task_id in (("w1", cancelled), ("w2", done)):
-            await bench.dispatcher.complete(worker_id, task_id, result(task_id).model_dump(mode="json"))
-        assert await state(bench, cancelled) is JobState.CANCELLED
-    assert discarded == [cancelled]
-
-
 async def test_a_job_whose_worker_returns_while_it_is_recovered_stays_with_that_worker(database_url: str) -> None:
     """The bucket is read after the lease was found expired and before the job is queued again, which may take long."""
 

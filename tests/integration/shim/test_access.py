@@ -39,7 +39,7 @@ async def running(
     async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=50) as bench:
         await bench.worker(**worker)
         assert isinstance(bench.queue, SqlQueue)
-        platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=0.1)
+        platform = Platform(bench.queue, bench.dispatcher, bench.outbox, endpoint_id="local", token=TOKEN, hold=0.1)
         app = create_app(bench.queue, bucket or Bucket(NOWHERE), access=access, routers=[platform.router])
 
         @app.get("/added-later")

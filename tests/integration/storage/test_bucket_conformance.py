@@ -10,6 +10,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -104,6 +105,20 @@ def test_a_presigned_url_reads_without_credentials(bucket: Bucket, stored: str) 
     url = bucket.presign(stored, expires_in=60)
     assert httpx.get(url).content == BODY
     assert httpx.head(bucket.presign(stored, method="HEAD")).headers["content-length"] == str(len(BODY))
+
+
+def test_keys_are_listed_page_by_page_in_their_order(bucket: Bucket) -> None:
+    names = [f"listed/task-{number}/{name}.mp4" for number in range(3) for name in "ab"]
+    for name in (*names, "listed/task-0.json", "listing"):
+        bucket.put_bytes(b"x", name, content_type="text/plain")
+    found: list[str] = []
+    while page := bucket.list_keys("listed/", start_after=found[-1] if found else "", limit=3):
+        assert len(page) <= 3
+        found += page
+    assert found == sorted([*names, "listed/task-0.json"])
+    assert bucket.list_keys("listed/task-1/") == names[2:4]
+    modified = bucket.list_objects("listed/task-1/")[0].modified
+    assert abs((datetime.now(UTC) - modified).total_seconds()) < 60
 
 
 @pytest.mark.usefixtures("checks_expiry")
