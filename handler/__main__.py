@@ -50,6 +50,7 @@ def main() -> None:
 
         # 3. Take jobs
         from handler import serverless
+        from handler.watchdog import Watchdog, exit_stuck
         from handler.worker import Worker
 
         worker = Worker(
@@ -58,11 +59,20 @@ def main() -> None:
             version=version(_DISTRIBUTION),
             work_dir=settings.work_dir,
             store_policy=RetryPolicy(total=settings.store_patience),
+            watchdog=Watchdog(
+                stall_timeout=settings.stall_timeout,
+                render_timeout=settings.render_timeout,
+                on_stall=reporter.stalled,
+                on_stuck=exit_stuck,
+                ends_process=True,
+            ),
         )
         has_platform = settings.job_url is not None
         if has_platform and settings.log_format is LogFormat.JSON:
             serverless.capture_sdk_logs()
-        serverless.serve(worker, send_progress=has_platform, on_stop=reporter.stopping)
+        serverless.serve(
+            worker, send_progress=has_platform, on_stop=reporter.stopping, releases_stalled=url is not None
+        )
 
 
 def exit_on_sigterm() -> None:

@@ -45,7 +45,8 @@ class _TaskEndedError(Exception):
 class JobStore:
     """Finds and stores the objects of one job.
 
-    Every method blocks, calls `keep_alive` several times a second, and raises RenderCancelledError as soon as
+    Every method blocks, calls `keep_alive` several times a second and `on_progress` when a request begins or waits for
+    its retry, and raises RenderCancelledError as soon as
     `cancelled` is set, even while the S3 server does not answer.
     """
 
@@ -58,6 +59,7 @@ class JobStore:
         policy: RetryPolicy,
         cancelled: Event,
         keep_alive: Callable[[], None],
+        on_progress: Callable[[], None],
     ) -> None:
         self._videos = videos
         self.task_id = task_id
@@ -65,6 +67,7 @@ class JobStore:
         self._policy = policy
         self._cancelled = cancelled
         self._keep_alive = keep_alive
+        self._on_progress = on_progress
         # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
         self._retried_on_upload = StorageError if is_ours else StorageUnavailableError
         #: The latest request. After a cancellation it may still be running.
@@ -148,11 +151,13 @@ class JobStore:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._check_cancelled()
+            self._on_progress()
             self._cancelled.wait(min(left, _POLL_INTERVAL))
 
     def _send(self, call: Callable[[], T]) -> T:
         """`call()` in its own thread, so that a cancelled job need not wait for a server that does not answer."""
         self._check_cancelled()
+        self._on_progress()
         self._request = request = Future[T]()
         _start_thread(partial(_fulfil, request, call), "store")
         while not wait([request], _POLL_INTERVAL).done:

@@ -141,11 +141,21 @@ class Bucket:
             with self._requesting("create_bucket", f"bucket {self.name!r}"):
                 self._client.create_bucket(Bucket=self.name)
 
-    def put_file(self, path: Path, key: str, *, content_type: str) -> None:
-        """Upload the file at `path`. The object becomes visible when it is complete."""
+    def put_file(
+        self, path: Path, key: str, *, content_type: str, on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        """Upload the file at `path`. The object becomes visible when it is complete.
+
+        `on_bytes` gets the number of bytes that were sent since its last call.
+        """
         with self._requesting("put_object", self._named(key)):
             self._client.upload_file(
-                str(path), self.name, key, ExtraArgs={"ContentType": content_type}, Config=_TRANSFER_CONFIG
+                str(path),
+                self.name,
+                key,
+                ExtraArgs={"ContentType": content_type},
+                Callback=on_bytes,
+                Config=_TRANSFER_CONFIG,
             )
 
     def put_bytes(self, body: bytes, key: str, *, content_type: str, only_if_absent: bool = False) -> None:

@@ -6,7 +6,7 @@ verdict key has either that manifest or a tombstone, and whichever is there firs
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,10 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class Videos:
-    """The videos of one bucket, by task id. Every method except `result` sends requests and may raise StorageError."""
+    """The videos of one bucket, by task id. Every method except `result` sends requests and may raise StorageError.
 
-    def __init__(self, bucket: Bucket) -> None:
+    `on_bytes` is called while a file is sent, with the number of bytes since the last call.
+    """
+
+    def __init__(self, bucket: Bucket, *, on_bytes: Callable[[int], None] | None = None) -> None:
         self._bucket = bucket
+        self._on_bytes = on_bytes
 
     def find_verdict(self, task_id: str) -> Verdict | None:
         """How the task ended; None if the bucket has no valid verdict."""
@@ -58,11 +62,13 @@ class Videos:
 
     def put_video(self, task_id: str, attempt: str, path: Path) -> None:
         """Step 1 of storing a task."""
-        self._bucket.put_file(path, layout.video_key(task_id, attempt), content_type="video/mp4")
+        key = layout.video_key(task_id, attempt)
+        self._bucket.put_file(path, key, content_type="video/mp4", on_bytes=self._on_bytes)
 
     def put_poster(self, task_id: str, attempt: str, path: Path) -> None:
         """Step 2 of storing a task."""
-        self._bucket.put_file(path, layout.poster_key(task_id, attempt), content_type="image/jpeg")
+        key = layout.poster_key(task_id, attempt)
+        self._bucket.put_file(path, key, content_type="image/jpeg", on_bytes=self._on_bytes)
 
     def put_manifest(self, manifest: Manifest) -> Verdict:
         """Step 3 of storing a task, which completes it unless it has a verdict. Returns the verdict."""

@@ -9,7 +9,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, literal, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Update,
+    case,
+    delete,
+    exists,
+    func,
+    literal,
+    null,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import JobFailure
@@ -58,10 +72,11 @@ class Delivery:
 class Dispatcher:
     """Hands the jobs in `database` to workers.
 
-    A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report,
-    progress or ping. When the lease expires, `find_result` looks for the job in the bucket; otherwise the job returns
-    to the front of the queue, and fails after `max_attempts`. A job that ended otherwise than its worker says enters
-    the outbox of the bucket. Jobs are deleted `history_ttl` seconds after they ended.
+    A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report or
+    progress, or since its last ping if it sends no reports. When the lease expires, `find_result` looks for the job in
+    the bucket; otherwise the job returns to the front of the queue, and fails after `max_attempts`. A job that ended
+    otherwise than its worker says enters the outbox of the bucket. Jobs are deleted `history_ttl` seconds after they
+    ended.
     """
 
     def __init__(
@@ -188,33 +203,41 @@ class Dispatcher:
         return bool(failed)
 
     async def report(self, worker_id: str, report: WorkerReport) -> None:
-        """Stores a worker's report and extends its leases. A worker that has stopped is released."""
+        """Stores a worker's report and extends its leases. A worker that has stopped is released.
+
+        A FAILED worker has stopped its render for lack of progress, so its report extends no lease.
+        """
         if report.state is WorkerState.STOPPED:
             await self.release_worker(worker_id, count_attempt=False)
             return
         now = self._database.clock()
         async with self._database.write(notify=report.state is WorkerState.STOPPING) as connection:
             await _save_worker(connection, worker_id, now, report.state, report.model_dump(mode="json"))
-            await self._extend_leases(connection, worker_id, now)
+            if report.state is not WorkerState.FAILED:
+                await self._extend_leases(connection, worker_id, now)
 
     async def ping(self, worker_id: str, task_ids: Collection[str]) -> None:
         """Extends the leases of the jobs that the SDK's ping names.
 
-        The SDK pings from a separate process, which can outlive the worker, so a ping does not make a worker ready.
+        The SDK pings from a separate process, which goes on while the worker hangs. So a ping does not make a worker
+        ready, and extends no lease of a worker that sends reports: those come from the worker itself.
         """
         if not task_ids:
             return
         now = self._database.clock()
         named = jobs.c.task_id.in_(task_ids)
+        sends_reports = exists().where(workers.c.worker_id == worker_id, workers.c.report.is_not(null()))
         async with self._database.write() as connection:
             await connection.execute(
                 update(workers)
                 .where(
-                    workers.c.worker_id == worker_id, select(jobs.c.seq).where(*running_on(worker_id), named).exists()
+                    workers.c.worker_id == worker_id,
+                    workers.c.report.is_(null()),
+                    select(jobs.c.seq).where(*running_on(worker_id), named).exists(),
                 )
                 .values(last_seen=now)
             )
-            await self._extend_leases(connection, worker_id, now, named)
+            await self._extend_leases(connection, worker_id, now, named, ~sends_reports)
 
     async def pending_cancellations(self, worker_id: str) -> list[str]:
         """The jobs that this worker must cancel now. Each is returned again after 2 seconds while it still runs.

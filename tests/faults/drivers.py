@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from contract.worker import WorkerExit
 from tests.faults.forms import KINDS, NOT_YET, Form
 from tests.faults.parts import WORKER_TIMEOUT, Part, ShimPart, WorkerPart
 from tests.faults.system import System
@@ -83,7 +84,7 @@ class Driver(threading.Thread):
         """Starts a part that is not running, as a supervisor does. Only a hung worker may have ended by itself."""
         with part.lock:
             if not part.is_running():
-                if not (isinstance(part, WorkerPart) and part.may_end):
+                if not (isinstance(part, WorkerPart) and part.is_stuck()):
                     self.violations.append(f"{part.name} ended by itself")
                 part.start()
 
@@ -123,14 +124,15 @@ class Signals(Driver):
                 return
             if kind == _KILL:
                 part.kill()
-            elif code := part.terminate():
+            elif (code := part.terminate()) not in (0, WorkerExit.RENDER_STUCK):
                 self.violations.append(f"{part.name} ended with code {code} after SIGTERM")
             time.sleep(self._seconds() / 2)
             part.start()
 
     def _freeze(self, part: Part) -> None:
         seconds = self._seconds()
-        if part in self._system.workers and self._chance.random() < self._form.long_freezes:
+        is_late = isinstance(part, WorkerPart) and part.stall_timeout > 2 * WORKER_TIMEOUT
+        if is_late and self._chance.random() < self._form.long_freezes:
             seconds = 1.5 * WORKER_TIMEOUT
         part.freeze()
         try:

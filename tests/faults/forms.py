@@ -51,5 +51,5 @@ class Form:
     repeats: bool
 
 
-SHORT = Form("short", tasks=24, machines_tasks=12, clients=14, longest_fault=1.5, long_freezes=0.0, repeats=False)
+SHORT = Form("short", tasks=20, machines_tasks=8, clients=12, longest_fault=1.5, long_freezes=0.0, repeats=False)
 FULL = Form("full", tasks=300, machines_tasks=60, clients=24, longest_fault=5.0, long_freezes=0.25, repeats=True)

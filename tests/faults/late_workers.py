@@ -9,28 +9,33 @@ from pathlib import Path
 import psutil
 
 from tests.faults.drivers import Driver, Fault, skipped
-from tests.faults.parts import STALL_TIMEOUT, WORKER_TIMEOUT, WorkerPart
+from tests.faults.parts import WORKER_TIMEOUT, WorkerPart
 from tests.support.fault_proxy import Faults
 
 #: Seconds to wait for the moment of a fault: a worker that encodes, or that begins an upload.
 _MOMENT = 10.0
-#: Seconds within which a hung render, or its worker, has ended: the timeout, and twice the time to notice and to stop.
-_HUNG_SECONDS = 3 * STALL_TIMEOUT + 20.0
+#: Seconds within which a hung render, or its worker, has ended after the worker's stall timeout.
+_END_SECONDS = 30.0
 #: Steps of a server's wall clock: a correction by NTP, a resumed virtual machine, a wrong time zone.
 _STEPS = (90.0, -90.0, 3600.0, -3600.0)
 
 
-class LateWorkers(Driver):
-    """Hangs the encoder or a model step of a worker, or cuts a worker off as its upload begins."""
+class HungRenders(Driver):
+    """Hangs the encoder or a model step of a worker."""
 
     def _bag(self) -> list[Fault]:
-        return [self._hang_encoder, self._hang_step, self._cut_off]
+        return [self._hang_encoder, self._hang_step]
+
+    @property
+    def _workers(self) -> list[WorkerPart]:
+        """The workers that notice a hung render soon."""
+        return [worker for worker in self._system.workers if worker.stall_timeout <= WORKER_TIMEOUT]
 
     def _hang_encoder(self) -> None:
         """SIGSTOP to ffmpeg. Mild form: SIGCONT after some seconds."""
         deadline = time.monotonic() + _MOMENT
         while time.monotonic() < deadline and not self._stopped.wait(0.02):
-            for worker in self._chance.sample(self._system.workers, k=len(self._system.workers)):
+            for worker in self._workers:
                 encoder = _encoder(worker)
                 if encoder is not None:
                     self._hang(worker, encoder)
@@ -39,7 +44,6 @@ class LateWorkers(Driver):
     def _hang(self, worker: WorkerPart, encoder: psutil.Process) -> None:
         kind = "encoder hung"
         pid = worker.pid()
-        worker.may_end = not skipped(kind)
         try:
             encoder.suspend()
             self._count(kind, worker.name)
@@ -54,10 +58,9 @@ class LateWorkers(Driver):
     def _hang_step(self) -> None:
         """A step of the model does not return. Mild form: it returns after some seconds."""
         kind = "model step hung"
-        worker = self._chance.choice(self._system.workers)
+        worker = self._chance.choice(self._workers)
         pid = worker.pid()
         hang = self._system.directory / f"hang-{pid}"
-        worker.may_end = not skipped(kind)
         self._count(kind, worker.name)
         hang.touch()
         try:
@@ -66,8 +69,8 @@ class LateWorkers(Driver):
             else:
                 rendering = len(self._renders(pid))
                 deadline = time.monotonic() + _MOMENT
-                while len(self._renders(pid)) == rendering and time.monotonic() < deadline:
-                    time.sleep(0.05)
+                while len(self._renders(pid)) == rendering and time.monotonic() < deadline and worker.pid() == pid:
+                    self._stopped.wait(0.05)
                 if len(self._renders(pid)) > rendering:
                     self._await_end(kind, worker, pid, lambda: False)
         finally:
@@ -78,17 +81,25 @@ class LateWorkers(Driver):
 
     def _await_end(self, kind: str, worker: WorkerPart, pid: int | None, has_ended: Callable[[], bool]) -> None:
         """Waits until the hung render or its worker has ended."""
-        deadline = time.monotonic() + _HUNG_SECONDS
+        seconds = worker.stall_timeout + _END_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if has_ended() or worker.pid() != pid:
                 self._restart_if_ended(worker)
                 return
             time.sleep(0.1)
-        self.violations.append(f"{kind}: the render of {worker.name} still ran after {_HUNG_SECONDS:.0f} s")
+        self.violations.append(f"{kind}: the render of {worker.name} still ran after {seconds:.0f} s")
         with worker.lock:
             if worker.pid() == pid:
                 worker.kill()
                 worker.start()
+
+
+class Partitions(Driver):
+    """Cuts one worker off as its upload begins."""
+
+    def _bag(self) -> list[Fault]:
+        return [self._cut_off]
 
     def _cut_off(self) -> None:
         """One worker loses bucket and server as its upload begins, and returns after its lease has expired.
@@ -101,7 +112,7 @@ class LateWorkers(Driver):
         while time.monotonic() < deadline and not self._stopped.wait(0.01):
             uploading = {note.pid for note in self._system.notes()[before:] if note.event == "uploading"}
             for worker in self._system.workers:
-                if worker.pid() in uploading:
+                if worker.stall_timeout > 2 * WORKER_TIMEOUT and worker.pid() in uploading:
                     self._count(kind, worker.name)
                     self._partition(worker, self._seconds() if skipped(kind) else 1.5 * WORKER_TIMEOUT)
                     return

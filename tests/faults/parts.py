@@ -14,6 +14,7 @@ from typing import Protocol
 import httpx
 from pydantic import HttpUrl
 
+from contract.worker import WorkerExit
 from shim.host.gateway import EmbeddedBucket
 from shim.settings import child_environment
 from storage.settings import BucketSettings
@@ -25,8 +26,6 @@ from tests.support.worker_process import WorkerProcess, bucket_environment
 TOKEN = secrets.token_hex(16)
 #: Seconds without a request from a worker after which its lease expires.
 WORKER_TIMEOUT = 15.0
-#: Seconds without progress after which a render has hung.
-STALL_TIMEOUT = 6.0
 #: Less than the number of clients, so that some receive QUEUE_FULL and wait.
 MAX_QUEUE_SIZE = 8
 
@@ -143,14 +142,21 @@ class WorkerPart:
         *,
         keeps_id: bool,
         step_seconds: float,
+        stall_timeout: float,
     ) -> None:
         self.name = name
         self.lock = threading.RLock()
         self.link = link
         self.store_link = store_link
-        #: A worker that is hung may end itself.
-        self.may_end = False
-        self.worker = WorkerProcess(directory, bucket, platform=link.url, token=TOKEN, worker_id=name)
+        self.stall_timeout = stall_timeout
+        self.worker = WorkerProcess(
+            directory,
+            bucket,
+            platform=link.url,
+            token=TOKEN,
+            worker_id=name,
+            settings={"HUNYUAN_STALL_TIMEOUT": str(stall_timeout)},
+        )
         self.log = self.worker.log
         self._keeps_id = keeps_id
         self._step_seconds = step_seconds
@@ -160,7 +166,6 @@ class WorkerPart:
         self._started.starts += 1
         if not self._keeps_id:
             self.worker.worker_id = f"{self.name}-{secrets.token_hex(4)}"
-        self.may_end = False
         self.worker.start("--step-seconds", str(self._step_seconds))
 
     def is_up(self) -> bool:
@@ -168,6 +173,11 @@ class WorkerPart:
 
     def is_running(self) -> bool:
         return self.pid() is not None
+
+    def is_stuck(self) -> bool:
+        """Whether it has ended itself because its render made no progress."""
+        process = self.worker.process
+        return process is not None and process.poll() == WorkerExit.RENDER_STUCK
 
     def pid(self) -> int | None:
         """The id of the running process."""

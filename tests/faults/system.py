@@ -20,6 +20,8 @@ from tests.support.worker_process import Note, read_notes
 
 SHIMS = 2
 WORKERS = 4
+#: HUNYUAN_STALL_TIMEOUT of each worker: short for hung renders, long for a worker that is cut off and comes back late.
+_STALL_TIMEOUTS = (8.0, 8.0, 120.0, 120.0)
 
 
 class System:
@@ -53,6 +55,7 @@ class System:
                 self.store.reached_by(store_link),
                 keeps_id=index < WORKERS // 2,
                 step_seconds=step_seconds,
+                stall_timeout=_STALL_TIMEOUTS[index],
             )
             self.workers.append(worker)
 

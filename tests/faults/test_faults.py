@@ -15,7 +15,7 @@ from tests.faults.checks import ended, orphans, violations
 from tests.faults.clients import Clients, Record
 from tests.faults.drivers import Driver, Network, Signals
 from tests.faults.forms import FULL, KINDS, NOT_YET, SHORT, Form
-from tests.faults.late_workers import Clocks, LateWorkers
+from tests.faults.late_workers import Clocks, HungRenders, Partitions
 from tests.faults.system import System, running_system
 from tests.support.service import eventually
 
@@ -76,19 +76,18 @@ def test_every_task_ends_once_as_completed_or_with_a_true_error_whatever_breaks(
     before = ended(system)
     numbers = range(form.machines_tasks, form.machines_tasks + form.tasks)
     clients = Clients(form.clients, numbers, system.addresses, seed, cancels=True)
-    drivers: list[Driver] = [
-        kind(kind.__name__, system, form, seed) for kind in (Signals, Network, LateWorkers, Clocks)
-    ]
+    kinds_of_driver = (Signals, HungRenders, Partitions, Network, Clocks)
+    drivers: list[Driver] = [kind(kind.__name__, system, form, seed) for kind in kinds_of_driver]
     started = time.monotonic()
     for driver in drivers:
         driver.start()
-    late = [drivers[0], drivers[2]]
     while (
-        any(driver.is_alive() for driver in late)
+        any(driver.is_alive() for driver in drivers[:3])
         and clients.left() > form.tasks // 50
         and time.monotonic() - started < MAX_FAULT_SECONDS
     ):
-        late[0].join(0.2)
+        drivers[0].join(0.2)
+        time.sleep(0.1)
     for driver in drivers:
         driver.stop()
     drivers[0].restart_ended()

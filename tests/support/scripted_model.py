@@ -20,7 +20,8 @@ STEPS = 4
 class ScriptedModel:
     """Renders a still picture of 64x36 with random colours.
 
-    `before_step` is called before each denoising step and may raise.
+    `before_step` is called before each denoising step and may raise, and `before_frames` before each chunk of frames,
+    with the number of frames that are left.
     """
 
     name = "scripted"
@@ -32,6 +33,7 @@ class ScriptedModel:
 
     def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step
+        self.before_frames: Callable[[int], None] = lambda _: None
         self.missing_frames = missing_frames
         self.rendered: list[tuple[JobInput, int]] = []
         self.images: list[Image.Image | None] = []
@@ -60,6 +62,7 @@ class ScriptedModel:
         tiles = np.frombuffer(os.urandom(4 * 4 * 3), dtype=np.uint8).reshape(4, 4, 3)
         picture = tiles.repeat(9, axis=0).repeat(16, axis=1)
         while left > 0:
+            self.before_frames(left)
             yield np.repeat(picture[None], min(left, 8), axis=0)
             left -= 8
 

@@ -8,6 +8,7 @@ the notes.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from handler.__main__ import exit_on_sigterm
 from handler.report import Reporter
 from handler.serverless import serve
 from handler.settings import WorkerSettings
+from handler.watchdog import Watchdog, exit_stuck
 from handler.worker import Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings, bucket_settings
@@ -76,6 +78,9 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--step-seconds", type=float, default=0.1)
     parser.add_argument("--answer-timeout", type=float, default=150.0)
+    parser.add_argument("--frame-seconds", type=float, default=0.0, help="seconds before each chunk of frames")
+    parser.add_argument("--hang", type=Path, help="the first step does not end while this file exists")
+    parser.add_argument("--hold-gil", action="store_true", help="the first step blocks the interpreter for 10 minutes")
     parser.add_argument("--silent", action="store_true", help="send no progress")
     arguments = parser.parse_args()
     sys.argv[1:] = []  # the SDK parses them, too
@@ -91,19 +96,32 @@ def main() -> None:
     def before_step(step: int) -> None:
         if step == 0:
             bucket.note_rendering()
+            while arguments.hang is not None and arguments.hang.exists():
+                time.sleep(0.05)
+            if arguments.hold_gil:
+                ctypes.PyDLL(None).sleep(600)
         time.sleep(arguments.step_seconds)
         while hang.exists():
             time.sleep(0.05)
 
     model = ScriptedModel(before_step)
+    model.before_frames = lambda _: time.sleep(arguments.frame_seconds)
     url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "")
     with Reporter(url or None, key=settings.platform_key.get_secret_value(), model=model.name) as reporter:
         reporter.ready(model, {})
+        watchdog = Watchdog(
+            stall_timeout=settings.stall_timeout,
+            render_timeout=settings.render_timeout,
+            on_stall=reporter.stalled,
+            on_stuck=exit_stuck,
+            ends_process=True,
+        )
         serve(
-            Worker(model, bucket, version="0", work_dir=settings.work_dir),
+            Worker(model, bucket, version="0", work_dir=settings.work_dir, watchdog=watchdog),
             send_progress=not arguments.silent,
             on_stop=reporter.stopping,
             answer_timeout=arguments.answer_timeout,
+            releases_stalled=True,
         )
 
 

@@ -94,8 +94,8 @@ def test_the_manifest_is_written_last(bench: Bench) -> None:
     written: list[str] = []
 
     class Recording(Bucket):
-        def put_file(self, path: Path, key: str, *, content_type: str) -> None:
-            super().put_file(path, key, content_type=content_type)
+        def put_file(self, path: Path, key: str, **options: Any) -> None:
+            super().put_file(path, key, **options)
             written.append(key)
 
         def put_bytes(self, body: bytes, key: str, **options: Any) -> None:
@@ -242,11 +242,11 @@ def test_storing_is_retried_until_the_bucket_is_available(bench: Bench) -> None:
     class UnavailableAtFirst(Bucket):
         refusals = 2
 
-        def put_file(self, path: Path, key: str, *, content_type: str) -> None:
+        def put_file(self, path: Path, key: str, **options: Any) -> None:
             if self.refusals:
                 self.refusals -= 1
                 raise StorageUnavailableError("unavailable")
-            super().put_file(path, key, content_type=content_type)
+            super().put_file(path, key, **options)
 
     bench.bucket = UnavailableAtFirst(bench.bucket._settings)
     bench.store_seconds = 30.0

@@ -77,6 +77,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.jobs: dict[str, Expected] = {}
         self.keys: dict[str, tuple[str, bool]] = {}
         self.last_seen: dict[str, float] = {}
+        self.sending_reports: set[str] = set()
         self.ended = dict.fromkeys((JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED), 0)
         self.queue = SqlQueue(self.database, max_queue_size=MAX_WAITING)
         self.dispatcher = Dispatcher(self.database, find_result=self.find_result, max_attempts=MAX_ATTEMPTS)
@@ -141,6 +142,7 @@ class QueueMachine(RuleBasedStateMachine):
     def a_worker_reports(self, worker: str) -> None:
         self.run(self.dispatcher.report(worker, WorkerReport(state=WorkerState.READY, model="scripted")))
         self.last_seen[worker] = self.clock.now
+        self.sending_reports.add(worker)
         for job in self.running_on(worker):
             job.lease = self.clock.now + LEASE
 
@@ -214,6 +216,7 @@ class QueueMachine(RuleBasedStateMachine):
         for worker, delivery in deliveries.items():
             if delivery is None:
                 self.run(self.dispatcher.report(worker, WorkerReport(state=WorkerState.READY, model="scripted")))
+                self.sending_reports.add(worker)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), percent=st.integers(0, 99))
@@ -231,7 +234,7 @@ class QueueMachine(RuleBasedStateMachine):
         job = self.any_job(data)
         worker = self.any_worker(data, job)
         self.run(self.dispatcher.ping(worker, [job.task_id]))
-        if job.is_running and job.worker == worker:
+        if job.is_running and job.worker == worker and worker not in self.sending_reports:
             job.lease = self.clock.now + LEASE
             if worker in self.last_seen:
                 self.last_seen[worker] = self.clock.now
@@ -296,6 +299,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run(self.dispatcher.release_worker(worker, count_attempt=count_attempt))
         self.recover(*lost, count_attempt=count_attempt)
         self.last_seen.pop(worker, None)
+        self.sending_reports.discard(worker)
 
     @rule()
     def expired_leases_are_swept(self) -> None:

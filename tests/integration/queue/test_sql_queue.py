@@ -140,6 +140,23 @@ async def test_progress_a_report_and_a_ping_each_extend_the_lease(bench: Bench, 
     assert await state(bench, task_id) is JobState.RUNNING
 
 
+@pytest.mark.parametrize("state_reported", [None, WorkerState.FAILED])
+async def test_only_reports_of_a_worker_that_renders_keep_its_lease(
+    bench: Bench, state_reported: WorkerState | None
+) -> None:
+    """The SDK's pings go on while the worker hangs, and a FAILED worker has given up its render."""
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take("w1")
+    await bench.worker("w1")
+    for _ in range(2):
+        bench.later(40)
+        await bench.dispatcher.ping("w1", [task_id])
+        if state_reported is not None:
+            await bench.worker("w1", state_reported, error="The render made no progress for 300 s")
+        await bench.dispatcher.sweep()
+    assert await state(bench, task_id) is JobState.QUEUED
+
+
 async def test_a_ping_for_another_job_or_from_another_worker_extends_no_lease(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     await bench.take("w1")
