@@ -15,7 +15,7 @@ from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
 from shim.api import documented, page, videos
-from shim.api.dependencies import Services
+from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.http.access_log import AccessLog
@@ -62,6 +62,7 @@ def create_app(
             bucket_http=HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=_BUCKET_LIMITS),
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
+            readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
         ),
@@ -100,11 +101,13 @@ class _GuardedApp(FastAPI):
         self._metrics = metrics
         self._keys = ApiKeys(access.api_keys)
         self._cors_origins = access.cors_origins
+        self._allowed_hosts = access.allowed_hosts
 
     def build_middleware_stack(self) -> ASGIApp:
         """The access log is outermost, so that it has the 500 that FastAPI makes of an unexpected error."""
         stack = super().build_middleware_stack()
-        return AccessLog(guarded(stack, self._keys, OPEN_PATHS, self._cors_origins), self._metrics)
+        stack = guarded(stack, self._keys, OPEN_PATHS, self._cors_origins, self._allowed_hosts)
+        return AccessLog(stack, self._metrics)
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document. On a server with keys it says which paths need one."""

@@ -1,7 +1,7 @@
 """Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket a verdict of every ended one."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,13 +73,22 @@ class Tasks:
         self._queue = queue
         self._videos = videos
 
-    async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency_key: str | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+    ) -> Accepted:
         """Queues a job, unless an earlier request had the same key, and estimates when it is done.
 
-        Raises what `JobQueue.submit` raises.
+        `client` is the name of the API key of the request, empty on a server without keys.
+
+        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
         """
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        submission = await self._queue.submit(job_input, idempotency)
+        submission = await self._queue.submit(job_input, idempotency, check, client=client)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))

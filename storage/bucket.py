@@ -34,6 +34,7 @@ from storage.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from storage.file_system import sync_file_system
 from storage.settings import BucketSettings
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Bucket:
 
     A request is sent up to `attempts` times, some seconds apart, if the server is unavailable or busy. It fails after
     `timeout` seconds without a byte of the answer. It runs inside `observe(operation)`, which can measure its duration
-    and its errors.
+    and its errors. `sync` receives the directory of an embedded bucket, see `Bucket.sync`.
     """
 
     def __init__(
@@ -104,10 +105,12 @@ class Bucket:
         timeout: float = 30,
         attempts: int = 4,
         observe: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        sync: Callable[[Path], None] = sync_file_system,
     ) -> None:
         self.name = settings.name
         self._settings = settings
         self._observe = observe
+        self._sync = sync
         retries = Config(read_timeout=timeout, retries={"mode": "standard", "max_attempts": attempts})
         self._client = _client(settings, str(settings.endpoint_url), retries)
         public = settings.public_endpoint_url
@@ -191,6 +194,21 @@ class Bucket:
             with closing(answer["Body"]) as body:
                 _require_length(answer)
                 return body.read()
+
+    def sync(self) -> None:
+        """Return when everything that the embedded bucket has accepted is on its disk. Does nothing for other buckets.
+
+        The embedded bucket answers a PUT before its data is on the disk; a power cut after that would lose the object.
+        """
+        directory = self._settings.sync_directory
+        if directory is None:
+            return
+        try:
+            self._sync(directory)
+        except OSError as exc:
+            raise StorageUnavailableError(
+                f"cannot sync {directory} of bucket {self.name!r} ({self._variable('sync_directory')}): {exc.strerror}"
+            ) from exc
 
     def delete(self, key: str) -> None:
         """Delete an object. Deleting one that does not exist succeeds."""

@@ -62,16 +62,24 @@ class Videos:
 
     def put_video(self, task_id: str, attempt: str, path: Path) -> None:
         """Step 1 of storing a task."""
-        key = layout.video_key(task_id, attempt)
-        self._bucket.put_file(path, key, content_type="video/mp4", on_bytes=self._on_bytes)
+        self._bucket.put_file(
+            path, layout.video_key(task_id, attempt), content_type="video/mp4", on_bytes=self._on_bytes
+        )
 
     def put_poster(self, task_id: str, attempt: str, path: Path) -> None:
         """Step 2 of storing a task."""
-        key = layout.poster_key(task_id, attempt)
-        self._bucket.put_file(path, key, content_type="image/jpeg", on_bytes=self._on_bytes)
+        self._bucket.put_file(
+            path, layout.poster_key(task_id, attempt), content_type="image/jpeg", on_bytes=self._on_bytes
+        )
 
     def put_manifest(self, manifest: Manifest) -> Verdict:
         """Step 3 of storing a task, which completes it unless it has a verdict. Returns the verdict."""
+        self._bucket.sync()
+        verdict = self._put_verdict(manifest)
+        self._bucket.sync()
+        return verdict
+
+    def _put_verdict(self, manifest: Manifest) -> Verdict:
         try:
             self._put(manifest, only_if_absent=True)
         except ObjectExistsError:

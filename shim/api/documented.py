@@ -1,6 +1,7 @@
 """The documented API, and GET /ready for load balancers. shim.api.videos has the downloads."""
 
 import logging
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -10,7 +11,15 @@ from contract.errors import ErrorCode
 from contract.job import JobInput, Resolution, parse_input
 from contract.result import Stage
 from contract.worker import Gpu, WorkerState
-from shim.api.dependencies import GetServices, Services, client, is_anonymous, public_url, within_rate_limit
+from shim.api.dependencies import (
+    GetServices,
+    Services,
+    client,
+    is_anonymous,
+    key_name,
+    public_url,
+    take_rate_token,
+)
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.gpu import local_gpus
 from shim.http.body import limited_body
@@ -129,7 +138,13 @@ async def body_of_job(request: Request) -> bytes:
     return await limited_body(request, _MAX_BODY)
 
 
-def idempotency_key(request: Request) -> str | None:
+async def within_rate_limit(request: Request) -> None:
+    """Take a rate token. A request with an Idempotency-Key takes it later, unless it repeats an earlier one."""
+    if "idempotency-key" not in request.headers:
+        take_rate_token(request)
+
+
+async def idempotency_key(request: Request) -> str | None:
     """The request's Idempotency-Key, if it has one, prefixed with the name of its API key: two clients never collide.
 
     Raises:
@@ -179,7 +194,8 @@ async def generate(
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
-    accepted = await services.tasks.submit(parse_input(body), key)
+    new_task = partial(take_rate_token, request) if key is not None else None
+    accepted = await services.tasks.submit(parse_input(body), key, new_task, client=key_name(request))
     log.info("accepted from %s", client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
@@ -252,10 +268,9 @@ def _vram_free(gpus: list[Gpu]) -> str:
 async def ready(request: Request, services: GetServices) -> Ready:
     """Check that the server accepts tasks and that its bucket answers: 200 or 503."""
     try:
-        await services.queue.check_ready()
+        await services.readiness.check()
     except ModelNotLoadedError as exc:
         if is_anonymous(request):  # the reason may contain file names
             raise ApiError(ServerErrorCode.MODEL_NOT_LOADED, "No worker has the model loaded") from exc
         raise
-    await services.check_bucket()
     return Ready()

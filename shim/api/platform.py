@@ -14,6 +14,7 @@ from shim.api.runpod_client import ClientApi
 from shim.api.runpod_worker import LONG_POLL_SECONDS, WorkerApi
 from shim.errors import ApiError, ServerErrorCode
 from shim.http.access_log import bind_path_ids
+from shim.http.admission import TRUST_CONNECTION
 from shim.queue.dispatch import Dispatcher
 from shim.queue.outbox import Outbox
 from shim.queue.sql import SqlQueue
@@ -35,6 +36,8 @@ class Platform:
         token: str,
         hold: float = LONG_POLL_SECONDS,
     ) -> None:
+        if not token.strip():
+            raise ValueError("the platform's token is empty: any request without a key would match it")
         self._token = token.encode()
         self._stopped = asyncio.Event()
         self._worker_api = WorkerApi(dispatcher, self._stopped, hold)
@@ -62,3 +65,5 @@ class Platform:
         if not hmac.compare_digest(given, self._token):
             text = "send the value of HUNYUAN_PLATFORM_TOKEN as Authorization: Bearer TOKEN"
             raise ApiError(ServerErrorCode.UNAUTHORIZED, f"the platform's key is missing or wrong: {text}")
+        if trust := getattr(request.state, TRUST_CONNECTION, None):
+            trust()

@@ -11,11 +11,13 @@ from typing import Final
 from pydantic import HttpUrl, SecretStr
 
 from shim.host.errors import StartError
-from shim.host.secret_file import secret_file
+from shim.host.secret_file import read_checked, secret_file, write_durably
 from shim.host.supervisor import Launch
 from storage.settings import BucketSettings
 
 _START_SECONDS: Final = 30.0
+#: 1 to 65535.
+_PORT: Final = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 
 
 class EmbeddedBucket:
@@ -31,8 +33,8 @@ class EmbeddedBucket:
         self._metadata_url = f"sqlite3://{directory}/meta.db"
         self._program = _find_program("juicefs")
         directory.mkdir(parents=True, exist_ok=True)
-        self._access_key = secret_file(directory / "access-key", lambda: secrets.token_hex(8))
-        self._secret_key = secret_file(directory / "secret-key", lambda: secrets.token_hex(24))
+        self._access_key = secret_file(directory / "access-key", lambda: secrets.token_hex(8), form="[0-9a-f]{16}")
+        self._secret_key = secret_file(directory / "secret-key", lambda: secrets.token_hex(24), form="[0-9a-f]{48}")
         self._port = _choose_port(directory / "port")
 
     @property
@@ -42,6 +44,7 @@ class EmbeddedBucket:
             endpoint_url=HttpUrl(f"http://127.0.0.1:{self._port}"),
             access_key_id=self._access_key,
             secret_access_key=SecretStr(self._secret_key),
+            sync_directory=self._directory,
         )
 
     def environment(self) -> dict[str, str]:
@@ -51,6 +54,7 @@ class EmbeddedBucket:
             "BUCKET_ACCESS_KEY_ID": self._access_key,
             "BUCKET_SECRET_ACCESS_KEY": self._secret_key,
             "BUCKET_NAME": self.settings.name,
+            "BUCKET_SYNC_DIRECTORY": str(self._directory),
         }
 
     async def format(self) -> None:
@@ -75,9 +79,13 @@ class EmbeddedBucket:
     async def launch(self) -> Launch:
         """The command that serves the bucket."""
         flags = ("--multi-buckets", "--keep-etag", "--object-meta", "--no-banner", "--backup-meta", "0")
+        # Without these, and --no-agent, the gateway opens two more ports without a key: for profiles and for metrics.
+        # No option closes the second one. It stays closed if its port is no port; the gateway's log then has an error.
+        closed = ("--no-usage-report", "--metrics=127.0.0.1:closed")
         cache = ("--cache-dir", f"{self._directory}/cache", "--cache-size", "0", "--log", str(self._log))
+        address = f"127.0.0.1:{self._port}"
         return Launch(
-            command=(self._program, "gateway", *flags, *cache, self._metadata_url, f"127.0.0.1:{self._port}"),
+            command=(self._program, "--no-agent", "gateway", *flags, *closed, *cache, self._metadata_url, address),
             environment={"MINIO_ROOT_USER": self._access_key, "MINIO_ROOT_PASSWORD": self._secret_key},
             output=self._log,
         )
@@ -116,13 +124,19 @@ def _find_program(name: str) -> str:
 
 
 def _choose_port(path: Path) -> int:
-    """The port in `path` if it is free, else another free one on loopback; written to `path`."""
+    """The port in `path` if it is free, else another free one on loopback; written to `path`.
+
+    Raises:
+        StartError: the file is damaged.
+    """
+    stored = int(read_checked(path, form=_PORT) or 0)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", int(path.read_text()) if path.exists() else 0))
+            probe.bind(("127.0.0.1", stored))
         except OSError:
             probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    path.write_text(str(port))
+    if port != stored:
+        write_durably(path, str(port))
     return port

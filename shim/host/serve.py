@@ -14,6 +14,7 @@ import uvloop
 
 from contract import log_fields as logs
 from contract.retry import RetryPolicy
+from shim.access import ConnectionLimits
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.host.bucket import OpenBucket, open_bucket
@@ -27,6 +28,7 @@ from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.instance import Instance
 from shim.queue.orphans import Orphans
 from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
@@ -57,6 +59,12 @@ def main(**overrides: Any) -> None:
         log.warning(
             "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
             "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
+        )
+    if settings.is_open_to_all:
+        log.warning(
+            "listening on all addresses of this machine without an API key: anyone who reaches port %d may use the "
+            "server. Set HUNYUAN_API_KEYS, or HUNYUAN_HOST=127.0.0.1.",
+            settings.port,
         )
     uvloop.run(_serve(settings))
 
@@ -99,16 +107,17 @@ async def _serve_local(
 ) -> None:
     """The server, its queue, and the workers of this machine."""
     token = _platform_token(settings)
-    instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4))
     async with AsyncExitStack() as stack:
         # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
         database = await _open_database(settings)
         stack.push_async_callback(database.close)
+        instance = await _retry_database(lambda: _claim_instance(settings))
+        stack.push_async_callback(instance.release)
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
         videos = StoredVideos(store.bucket)
         dispatcher = _dispatcher(settings, database, videos, metrics)
         outbox = Outbox(database, videos)
-        await _retry_database(lambda: dispatcher.release_workers(f"{instance}-"))
+        await _retry_database(lambda: dispatcher.release_workers(f"{instance.instance_id}-"))
 
         # 2. Serve the documented API, and RunPod's worker protocol under /v2.
         platform = Platform(queue, dispatcher, outbox, endpoint_id=ENDPOINT_ID, token=token)
@@ -116,16 +125,18 @@ async def _serve_local(
         server = await stack.enter_async_context(_listening(http_server, listener))
         stack.callback(platform.stop)
 
-        # 3. Requeue the tasks of lost workers, tidy up the bucket, and listen for the database's notifications.
+        # 3. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
-        background = await stack.enter_async_context(_background(sweep_forever(dispatcher), tidying, database.listen()))
+        background = await stack.enter_async_context(
+            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep())
+        )
 
         # 4. Run the workers. At the end they are given no more jobs, and then stopped.
         base_url = f"http://{_local_address(listener)}/v2"
         workers = []
         for index in range(settings.workers):
             environment = {**store.environment, **model_environment(settings, index)}
-            worker = LocalWorker(f"{instance}-{index}", dispatcher, base_url, token, environment)
+            worker = LocalWorker(f"{instance.instance_id}-{index}", dispatcher, base_url, token, environment)
             workers.append(Supervised(f"worker {index}", worker.launch, metrics.supervise(f"worker {index}")))
         supervisions = await stack.enter_async_context(supervising(workers, settings.shutdown_grace))
         stack.callback(platform.drain)
@@ -139,7 +150,8 @@ def _http_server(
     app = create_app(
         queue, store.bucket, metrics=metrics, public_url=public_url, routers=routers, access=settings.access
     )
-    return HttpServer(app, grace=_CONNECTION_GRACE)
+    limits = ConnectionLimits(per_address=settings.max_connections_per_address)
+    return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)
 
 
 def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos, metrics: Metrics) -> Dispatcher:
@@ -153,8 +165,23 @@ def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos
 
 
 async def _open_database(settings: ShimSettings) -> Database:
-    url = settings.queue_url
-    return await _retry_database(lambda: Database.open(url, worker_timeout=settings.worker_timeout))
+    return await _retry_database(lambda: Database.open(settings.queue_url, worker_timeout=settings.worker_timeout))
+
+
+async def _claim_instance(settings: ShimSettings) -> Instance:
+    """The instance id in the data directory, or a new one for this start if another server uses that id."""
+    path = settings.directory / "instance"
+    instance = Instance(settings.queue_url, secret_file(path, lambda: secrets.token_hex(4), form="[0-9a-f]{8}"))
+    while not await instance.claim():
+        taken, instance = instance, Instance(settings.queue_url, secrets.token_hex(4))
+        log.warning(
+            "another server uses the instance id %s in %s, so this directory may be a copy of its HUNYUAN_DATA_DIR; "
+            "using %s until the next start. Delete the file to get an id of its own",
+            taken.instance_id,
+            path,
+            instance.instance_id,
+        )
+    return instance
 
 
 async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:
@@ -211,7 +238,8 @@ def _platform_token(settings: ShimSettings) -> str:
     """The key of the endpoints under /v2: HUNYUAN_PLATFORM_TOKEN, else one that is generated once."""
     if settings.platform_token is not None:
         return settings.platform_token.get_secret_value()
-    return secret_file(settings.directory / "platform-token", lambda: secrets.token_urlsafe(32))
+    path = settings.directory / "platform-token"
+    return secret_file(path, lambda: secrets.token_urlsafe(32), form="[A-Za-z0-9_-]{43}")
 
 
 @asynccontextmanager

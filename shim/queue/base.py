@@ -219,16 +219,24 @@ class JobQueue(Protocol):
     Every method may raise QueueUnavailableError.
     """
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+    ) -> Submission:
         """Queues a job. A repeated idempotency key returns the job of the first request as it is now.
 
-        Nothing is queued when it raises.
+        `client` is the name of an API key: each has a limit of its own, and clients with waiting jobs take turns.
+        Nothing is queued when it raises. `check` is called last before a job is queued, and may raise.
 
         Raises:
             InvalidInputError: no ready worker has the weights for this input.
             IdempotencyConflictError: the key was used before, with another input.
             ModelNotLoadedError: no worker could run the job now.
-            QueueFullError: the limit of waiting jobs is reached.
+            QueueFullError: the client's limit of waiting jobs is reached.
         """
         ...
 

@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Self
 
 import psycopg
-from sqlalchemy import ColumnElement, Row, Select, Table, text, update
+from sqlalchemy import ColumnElement, Row, Select, Table, text, true, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -17,7 +16,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from contract.errors import JobFailure
 from shim.queue.base import JobState, QueueUnavailableError
-from shim.queue.engine import SUBMIT_LOCK, connection_parameters, database_url, open_engine, writing
+from shim.queue.clock import Clock, SteadyClock
+from shim.queue.engine import (
+    SUBMIT_LOCK,
+    connection_parameters,
+    database_url,
+    empty_write_ahead_log,
+    open_engine,
+    writing,
+)
 from shim.queue.schema import jobs, outcomes, workers
 
 #: Seconds between two looks for changes of other servers: without notifications, and with them.
@@ -27,6 +34,8 @@ _LISTEN_RETRY: Final = 1.0
 #: Seconds that a transaction may take. PostgreSQL's statement_timeout ends a long statement, but not one on a frozen or
 #: unreachable server. Cancelling that one takes the driver up to 10 s more.
 _TRANSACTION_TIMEOUT: Final = 20.0
+#: Seconds between two readings of the database's clock that a slow answer does not explain.
+_CLOCK_STEP: Final = 10.0
 _CHANNEL: Final = "hunyuan_queue"
 
 log = logging.getLogger(__name__)
@@ -36,16 +45,17 @@ class Database:
     """Transactions, the clock, and an event that is set when a job or a worker has changed.
 
     On PostgreSQL every server that runs `listen` sees the changes of the others, and the clock is the database's, so
-    that servers with different clocks agree when a lease expires. `clock` replaces it: a function that returns seconds
-    since the epoch. A worker is lost `worker_timeout` seconds after its last report, and so is its lease on a job. A
-    transaction fails after `transaction_timeout` seconds.
+    that servers with different clocks agree when a lease expires; a step of that clock moves every lease. On SQLite it
+    is a SteadyClock. `clock` replaces it: a function that returns seconds since the epoch. A worker is lost
+    `worker_timeout` seconds after its last report, and so is its lease on a job. A transaction fails after
+    `transaction_timeout` seconds.
     """
 
     def __init__(
         self,
         engine: AsyncEngine,
         *,
-        clock: Callable[[], float] | None = None,
+        clock: Clock | None = None,
         worker_timeout: float = 60.0,
         transaction_timeout: float = _TRANSACTION_TIMEOUT,
     ) -> None:
@@ -55,8 +65,9 @@ class Database:
         self._changed = asyncio.Event()
         self._server_id = uuid.uuid4().hex
         self._listening = False
-        self._clock = clock
-        self._clock_offset = 0.0
+        self._clock = clock or SteadyClock()
+        self._has_read_clock = False
+        self._log_has_deleted = not self._is_postgresql  # an earlier start may have been killed
         self._transaction_timeout = transaction_timeout
         self.worker_timeout = worker_timeout
 
@@ -72,6 +83,7 @@ class Database:
         database = cls(await open_engine(database_url(url)), **options)
         try:
             await database.set_clock()
+            await database._renew_leases()
         except BaseException:
             await database.close()
             raise
@@ -82,16 +94,54 @@ class Database:
 
     def clock(self) -> float:
         """Seconds since the epoch, by the database's clock."""
-        return self._clock() if self._clock is not None else time.time() + self._clock_offset
+        return self._clock()
 
     async def set_clock(self) -> None:
         """Reads the database's clock. Raises QueueUnavailableError."""
-        if not self._is_postgresql or self._clock is not None:
+        if not self._is_postgresql or not isinstance(self._clock, SteadyClock):
             return
         async with self.read() as connection:
-            asked = time.time()
+            asked = self._clock()
             answer = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
-            self._clock_offset = float(answer) - (asked + time.time()) / 2
+            moved = self._clock.set(float(answer) + (self._clock() - asked) / 2)
+        if self._has_read_clock and abs(moved) > _CLOCK_STEP:
+            log.warning(
+                "the database's clock moved by %+.0f s, and every lease with it (HUNYUAN_WORKER_TIMEOUT); check the "
+                "time service of the database's machine",
+                moved,
+            )
+        self._has_read_clock = True
+
+    def note_deleted(self) -> None:
+        """Says that a transaction deletes credentials: `forget_deleted` then removes their traces."""
+        self._log_has_deleted = True
+
+    async def forget_deleted(self) -> None:
+        """Removes the credentials of jobs that have ended from SQLite's write-ahead log. Call it now and then.
+
+        PostgreSQL keeps old rows until it vacuums, and its own log as long as it is configured to.
+        """
+        if self._is_postgresql or not self._log_has_deleted:
+            return
+        self._log_has_deleted = False  # before the call: a job may end during it
+        with _errors_translated():
+            if not await empty_write_ahead_log(self._engine):
+                self._log_has_deleted = True
+
+    async def _renew_leases(self) -> None:
+        """Gives the workers of running jobs `worker_timeout` to report to a server that has just started.
+
+        Nobody watched an expired lease before. A lease in SQLite's file was made by the clock of an earlier start.
+        """
+        now = self.clock()
+        unwatched = jobs.c.lease_expires_at < now if self._is_postgresql else true()
+        async with self.write() as connection:
+            await connection.execute(
+                update(jobs)
+                .where(jobs.c.state == JobState.RUNNING, unwatched)
+                .values(lease_expires_at=now + self.worker_timeout)
+            )
+            await connection.execute(update(workers).where(workers.c.last_seen > now).values(last_seen=now))
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -192,6 +242,7 @@ class Database:
             .values(state=state, finished_at=self.clock(), lease_expires_at=None, **values)
         )
         if ended.rowcount:
+            self.note_deleted()
             await connection.execute(
                 update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
             )

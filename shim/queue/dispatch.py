@@ -30,6 +30,7 @@ from contract.errors import JobFailure
 from contract.log_fields import bound
 from contract.result import Manifest, Progress
 from contract.worker import WorkerReport, WorkerState
+from shim.queue import fair_order
 from shim.queue.base import (
     NO_VIDEO,
     FindResult,
@@ -40,7 +41,7 @@ from shim.queue.base import (
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one, upsert
-from shim.queue.lost_jobs import LostJobs, running_on
+from shim.queue.lost_jobs import Loss, LostJobs, running_on
 from shim.queue.outbox import put_in_outbox
 from shim.queue.schema import jobs, render_times, workers
 
@@ -74,9 +75,9 @@ class Dispatcher:
 
     A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report or
     progress, or since its last ping if it sends no reports. When the lease expires, `find_result` looks for the job in
-    the bucket; otherwise the job returns to the front of the queue, and fails after `max_attempts`. A job that ended
-    otherwise than its worker says enters the outbox of the bucket. Jobs are deleted `history_ttl` seconds after they
-    ended.
+    the bucket; otherwise the job returns to the front of the queue, and fails after `max_attempts` renders that workers
+    began and lost. A job that ended otherwise than its worker says enters the outbox of the bucket. Jobs are deleted
+    `history_ttl` seconds after their end.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Dispatcher:
             WorkerStoppingError: the worker has reported that it is stopping.
         """
         # 1. An idle worker asks. A job that still runs on it has lost its result, or never reached the worker.
-        await self._lost_jobs.recover(jobs.c.worker_id == worker_id)
+        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, Loss.SILENT)
         # 2. Most calls find nothing to write, and a read transaction is cheaper.
         async with self._database.read() as connection:
             worker = await _read_taking_worker(connection, worker_id)
@@ -127,7 +128,7 @@ class Dispatcher:
             job = await self._start(connection, worker_id, front.task_id, now)
         # 4. Log and count it.
         with bound(task_id=front.task_id, worker_id=worker_id):
-            log.info("taken by worker %s, attempt %d", worker_id, job.attempts)
+            log.info("taken by worker %s, delivery %d", worker_id, job.attempts)
         if front.started_at is None:
             self._observer.started(now - front.created_at)
         return Delivery(front.task_id, job.input, job.extras or {})
@@ -140,6 +141,7 @@ class Dispatcher:
                 state=JobState.RUNNING,
                 worker_id=worker_id,
                 attempts=jobs.c.attempts + 1,
+                deliveries_not_begun=jobs.c.deliveries_not_begun + 1,
                 started_at=now,
                 lease_expires_at=now + self._database.worker_timeout,
             )
@@ -159,6 +161,7 @@ class Dispatcher:
                     progress=case((advances, progress.progress), else_=jobs.c.progress),
                     stage=case((advances, progress.stage.value), else_=jobs.c.stage),
                     lease_expires_at=now + self._database.worker_timeout,
+                    deliveries_not_begun=0,
                 )
             )
 
@@ -217,7 +220,7 @@ class Dispatcher:
                 await self._extend_leases(connection, worker_id, now)
 
     async def ping(self, worker_id: str, task_ids: Collection[str]) -> None:
-        """Extends the leases of the jobs that the SDK's ping names.
+        """Extends the leases of the jobs that the SDK's ping names. The worker has begun them.
 
         The SDK pings from a separate process, which goes on while the worker hangs. So a ping does not make a worker
         ready, and extends no lease of a worker that sends reports: those come from the worker itself.
@@ -237,6 +240,8 @@ class Dispatcher:
                 )
                 .values(last_seen=now)
             )
+            began = update(jobs).where(*running_on(worker_id), named)
+            await connection.execute(began.values(deliveries_not_begun=0))
             await self._extend_leases(connection, worker_id, now, named, ~sends_reports)
 
     async def pending_cancellations(self, worker_id: str) -> list[str]:
@@ -249,7 +254,8 @@ class Dispatcher:
         due = (
             jobs.c.worker_id == worker_id,
             jobs.c.stop_requested == true(),
-            func.coalesce(jobs.c.stop_sent_at, 0.0) <= now - _CANCELLATION_RETRY,
+            # Not later than now: an earlier start of this server may have had another clock.
+            ~func.coalesce(jobs.c.stop_sent_at, 0.0).between(now - _CANCELLATION_RETRY, now),
         )
         async with self._database.read() as connection:
             if await connection.scalar(select(jobs.c.seq).where(*due).limit(1)) is None:
@@ -260,23 +266,26 @@ class Dispatcher:
             return [row.task_id for row in rows]
 
     async def release_worker(self, worker_id: str, *, count_attempt: bool = True) -> None:
-        """Deletes a worker whose process has ended and recovers its job, whose attempt may stay uncounted."""
+        """Deletes a worker whose process has ended and recovers its job.
+
+        `count_attempt=False` is for a worker that was asked to end.
+        """
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id == worker_id))
             await connection.execute(_clear_cancellations(worker_id, self._database.clock()))
-        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, count_attempt=count_attempt)
+        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, Loss.EXITED if count_attempt else Loss.STOPPED)
 
     async def release_workers(self, prefix: str) -> None:
-        """Deletes the workers whose ids begin with `prefix` and recovers their jobs."""
+        """Deletes the workers whose ids begin with `prefix`, which ended with their server, and recovers their jobs."""
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id.startswith(prefix, autoescape=True)))
-        await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True))
+        await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True), Loss.STOPPED)
 
     async def sweep(self) -> None:
-        """Recovers the jobs whose lease has expired; deletes old jobs and workers."""
+        """Recovers the jobs whose lease has expired; deletes old jobs and workers, and traces of credentials."""
         await self._database.set_clock()
         now = self._database.clock()
-        await self._lost_jobs.recover(jobs.c.lease_expires_at < now)
+        await self._lost_jobs.recover(jobs.c.lease_expires_at < now, Loss.SILENT)
         ended = (jobs.c.finished_at < now - self._history_ttl) & jobs.c.bucket_due_at.is_(None)
         async with self._database.read() as connection:
             old = await fetch_all(connection, select(jobs.c.seq).where(ended).limit(_SWEEP_LIMIT))
@@ -284,6 +293,8 @@ class Dispatcher:
             await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
             if old:  # `ended` again: a client may have retried a job in between
                 await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
+                self._database.note_deleted()
+        await self._database.forget_deleted()
 
     async def _has_something_to_write(
         self, connection: AsyncConnection, worker_id: str, worker: Row[Any] | None
@@ -296,18 +307,18 @@ class Dispatcher:
         return worker is None or worker.state != WorkerState.READY or worker.last_seen <= fresh
 
     async def _extend_leases(
-        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool]
+        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool], **values: Any
     ) -> None:
         await connection.execute(
             update(jobs)
             .where(*running_on(worker_id), *which)
-            .values(lease_expires_at=now + self._database.worker_timeout)
+            .values(lease_expires_at=now + self._database.worker_timeout, **values)
         )
 
 
 def _front_job() -> Select[Any]:
     columns = jobs.c.task_id, jobs.c.created_at, jobs.c.started_at
-    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
+    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(*fair_order.ORDER).limit(1)
 
 
 async def _read_taking_worker(connection: AsyncConnection, worker_id: str) -> Row[Any] | None:

@@ -1,5 +1,7 @@
 """Opens and migrates the SQL queue's database: SQLite on one machine, PostgreSQL for several servers."""
 
+import os
+import stat
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,11 @@ from shim.queue.base import QueueError, QueueUnavailableError
 #: PostgreSQL identifies an advisory lock by a number within the database.
 MIGRATION_LOCK: Final = 1_500_001
 SUBMIT_LOCK: Final = 1_500_002
+INSTANCE_LOCK: Final = 1_500_003  # with a second number, the hash of the instance id
+#: Milliseconds that SQLite waits for a lock; for readers that keep it from emptying the write-ahead log, while no
+#: writer can begin.
+_BUSY_TIMEOUT: Final = 10_000
+_CHECKPOINT_TIMEOUT: Final = 200
 
 #: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. With them the
 #: loss of the server or of the network shows within seconds, not after the kernel's 15 minutes.
@@ -147,25 +154,61 @@ def connection_parameters(url: URL) -> dict[str, Any]:
 
 
 def _sqlite(url: URL) -> AsyncEngine:
+    _make_private(url)
     engine = create_async_engine(url, hide_parameters=True)
     event.listen(engine.sync_engine, "connect", _configure_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
 
+def _make_private(url: URL) -> None:
+    """Lets only the owner read the database, whatever its directory allows. SQLite gives new files the database's mode.
+
+    Raises:
+        QueueUnavailableError: the file can't be created or is another user's.
+    """
+    if not url.database or url.database == ":memory:":
+        return
+    path = Path(url.database)
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        for file in (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))):
+            if file.exists() and stat.S_IMODE(file.stat().st_mode) != 0o600:
+                file.chmod(0o600)
+    except OSError as exc:
+        raise QueueUnavailableError(f"cannot open the database {path}: {exc.strerror}") from exc
+
+
 def _configure_sqlite(connection: Any, _: object) -> None:
     """WAL: readers never wait for a writer. FULL: an accepted task survives a power cut, at one fsync for each commit.
 
+    Deleted content is overwritten with zeros: https://www.sqlite.org/pragma.html#pragma_secure_delete.
     Source: https://www.sqlite.org/pragma.html#pragma_synchronous.
     """
     connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
     cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000"):
+    pragmas = "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", f"busy_timeout = {_BUSY_TIMEOUT}"
+    for pragma in pragmas:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
     """Locks for a writing transaction at its start, because SQLite fails to upgrade a read lock instead of waiting."""
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    options = connection.get_execution_options()
+    if options.get("transaction", True):
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes", False) else "BEGIN")
+
+
+async def empty_write_ahead_log(engine: AsyncEngine) -> bool:
+    """Moves SQLite's write-ahead log into the database and empties it, so that it holds nothing that was deleted.
+
+    Returns False if a reader needs the log for longer than a moment.
+    """
+    async with engine.execution_options(transaction=False).connect() as connection:
+        await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT}")
+        try:
+            busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
+        finally:
+            await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
+    return not busy

@@ -131,7 +131,14 @@ class RunPodQueue:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",  # noqa: ARG002 - RunPod has one line and one limit for all
+    ) -> Submission:
         """Queues a job. RunPod starts a worker for it, and hides which weights its workers have.
 
         A request that RunPod may have received is not sent again: after a timeout this raises QueueUnavailableError,
@@ -147,6 +154,8 @@ class RunPodQueue:
                 return Submission(earlier, backlog, self._render_times)
             if len(backlog.waiting) >= self._max_queue_size:
                 raise QueueFullError(f"The queue is full: {len(backlog.waiting)} tasks are waiting")
+            if check is not None:
+                check()
             body = {
                 "input": job_input.wire(),
                 "policy": {"executionTimeout": int(self._execution_timeout * 1000)},

@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, func, insert, select, update
@@ -28,13 +28,14 @@ from shim.queue.base import (
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
+from shim.queue.fair_order import FRONT, ORDER, next_turn, up_to
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
 
 
 class SqlQueue:
-    """A `JobQueue` in `database`. At most `max_queue_size` jobs wait. `close` closes the database."""
+    """A `JobQueue` in `database`. At most `max_queue_size` jobs of each client wait. `close` closes the database."""
 
     def __init__(self, database: Database, *, max_queue_size: int = 10, observer: JobObserver | None = None) -> None:
         self._database = database
@@ -44,37 +45,53 @@ class SqlQueue:
     async def close(self) -> None:
         await self._database.close()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+    ) -> Submission:
         """Queues a job in one transaction. See `JobQueue.submit`."""
         async with self._database.write(notify=True) as connection:
             # 1. Wait for other submissions: the limit of waiting jobs holds for requests at the same moment.
             await self._database.lock_submissions(connection)
             # 2. Read what the checks and the estimate need.
             alive = await _read_workers(connection, self._database.is_alive())
-            backlog = await _read_backlog(connection, alive.ready)
+            waiting, running = await _read_waiting(connection), await _read_running(connection)
+            backlog = _backlog(waiting, running, alive.ready)
             times = await _read_render_times(connection)
             # 3. Check the weights; return the job of an earlier request with this key; check the rest.
             check_offered(job_input, alive.models or KNOWN_MODELS, takes_images=alive.takes_images)
             if idempotency is not None and (earlier := await self._find_submitted(connection, idempotency)) is not None:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)
-            self._check_not_full(len(backlog.waiting))
-            # 4. Queue the job.
-            task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
+            self._check_not_full(waiting, client)
+            if check is not None:
+                check()
+            # 4. Queue the job, behind those of its turn and of earlier turns.
+            turn = next_turn(waiting, client)
+            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, client=client, turn=turn)
         self._observer.submitted()
-        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(backlog.waiting) + 1)
-        return Submission(job, backlog, times)
+        ahead = [job for job in waiting if job.turn <= turn]
+        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(ahead) + 1)
+        return Submission(job, _backlog(ahead, running, alive.ready), times)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
         """Queues a job as RunPod's /run does: with any input, and with no worker ready. Returns its task_id.
+
+        All jobs that come this way are one client's.
 
         Raises:
             QueueFullError: the limit of waiting jobs is reached.
         """
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
-            self._check_not_full(await _count_waiting(connection))
-            task_id = await self._insert(connection, payload, extras, None)
+            waiting = await _read_waiting(connection)
+            self._check_not_full(waiting, "")
+            turn = next_turn(waiting, "")
+            task_id = await self._insert(connection, payload, extras, None, client="", turn=turn)
         self._observer.submitted()
         return task_id
 
@@ -112,7 +129,7 @@ class SqlQueue:
         return cancelled
 
     async def retry(self, task_id: str) -> bool:
-        """Queues a failed job again with its attempts reset to 0; False if the job has not failed.
+        """Queues a failed job again with all its attempts; False if the job has not failed.
 
         Call `Outbox.reopen` before: the job's tombstone would stop its next worker.
 
@@ -121,14 +138,18 @@ class SqlQueue:
         """
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
-            self._check_not_full(await _count_waiting(connection))
+            which = jobs.c.task_id == task_id
+            client = await connection.scalar(select(jobs.c.client).where(which))
+            self._check_not_full(await _read_waiting(connection), client or "")
             result = await connection.execute(
                 update(jobs)
-                .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
+                .where(which, jobs.c.state == JobState.FAILED)
                 .values(
                     state=JobState.QUEUED,
                     failure=None,
-                    attempts=0,
+                    turn=FRONT,
+                    lost_attempts=0,
+                    deliveries_not_begun=0,
                     progress=0,
                     stage=None,
                     finished_at=None,
@@ -138,10 +159,11 @@ class SqlQueue:
         return result.rowcount > 0
 
     async def backlog(self) -> Backlog:
-        """The waiting and running jobs, in the order of their submission."""
+        """The waiting jobs in the order in which they are taken, and the running ones."""
         async with self._database.read() as connection:
             alive = await _read_workers(connection, self._database.is_alive())
-            return await _read_backlog(connection, alive.ready)
+            waiting, running = await _read_waiting(connection), await _read_running(connection)
+            return _backlog(waiting, running, alive.ready)
 
     async def check_ready(self) -> None:
         _check_ready(await self.workers())
@@ -169,11 +191,16 @@ class SqlQueue:
         if row is None:
             return None
         queued = row.state == JobState.QUEUED
-        position = await _count_waiting(connection, jobs.c.seq <= row.seq) if queued else None
+        position = await _count_waiting(connection, up_to(row)) if queued else None
         return self._snapshot(row, position)
 
     async def _insert(
-        self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any], idempotency: Idempotency | None
+        self,
+        connection: AsyncConnection,
+        payload: Any,
+        extras: Mapping[str, Any],
+        idempotency: Idempotency | None,
+        **order: Any,
     ) -> str:
         task_id = str(uuid.uuid4())
         await connection.execute(
@@ -183,15 +210,18 @@ class SqlQueue:
                 input=payload,
                 extras=dict(extras) or None,
                 created_at=self._database.clock(),
+                **order,
                 idempotency_key=idempotency.key if idempotency else None,
                 fingerprint=idempotency.fingerprint if idempotency else None,
             )
         )
         return task_id
 
-    def _check_not_full(self, waiting: int) -> None:
-        if waiting >= self._max_queue_size:
-            raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
+    def _check_not_full(self, waiting: Sequence[Row[Any]], client: str) -> None:
+        own = sum(job.client == client for job in waiting)
+        if own >= self._max_queue_size:
+            of_whom = " of this API key" if client else ""
+            raise QueueFullError(f"The queue is full: {own} tasks{of_whom} are waiting")
 
     def _snapshot(self, row: Row[Any], position: int | None) -> JobSnapshot:
         state = JobState(row.state)
@@ -222,13 +252,19 @@ async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[boo
     )
 
 
-async def _read_backlog(connection: AsyncConnection, ready_workers: int) -> Backlog:
-    inputs = select(jobs.c.input).order_by(jobs.c.seq)
-    waiting, running = [
-        [_valid_input(row.input) for row in await fetch_all(connection, inputs.where(jobs.c.state == state))]
-        for state in (JobState.QUEUED, JobState.RUNNING)
-    ]
-    return Backlog(waiting, running, ready_workers)
+async def _read_waiting(connection: AsyncConnection) -> list[Row[Any]]:
+    """The client, turn and input of each waiting job, in the order in which they are taken."""
+    columns = jobs.c.client, jobs.c.turn, jobs.c.input
+    return await fetch_all(connection, select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(*ORDER))
+
+
+async def _read_running(connection: AsyncConnection) -> list[Row[Any]]:
+    return await fetch_all(connection, select(jobs.c.input).where(jobs.c.state == JobState.RUNNING))
+
+
+def _backlog(waiting: Sequence[Row[Any]], running: Sequence[Row[Any]], ready_workers: int) -> Backlog:
+    ahead, busy = ([_valid_input(job.input) for job in rows] for rows in (waiting, running))
+    return Backlog(ahead, busy, ready_workers)
 
 
 async def _read_render_times(connection: AsyncConnection) -> RenderTimes:

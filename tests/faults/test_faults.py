@@ -52,6 +52,7 @@ def report(record_property: Callable[[str, object], None]) -> Report:
     return lambda text: record_property("faults", text)
 
 
+@pytest.mark.full
 def test_each_server_is_killed_once_and_every_task_is_completed(
     system: System, form: Form, seed: str, report: Report
 ) -> None:

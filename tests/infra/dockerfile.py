@@ -14,8 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,17 +99,12 @@ class Image:
 
 
 class Builder:
-    """Builds stages of a Dockerfile below `directory`, each once.
+    """Builds stages of a Dockerfile below `directory`, each once."""
 
-    Stages named in `lend` find the dependencies of the running environment already installed, so that their pip
-    commands install our package alone.
-    """
-
-    def __init__(self, stages: Mapping[str, Stage], context: Path, directory: Path, lend: Collection[str] = ()) -> None:
+    def __init__(self, stages: Mapping[str, Stage], context: Path, directory: Path) -> None:
         self._stages = stages
         self._context = context
         self._directory = directory
-        self._lend = lend
         self._built: dict[str, Image] = {}
         subprocess.run([sys.executable, "-m", "venv", directory / "base"], check=True)
 
@@ -123,8 +117,6 @@ class Builder:
         # Compiling every module takes half a minute; Python compiles on import instead. pip reads 0 as "don't compile".
         image = Image(self._directory / name, {**host, "PATH": path, "PIP_NO_COMPILE": "0"})
         image.root.mkdir()
-        if name in self._lend:
-            _lend_dependencies(image)
         for instruction in self._stages[name].instructions:
             self._follow(image, instruction)
         self._built[name] = image
@@ -175,19 +167,6 @@ class Builder:
                 shutil.copytree(found, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(found, to)
-
-
-def _lend_dependencies(image: Image) -> None:
-    """Adds the running environment's packages to the stage's virtual environment, except pip and our own package."""
-    packages = image.path("/lent")
-    packages.mkdir()
-    for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if path.suffix != ".pth" and "hunyuan" not in path.name and not path.name.startswith(("pip", "setuptools")):
-            (packages / path.name).symlink_to(path)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    site = image.path(f"{_HOME}/venv/lib/{version}/site-packages")
-    site.mkdir(parents=True)
-    (site / "lent.pth").write_text(str(packages))
 
 
 def _assignments(image: Image, instruction: Instruction) -> dict[str, str]:

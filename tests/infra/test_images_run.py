@@ -26,21 +26,20 @@ STAGES = parse((ROOT / "Dockerfile").read_text())
 TOKEN = "a-token-of-the-tests"
 
 
-@pytest.fixture(scope="module", params=["dependencies lent", pytest.param("all installed", marks=pytest.mark.full)])
-def worker_builder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    """Installing the worker's dependencies, torch among them, takes a minute or two: the full run does it."""
-    lend = ["worker"] if request.param == "dependencies lent" else []
-    return Builder(STAGES, ROOT, tmp_path_factory.mktemp("images"), lend)
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    return Builder(STAGES, ROOT, tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
-def shim_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return Builder(STAGES, ROOT, tmp_path_factory.mktemp("images")).build("shim")
+def shim_image(builder: Builder) -> Image:
+    return builder.build("shim")
 
 
 @pytest.fixture(scope="module")
-def worker_image(worker_builder: Builder) -> Image:
-    return worker_builder.build("worker")
+def worker_image(builder: Builder) -> Image:
+    """Installs the worker's dependencies, torch among them, which takes minutes: its tests run in full only."""
+    return builder.build("worker")
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +122,13 @@ def test_the_server_answers_every_path_that_kubernetes_probes_or_prometheus_scra
         assert httpx.get(f"{shim[0]}{path}").status_code in (200, 503), path
 
 
+@pytest.mark.full
 def test_only_commands_of_the_distribution_are_skipped(shim_image: Image, worker_image: Image) -> None:
     assert shim_image.skipped == ["useradd"]
     assert worker_image.skipped == ["apt-get", "useradd"]
 
 
+@pytest.mark.full
 def test_the_server_has_no_torch_and_the_worker_has(shim_image: Image, worker_image: Image) -> None:
     for image, code in ((shim_image, 1), (worker_image, 0)):
         assert image.run("python -c 'import torch'").returncode == code
@@ -135,6 +136,7 @@ def test_the_server_has_no_torch_and_the_worker_has(shim_image: Image, worker_im
         assert where.startswith(str(image.root)), "the image must import its own copy of the package"
 
 
+@pytest.mark.full
 def test_both_images_contain_the_versions_of_the_constraints_file(shim_image: Image, worker_image: Image) -> None:
     pinned = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     names = {line.partition("==")[0] for line in pinned}
@@ -145,6 +147,7 @@ def test_both_images_contain_the_versions_of_the_constraints_file(shim_image: Im
         assert len(installed) > 30
 
 
+@pytest.mark.full
 def test_weights_are_baked_in_only_with_the_licence_accepted(worker_image: Image) -> None:
     command = next(run.argument for run in STAGES["worker"].all("RUN") if "download-weights" in run.argument)
     refused = worker_image.run(command, PROFILE="fast")
@@ -153,6 +156,7 @@ def test_weights_are_baked_in_only_with_the_licence_accepted(worker_image: Image
     assert "--accept-licence" in refused.stderr
 
 
+@pytest.mark.full
 def test_the_images_serve_the_demo(
     worker_image: Image, shim: tuple[str, Container], bucket: BucketSettings, tmp_path: Path
 ) -> None:

@@ -111,7 +111,7 @@ class Scene:
     async def tidied(self, task_id: str, extensions: list[str]) -> None:
         """The bucket has these objects of the task, after the server has tidied up."""
         deadline = time.monotonic() + DEADLINE
-        while [key.rpartition(".")[2] for key in self.keys(task_id)] != extensions:
+        while sorted(key.rpartition(".")[2] for key in self.keys(task_id)) != extensions:
             assert time.monotonic() < deadline, f"{self.keys(task_id)}; {self.logs()}"
             await self.tidy()
             await asyncio.sleep(0.1)
@@ -195,7 +195,7 @@ async def test_a_worker_cut_off_in_its_upload_changes_nothing_of_the_video_that_
     scene.reconnect()
     await scene.until("the late worker's return", lambda: scene.requested("GET", task_id, ".json") > 1)
     await scene.until("the end of its job", lambda: "Finished" in late.log.read_text())
-    await scene.tidied(task_id, ["json", "jpg", "mp4"])
+    await scene.tidied(task_id, ["jpg", "json", "mp4"])
     await scene.assert_serves(task_id, result)
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
@@ -215,7 +215,7 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
 
     late.thaw()
     await scene.until("the end of its job", lambda: "Finished" in late.log.read_text())
-    await scene.tidied(task_id, ["json", "jpg", "mp4"])
+    await scene.tidied(task_id, ["jpg", "json", "mp4"])
     await scene.assert_serves(task_id, result)
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
@@ -236,7 +236,7 @@ async def test_a_manifest_that_is_written_although_another_worker_completed_the_
 
     scene.reconnect()
     await scene.until("the end of its job", lambda: "Finished" in late.log.read_text())
-    await scene.tidied(task_id, ["json", "jpg", "mp4"])
+    await scene.tidied(task_id, ["jpg", "json", "mp4"])
     await scene.assert_serves(task_id, await result_of(scene, task_id))
     assert await result_of(scene, task_id) == result
     assert Videos(Bucket(scene.store)).find(task_id) == result

@@ -153,6 +153,7 @@ def test_neither_prompts_nor_secrets_are_in_the_log(service: Service, finished_t
     assert "X-Amz-Signature" not in log, "a presigned URL gives access to its object"
 
 
+@pytest.mark.full
 def test_prompts_are_in_the_log_if_the_setting_asks_for_them(tmp_path: Path) -> None:
     with running_service(tmp_path, HUNYUAN_LOG_PROMPTS="true") as service:
         task_id = service.generate(prompt=f"{PROMPT}\nand a second line")

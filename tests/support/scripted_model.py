@@ -20,8 +20,8 @@ STEPS = 4
 class ScriptedModel:
     """Renders a still picture of 64x36 with random colours.
 
-    `before_step` is called before each denoising step and may raise, and `before_frames` before each chunk of frames,
-    with the number of frames that are left.
+    `before_step` is called before each denoising step and may raise; `before_frames` before each chunk of frames, with
+    the number of frames that are left.
     """
 
     name = "scripted"

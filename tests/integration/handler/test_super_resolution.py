@@ -312,7 +312,7 @@ def small_family() -> PipelineModel:
     return family()
 
 
-@pytest.mark.parametrize("duration", [5, *(pytest.param(each, marks=pytest.mark.full) for each in range(6, 10)), 10])
+@pytest.mark.parametrize("duration", [5, *(pytest.param(each, marks=pytest.mark.full) for each in range(6, 11))])
 @pytest.mark.parametrize("resolution", Resolution)
 def test_each_length_and_resolution_comes_out_exactly(
     bucket: Bucket, small_family: PipelineModel, tmp_path: Path, resolution: Resolution, duration: int

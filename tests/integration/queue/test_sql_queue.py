@@ -212,6 +212,8 @@ async def test_no_job_fails_while_the_bucket_is_unavailable(database_url: str) -
         for _ in range(3):
             await bench.take("w1")
             await bench.take("w2")
+            for worker_id, task_id in (("w1", done), ("w2", lost)):
+                await bench.dispatcher.ping(worker_id, [task_id])
             bench.later(61)
             await bench.dispatcher.sweep()
         assert {await state(bench, task_id) for task_id in (done, lost)} == {JobState.RUNNING}
