@@ -18,6 +18,7 @@ class ErrorCode(StrEnum):
     OOM_ERROR = "OOM_ERROR"
     GENERATION_FAILED = "GENERATION_FAILED"
     CANCELLED = "CANCELLED"
+    VIDEO_DELETED = "VIDEO_DELETED"
 
 
 class JobFailure(BaseModel):
@@ -46,3 +47,6 @@ class JobFailure(BaseModel):
 
 #: The failure of a task that a client cancelled.
 TASK_CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+
+#: What a client of a completed task reads after its video was deleted.
+VIDEO_DELETED: Final = JobFailure(error="The video was deleted", error_code=ErrorCode.VIDEO_DELETED)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from contract import log_fields as logs
 from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
-from contract.settings import explain
+from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
 from handler.report import Reporter
 from handler.settings import WorkerSettings
@@ -39,6 +39,8 @@ def main() -> None:
     # 1. Read the settings
     settings, bucket = _settings()
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
+    for warning in warnings_of_unknown_variables():
+        log.warning("%s", warning)
     key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
     url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "") or None
     remove_leftovers(settings.work_dir)

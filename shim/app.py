@@ -20,10 +20,10 @@ from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.http.access_log import AccessLog
 from shim.http.guard import DOCS_PATH, error_response, guarded
-from shim.http_client import HttpClient
+from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
@@ -33,7 +33,7 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"})
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
-    *(ApiError, InvalidInputError, QueueError, StorageError, TaskNotFoundError),
+    *(ApiError, InvalidInputError, NoVideoError, QueueError, StorageError, TaskNotFoundError),
     *(ClientDisconnect, HTTPException, Exception),
 )
 
@@ -59,7 +59,11 @@ def create_app(
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
-            bucket_http=HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=_BUCKET_LIMITS),
+            bucket_http=HttpClient(
+                timeout=httpx.Timeout(store_timeout, connect=3.05),
+                limits=_BUCKET_LIMITS,
+                transport=transport_with_small_buffers(_BUCKET_LIMITS),
+            ),
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
             readiness=Readiness(queue, bucket),

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.queue.base import IdempotencyConflictError, ModelNotLoadedError, QueueFullError, QueueUnavailableError
-from shim.tasks import TaskNotFoundError
+from shim.tasks import NoVideoError, TaskNotFoundError, VideoDeletedError
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ STATUS: Final[Mapping[AnyErrorCode, int]] = {
     ServerErrorCode.NOT_FOUND: 404,
     ServerErrorCode.TASK_NOT_FOUND: 404,
     ServerErrorCode.VIDEO_NOT_READY: 404,
+    ErrorCode.VIDEO_DELETED: 404,
     ServerErrorCode.METHOD_NOT_ALLOWED: 405,
     ServerErrorCode.REQUEST_TIMEOUT: 408,
     ServerErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
@@ -114,6 +115,10 @@ def api_error(exc: Exception) -> ApiError:
             return exc
         case InvalidInputError():
             return ApiError(exc.failure.error_code, exc.failure.error)
+        case VideoDeletedError():
+            return ApiError(ErrorCode.VIDEO_DELETED, str(exc))
+        case NoVideoError():
+            return ApiError(ServerErrorCode.VIDEO_NOT_READY, str(exc))
         case TaskNotFoundError():
             return ApiError(ServerErrorCode.TASK_NOT_FOUND, "There is no task with this id")
         case IdempotencyConflictError():

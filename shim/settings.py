@@ -77,6 +77,12 @@ class ShimSettings(LogOptions):
         description="Seconds for which the queue remembers a task after it ended. Its final status stays available "
         "after that, from the bucket.",
     )
+    video_ttl: float | None = Field(
+        default=None,
+        ge=1,
+        validation_alias="HUNYUAN_VIDEO_TTL",
+        description="Seconds after which the server deletes a video, with its poster and its manifest. Default: never.",
+    )
     database_url: SecretStr | None = Field(
         default=None,
         validation_alias="HUNYUAN_DATABASE_URL",

@@ -7,6 +7,7 @@ from functools import partial
 
 import anyio.to_thread
 
+from contract.errors import VIDEO_DELETED, ErrorCode
 from contract.job import JobInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
@@ -22,6 +23,25 @@ log = logging.getLogger(__name__)
 
 class TaskNotFoundError(LookupError):
     """Neither the queue nor the bucket has a task with that id."""
+
+
+class NoVideoError(Exception):
+    """The task has no video: it is not finished, or it failed."""
+
+
+class VideoDeletedError(NoVideoError):
+    """The task's video was deleted."""
+
+
+def finished_video(job: JobSnapshot) -> Manifest:
+    """The manifest of a completed task. Raises NoVideoError or VideoDeletedError."""
+    if job.result is not None:
+        return job.result
+    if job.failure is None:
+        raise NoVideoError(f"The video is not ready: {job.progress} % done")
+    if job.failure.error_code is ErrorCode.VIDEO_DELETED:
+        raise VideoDeletedError(job.failure.error)
+    raise NoVideoError(f"The task failed, there is no video: {job.failure.error}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,8 @@ class StoredVideos:
         """Makes the bucket agree with an ended job: its verdict, and no objects of other attempts."""
         if job.result is not None:
             await anyio.to_thread.run_sync(self._videos.keep_only, job.result)
+        elif job.failure == VIDEO_DELETED:
+            await self.discard(job.task_id)
         elif job.failure is not None and job.state is not JobState.COMPLETED:
             tombstone = Tombstone.of(job.task_id, job.failure, cancelled=job.state is JobState.CANCELLED)
             await anyio.to_thread.run_sync(self._videos.bury, tombstone)
@@ -61,6 +83,10 @@ class StoredVideos:
         """The next objects of tasks, in the order of their keys."""
         listing = partial(self._bucket.list_objects, layout.PREFIX, start_after=start_after, limit=limit)
         return await anyio.to_thread.run_sync(listing)
+
+    async def discard(self, task_id: str) -> None:
+        """Deletes all of a task's objects."""
+        await anyio.to_thread.run_sync(self._videos.discard, task_id)
 
     async def delete(self, key: str) -> None:
         await anyio.to_thread.run_sync(self._bucket.delete, key)
@@ -116,6 +142,26 @@ class Tasks:
             await self._videos.settle(job)
         except StorageError as exc:
             log.warning("cannot store yet that this task was cancelled, its objects remain until then: %s", exc)
+
+    async def delete_video(self, task_id: str) -> None:
+        """Deletes a completed task's video, poster and manifest. The task's failure is VIDEO_DELETED from then on.
+
+        While the bucket is unavailable, the objects of a task that the queue still has are deleted later.
+
+        Raises:
+            NoVideoError: the task is not finished, failed, or its video was deleted before.
+            TaskNotFoundError: neither the queue nor the bucket has it.
+            QueueUnavailableError, StorageError: the queue or the bucket is unavailable.
+        """
+        finished_video(await self.find(task_id))
+        in_queue = await self._queue.delete_video(task_id)
+        try:
+            await self._videos.discard(task_id)
+        except StorageError as exc:
+            if not in_queue:
+                raise
+            log.warning("cannot delete the objects of this task's video yet, retrying: %s", exc)
+        log.info("the video is deleted")
 
     async def find(self, task_id: str) -> JobSnapshot:
         """The task as it is now, from the queue, or from the bucket if the queue has deleted it.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -41,6 +42,18 @@ def worker(**overrides: object) -> None:
         from shim.host.remote_worker import main
 
         main(**_given(overrides))
+
+
+def prune(*, older_than: timedelta, dry_run: bool) -> list[str]:
+    """Deletes the videos that are older than that; returns the ids of their tasks. `dry_run` deletes nothing.
+
+    Raises:
+        LaunchError: a setting is wrong, or the bucket or the queue does not answer.
+    """
+    with _start_errors():
+        from shim.host.prune import main
+
+        return main(older_than=older_than, dry_run=dry_run)
 
 
 def downgrade_queue(revision: str) -> None:

@@ -16,7 +16,7 @@ app = typer.Typer(
 for command in (
     *(server.serve, server.worker, server.downgrade_queue),
     *(tasks.generate, tasks.status, tasks.cancel, tasks.download, tasks.health),
-    *(server.demo, weights.download_weights, weights.convert_weights),
+    *(server.prune, server.demo, weights.download_weights, weights.convert_weights),
 ):
     app.command()(command)
 

@@ -73,7 +73,7 @@ async def get_services(request: Request) -> Services:
 
 
 def services_of(request: Request) -> Services:
-    """The server's parts, for code that is not a route."""
+    """The same, for functions that are not routes' dependencies."""
     services: Services = request.app.state.services
     return services
 

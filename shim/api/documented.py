@@ -1,5 +1,6 @@
 """The documented API, and GET /ready for load balancers. shim.api.videos has the downloads."""
 
+import asyncio
 import logging
 from functools import partial
 from typing import Annotated, Any, Final, Literal
@@ -23,11 +24,13 @@ from shim.api.dependencies import (
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.gpu import local_gpus
 from shim.http.body import limited_body
-from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueUnavailableError, Workers
+from shim.queue.base import JobSnapshot, ModelNotLoadedError, Workers
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
 _GIB: Final = 1024**3
+#: Seconds that /health waits for the queue: less than a probe waits.
+_HEALTH_SECONDS: Final = 3.0
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -237,10 +240,12 @@ async def health(services: GetServices) -> Health:
     """Check the API server, its workers and its GPU. Always 200 while the server runs."""
     state: Literal["healthy", "degraded"] = "healthy"
     try:
-        workers = await services.queue.workers()
-        backlog = await services.queue.backlog()
+        async with asyncio.timeout(_HEALTH_SECONDS):
+            workers = await services.queue.workers()
+            backlog = await services.queue.backlog()
         queue = QueueHealth(waiting=len(backlog.waiting), running=len(backlog.running))
-    except QueueUnavailableError:
+    except Exception as exc:  # noqa: BLE001 - orchestrators kill a server whose /health is an error, whatever the cause
+        log.warning("/health is degraded, the queue can't be read: %s: %s", type(exc).__name__, exc)
         state, workers, queue = "degraded", Workers(ready=0, loading=0, failed=0), QueueHealth(waiting=0, running=0)
     loaded = next((report for report in workers.reports if report.state is WorkerState.READY), None)
     gpus = local_gpus() or [report.gpu for report in workers.reports if report.gpu is not None]

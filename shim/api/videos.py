@@ -1,4 +1,4 @@
-"""GET and HEAD /videos/{task_id}.mp4: streams the video from the bucket in constant memory.
+"""GET, HEAD and DELETE /videos/{task_id}.mp4. GET streams the video from the bucket in constant memory.
 
 `curl -O` follows no redirect, so the bytes pass through the server: it reads a presigned URL with httpx and sends on
 each chunk. It answers conditional and range requests from the manifest (size, sha256), because S3 servers differ in
@@ -23,6 +23,7 @@ from contract.result import Manifest
 from shim.api.dependencies import GetServices, Services
 from shim.api.documented import error_responses
 from shim.errors import ApiError, ServerErrorCode
+from shim.tasks import finished_video
 
 #: Seconds for which a presigned URL is valid: enough for clocks that differ by minutes. The URL stays in this process,
 #: and a download may take longer, because only the start of a request needs a valid URL.
@@ -99,10 +100,8 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 @router.get("/videos/{file_name:path}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
 async def video(file_name: str, request: Request, services: GetServices) -> Response:
     """Download the generated video file."""
-    task_id, dot, extension = file_name.rpartition(".")
-    if not dot or extension != "mp4":
-        raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
-    manifest = await _finished(task_id, services)
+    task_id = _task_id(file_name)
+    manifest = finished_video(await services.tasks.find_video(task_id))
     etag = etag_of(manifest)
     headers = {
         "Accept-Ranges": "bytes",
@@ -126,13 +125,24 @@ async def video(file_name: str, request: Request, services: GetServices) -> Resp
     return VideoResponse(body, status_code=status, headers=headers, media_type="video/mp4")
 
 
-async def _finished(task_id: str, services: Services) -> Manifest:
-    job = await services.tasks.find_video(task_id)
-    if job.result is not None:
-        return job.result
-    if job.failure is not None:
-        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, f"The task failed, there is no video: {job.failure.error}")
-    raise ApiError(ServerErrorCode.VIDEO_NOT_READY, f"The video is not ready: {job.progress} % done")
+@router.delete(
+    "/videos/{file_name:path}",
+    operation_id="delete_video",
+    status_code=204,
+    response_class=Response,
+    responses={204: {"description": "The video is deleted."}, **error_responses(401, 404, 500, 503)},
+)
+async def delete(file_name: str, services: GetServices) -> Response:
+    """Delete a completed task's video with its poster and its manifest."""
+    await services.tasks.delete_video(_task_id(file_name))
+    return Response(status_code=204)
+
+
+def _task_id(file_name: str) -> str:
+    task_id, dot, extension = file_name.rpartition(".")
+    if not dot or extension != "mp4":
+        raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
+    return task_id
 
 
 def names_etag(header: str | None, etag: str) -> bool:

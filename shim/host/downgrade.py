@@ -2,8 +2,8 @@
 
 import asyncio
 
+from shim.host.data_directory import locked_data_directory
 from shim.host.errors import StartError, settings_errors
-from shim.host.serve import locked_data_directory
 from shim.queue.base import QueueError
 from shim.queue.engine import database_url, downgrade
 from shim.settings import ShimSettings

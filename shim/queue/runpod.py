@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from contract.errors import ErrorCode, JobFailure
+from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import JobInput
 from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
@@ -206,6 +206,14 @@ class RunPodQueue:
             return None
         _body(response)
         return await self._fetch(task_id)
+
+    async def delete_video(self, task_id: str) -> bool:
+        """Remembers the deletion in this process. RunPod itself keeps the result for half an hour."""
+        cached = self._cached_jobs.get(task_id)
+        if cached is not None:
+            job = replace(cached.job, result=None, failure=VIDEO_DELETED)
+            self._cached_jobs[task_id] = replace(cached, job=job)
+        return False
 
     async def backlog(self) -> Backlog:
         """How many jobs wait and run. RunPod hides their inputs."""

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contract.errors import ErrorCode, JobFailure
+from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
@@ -29,6 +29,7 @@ from shim.queue.base import (
 )
 from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.fair_order import FRONT, ORDER, next_turn, up_to
+from shim.queue.outbox import put_in_outbox
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,15 @@ class SqlQueue:
             log.info("cancelled by a client")
             self._observer.ended(JobState.CANCELLED, failure=CANCELLED)
         return job
+
+    async def delete_video(self, task_id: str) -> bool:
+        """Replaces the job's output by the failure. The outbox deletes the objects, also those of late attempts."""
+        which = (jobs.c.task_id == task_id) & (jobs.c.state == JobState.COMPLETED)
+        failure = VIDEO_DELETED.model_dump(mode="json")
+        async with self._database.write(notify=True) as connection:
+            deleted = await connection.execute(update(jobs).where(which).values(output=None, failure=failure))
+            await connection.execute(put_in_outbox(self._database.clock(), which))
+        return deleted.rowcount > 0
 
     async def purge(self) -> int:
         """Cancels every waiting job; returns how many there were."""
@@ -228,7 +238,7 @@ class SqlQueue:
         result = valid_manifest(row.output) if state is JobState.COMPLETED else None
         failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
         if state is JobState.COMPLETED and result is None:
-            failure = NO_VIDEO
+            failure = failure or NO_VIDEO
         return JobSnapshot(
             task_id=row.task_id,
             state=state,

@@ -52,7 +52,7 @@ def memory(service: Service) -> int:
 def at(address: str, service: Service, **options: Any) -> httpx.Client:
     """A client whose connections come from `address`."""
     transport = httpx.HTTPTransport(local_address=address)
-    return httpx.Client(base_url=service.address, transport=transport, timeout=20, **options)
+    return httpx.Client(base_url=service.address, transport=transport, timeout=60, **options)
 
 
 def download(client: httpx.Client) -> None:
@@ -117,7 +117,7 @@ class Attack:
         self._open = remaining
 
     def run(self) -> None:
-        while not self._stopped.wait(0.2):
+        while not self._stopped.wait(1.0):
             self.drop_closed()
             self.fill()
 

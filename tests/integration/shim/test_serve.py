@@ -310,6 +310,26 @@ def test_a_model_that_can_not_be_loaded_is_reported(tmp_path: Path) -> None:
         assert service.stop() == 0
 
 
+def test_server_and_worker_warn_of_a_variable_that_does_not_exist_and_name_the_nearest(tmp_path: Path) -> None:
+    """The worker stops at once: its model does not exist."""
+    service = Service(
+        tmp_path, HUNYUAN_MODEL_PATH=str(tmp_path / "absent"), HUNYUAN_WORKERS_="2", HUNYUAN_COLOUR="secret-value"
+    )
+    warning = "WARNING {}: HUNYUAN_WORKERS_ is set, and no setting has that name, so it changes nothing: did you mean "
+    try:
+        service.start(until_ready=False)
+        for program in ("shim.host.serve", "__main__"):
+            line = f"{warning.format(program)}HUNYUAN_WORKERS?"
+            eventually(f"the warning of {program}", lambda line=line: line in service.log.read_text(), 60)
+        text = service.log.read_text()
+        assert "HUNYUAN_COLOUR is set" in text
+        assert "secret-value" not in text
+        assert "HUNYUAN_PORT is set" not in text
+    finally:
+        service.http.close()
+        service.stop()
+
+
 # The other commands
 
 
