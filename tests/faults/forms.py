@@ -30,7 +30,7 @@ KINDS = (
     "file emptied by a power cut",
 )
 #: Kinds that the code does not survive yet. A run leaves them out, or injects the mild form that their driver names.
-NOT_YET: frozenset[str] = frozenset({"encoder hung", "model step hung", "clock stepped"})
+NOT_YET: frozenset[str] = frozenset()
 #: Whether the server deletes objects that no task owns. If not, a run counts them and does not fail.
 HAS_RECONCILER = True
 

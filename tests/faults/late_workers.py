@@ -60,6 +60,8 @@ class HungRenders(Driver):
         kind = "model step hung"
         worker = self._chance.choice(self._workers)
         pid = worker.pid()
+        if pid is None:
+            return
         hang = self._system.directory / f"hang-{pid}"
         self._count(kind, worker.name)
         hang.touch()
@@ -76,7 +78,7 @@ class HungRenders(Driver):
         finally:
             hang.unlink()
 
-    def _renders(self, pid: int | None) -> list[str]:
+    def _renders(self, pid: int) -> list[str]:
         return [note.task_id for note in self._system.notes() if note.pid == pid and note.event == "rendering"]
 
     def _await_end(self, kind: str, worker: WorkerPart, pid: int | None, has_ended: Callable[[], bool]) -> None:
