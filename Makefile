@@ -49,6 +49,10 @@ bench-gpu: $(VENV)/.local ## Measure the model at its real size on this GPU (BEN
 bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with a million completed jobs (BENCH="--history 1000000")
 	$(BIN)/python -m benchmarks.queue $(BENCH)
 
+.PHONY: bench-http
+bench-http: $(VENV)/.dev ## Measure GET /status and GET /health beside a bare FastAPI route (BENCH="--seconds 4 --rounds 5")
+	$(BIN)/python -m benchmarks.http $(BENCH)
+
 .PHONY: picture
 picture: $(VENV)/.dev ## Take docs/page.png again: the page of a server with the demo model; needs chromium
 	$(BIN)/python -m tests.support.page_picture docs/page.png

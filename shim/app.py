@@ -18,6 +18,7 @@ from shim.api import documented, page, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
+from shim.gpu import LocalGpus
 from shim.http.access_log import AccessLog
 from shim.http.guard import DOCS_PATH, error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
@@ -69,6 +70,7 @@ def create_app(
             readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
+            gpus=LocalGpus(),
         ),
         access,
         routers,
@@ -83,7 +85,7 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    for router in (documented.router, videos.router, page.router, metrics_router, *routers):
+    for router in (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers):
         app.include_router(router)
     for error in _HANDLED:
         app.add_exception_handler(error, _on_error)

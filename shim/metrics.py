@@ -106,6 +106,7 @@ class Metrics(JobObserver):
             name: Histogram(name, text, labels, buckets=buckets, registry=self._registry)
             for name, (text, labels, buckets) in _HISTOGRAMS.items()
         }
+        self._http_series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         # These series exist from the start, because increase() misses the first value of a new series.
         ended = self._counters["hunyuan_tasks_ended"]
         ended.labels(JobState.COMPLETED, "")
@@ -158,8 +159,15 @@ class Metrics(JobObserver):
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Counts one request. `route` is a template."""
-        self._counters["hunyuan_http_requests"].labels(route, method, status).inc()
-        self._histograms["hunyuan_http_request_duration_seconds"].labels(route, method).observe(seconds)
+        series = self._http_series.get((route, method, status))
+        if series is None:  # `labels` looks them up under a lock
+            series = self._http_series[route, method, status] = (
+                self._counters["hunyuan_http_requests"].labels(route, method, status),
+                self._histograms["hunyuan_http_request_duration_seconds"].labels(route, method),
+            )
+        requests, durations = series
+        requests.inc()
+        durations.observe(seconds)
 
     def supervise(self, process: str) -> Callable[[], None]:
         """Returns the function that counts a restart of the process."""

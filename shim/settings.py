@@ -67,8 +67,8 @@ class ShimSettings(LogOptions):
         default=60.0,
         ge=15,
         validation_alias="HUNYUAN_WORKER_TIMEOUT",
-        description="Seconds without a ping after which a worker is lost: its lease expires and its task is queued "
-        "again. Workers ping every 5 seconds.",
+        description="Seconds without a report after which a worker is lost: its lease expires and its task is queued "
+        "again. Workers report every 5 seconds.",
     )
     history_ttl: float = Field(
         default=7 * 24 * 3600.0,

@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
 from shim.errors import ApiError, ServerErrorCode
+from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
@@ -65,17 +66,18 @@ class Services:
     readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None
-
-
-async def get_services(request: Request) -> Services:
-    """The app's services. A coroutine, because FastAPI calls other functions in a thread."""
-    return services_of(request)
+    gpus: LocalGpus
 
 
 def services_of(request: Request) -> Services:
-    """The same, for functions that are not routes' dependencies."""
+    """The app's services."""
     services: Services = request.app.state.services
     return services
+
+
+async def get_services(request: Request) -> Services:
+    """`services_of` as a dependency. It is a coroutine, because FastAPI would call a function in a thread."""
+    return services_of(request)
 
 
 #: A route's parameter that is the app's services.

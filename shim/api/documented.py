@@ -5,7 +5,7 @@ import logging
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
@@ -19,12 +19,13 @@ from shim.api.dependencies import (
     is_anonymous,
     key_name,
     public_url,
+    services_of,
     take_rate_token,
 )
+from shim.api.polled import PolledRoute, json_response
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
-from shim.gpu import local_gpus
 from shim.http.body import limited_body
-from shim.queue.base import JobSnapshot, ModelNotLoadedError, Workers
+from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, Workers
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
@@ -34,6 +35,8 @@ _HEALTH_SECONDS: Final = 3.0
 
 log = logging.getLogger(__name__)
 router = APIRouter()
+#: The routes that clients poll. The app tries them first: each route that is tried takes time.
+polled_router = APIRouter()
 
 #: OpenAPI's links from an accepted task to the routes that take its id, for generated clients.
 _LINKS: Final = {
@@ -203,10 +206,20 @@ async def generate(
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id:path}", operation_id="get_status", responses=error_responses(401, 404, 500, 503))
-async def status(task_id: str, request: Request, services: GetServices) -> Status:
+async def status(task_id: str, request: Request) -> Response:
     """Check the status of a video generation task."""
-    return _status(await services.tasks.find(task_id), request, services)
+    services = services_of(request)
+    return json_response(_status(await services.tasks.find(task_id), request, services))
+
+
+polled_router.add_api_route(
+    "/status/{task_id:path}",
+    status,
+    operation_id="get_status",
+    response_model=Status,
+    responses=error_responses(401, 404, 500, 503),
+    route_class_override=PolledRoute,
+)
 
 
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
@@ -235,20 +248,27 @@ def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
     )
 
 
-@router.get("/health", responses=error_responses(500))
-async def health(services: GetServices) -> Health:
+async def health(request: Request) -> Response:
     """Check the API server, its workers and its GPU. Always 200 while the server runs."""
+    return json_response(await _health(services_of(request)))
+
+
+polled_router.add_api_route(
+    "/health", health, response_model=Health, responses=error_responses(500), route_class_override=PolledRoute
+)
+
+
+async def _health(services: Services) -> Health:
     state: Literal["healthy", "degraded"] = "healthy"
     try:
         async with asyncio.timeout(_HEALTH_SECONDS):
-            workers = await services.queue.workers()
-            backlog = await services.queue.backlog()
-        queue = QueueHealth(waiting=len(backlog.waiting), running=len(backlog.running))
+            summary = await services.queue.summary()
     except Exception as exc:  # noqa: BLE001 - orchestrators kill a server whose /health is an error, whatever the cause
         log.warning("/health is degraded, the queue can't be read: %s: %s", type(exc).__name__, exc)
-        state, workers, queue = "degraded", Workers(ready=0, loading=0, failed=0), QueueHealth(waiting=0, running=0)
+        state, summary = "degraded", QueueSummary(waiting=0, running=0, workers=Workers(ready=0, loading=0, failed=0))
+    workers = summary.workers
     loaded = next((report for report in workers.reports if report.state is WorkerState.READY), None)
-    gpus = local_gpus() or [report.gpu for report in workers.reports if report.gpu is not None]
+    gpus = await services.gpus.read() or [report.gpu for report in workers.reports if report.gpu is not None]
     return Health(
         status=state,
         model_loaded=workers.ready > 0,
@@ -260,7 +280,7 @@ async def health(services: GetServices) -> Health:
         attention=loaded.attention if loaded else None,
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),
-        queue=queue,
+        queue=QueueHealth(waiting=summary.waiting, running=summary.running),
     )
 
 

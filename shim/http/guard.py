@@ -8,7 +8,7 @@ from typing import Final
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,12 +21,14 @@ _PLATFORM_PREFIX: Final = "/v2/"
 #: Probes name a server as their orchestrator does, and learn nothing but its health.
 _PROBES: Final = frozenset({"/health", "/ready"})
 #: A response runs no script and shows no frame or form. A browser that opens a video may play it.
-_POLICY: Final = "default-src 'none'; media-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+_POLICY: Final = b"default-src 'none'; media-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 #: FastAPI's documentation page loads Swagger UI from these hosts and starts it with an inline script.
 _DOCS_POLICY: Final = (
-    "default-src 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; frame-ancestors 'none'; "
-    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
+    b"default-src 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; frame-ancestors 'none'; "
+    b"script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
 )
+#: On every response, last: no route sets them.
+_HEADERS: Final = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 _CORS_REQUEST: Final = ("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Range", "X-Request-ID")
 _CORS_RESPONSE: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "X-Request-ID")
 
@@ -137,11 +139,14 @@ class SafeHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers.setdefault("Content-Security-Policy", policy)
-                headers.setdefault("Cache-Control", "no-store")
+                headers = list(message.get("headers", ()))
+                names = {name.lower() for name, _ in headers}
+                headers += _HEADERS
+                if b"content-security-policy" not in names:
+                    headers.append((b"content-security-policy", policy))
+                if b"cache-control" not in names:
+                    headers.append((b"cache-control", b"no-store"))
+                message["headers"] = headers
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

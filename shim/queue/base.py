@@ -195,6 +195,15 @@ class TaskObjects(Protocol):
     async def delete(self, key: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class QueueSummary:
+    """The numbers of waiting and running jobs, and the workers that are alive."""
+
+    waiting: int
+    running: int
+    workers: Workers
+
+
 class JobObserver:
     """Receives each change of a job after it is stored. This one ignores them; subclasses must not raise."""
 
@@ -258,6 +267,10 @@ class JobQueue(Protocol):
     async def backlog(self) -> Backlog: ...
 
     async def workers(self) -> Workers: ...
+
+    async def summary(self) -> QueueSummary:
+        """The numbers of `backlog` and the workers, for callers that ask often: it costs less than those two."""
+        ...
 
     async def check_ready(self) -> None:
         """Raises ModelNotLoadedError if a job submitted now would be rejected for lack of a worker."""

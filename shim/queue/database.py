@@ -25,7 +25,10 @@ from shim.queue.engine import (
     open_engine,
     writing,
 )
+from shim.queue.postgres_reader import PostgresReader
+from shim.queue.reader import Reader
 from shim.queue.schema import jobs, outcomes, workers
+from shim.queue.sqlite_reader import SqliteReader
 
 #: Seconds between two looks for changes of other servers: without notifications, and with them.
 _POLL_INTERVAL: Final = 1.0
@@ -70,6 +73,7 @@ class Database:
         self._log_has_deleted = not self._is_postgresql  # an earlier start may have been killed
         self._transaction_timeout = transaction_timeout
         self.worker_timeout = worker_timeout
+        self.reader = _reader(engine, transaction_timeout)
 
     @classmethod
     async def open(cls, url: str, **options: Any) -> Self:
@@ -90,6 +94,7 @@ class Database:
         return database
 
     async def close(self) -> None:
+        await self.reader.close()
         await self._engine.dispose()
 
     def clock(self) -> float:
@@ -215,7 +220,11 @@ class Database:
 
     def is_alive(self) -> ColumnElement[bool]:
         """Selects the workers seen within `worker_timeout`."""
-        return workers.c.last_seen > self.clock() - self.worker_timeout
+        return workers.c.last_seen > self.alive_since()
+
+    def alive_since(self) -> float:
+        """By `clock`: a worker is alive if it was seen after this moment."""
+        return self.clock() - self.worker_timeout
 
     async def end_jobs(
         self,
@@ -247,6 +256,13 @@ class Database:
                 update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
             )
         return ended.rowcount
+
+
+def _reader(engine: AsyncEngine, timeout: float) -> Reader:
+    if engine.dialect.name == "postgresql":
+        return PostgresReader(engine.url, timeout=timeout)
+    assert engine.url.database is not None  # noqa: S101 - a SQLite queue is a file
+    return SqliteReader(engine.url.database, timeout=timeout)
 
 
 @contextmanager

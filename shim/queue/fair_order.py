@@ -14,7 +14,7 @@ These are taken as a1, b1, a2, b2, a3. A job that lost its worker returns to the
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, tuple_
+from sqlalchemy import Row
 
 from shim.queue.schema import jobs
 
@@ -29,8 +29,3 @@ def next_turn(waiting: Sequence[Row[Any]], client: str) -> int:
     served_now = min((job.turn for job in waiting if job.turn > FRONT), default=FRONT + 1)
     last_of_client = max((job.turn for job in waiting if job.client == client), default=FRONT)
     return max(served_now, last_of_client + 1)
-
-
-def up_to(job: Row[Any]) -> ColumnElement[bool]:
-    """Selects the waiting job and those before it."""
-    return tuple_(*ORDER) <= tuple_(job.turn, job.seq)

@@ -29,6 +29,7 @@ from shim.queue.base import (
     JobSnapshot,
     JobState,
     QueueFullError,
+    QueueSummary,
     QueueUnavailableError,
     RenderKind,
     Submission,
@@ -222,6 +223,11 @@ class RunPodQueue:
     async def workers(self) -> Workers:
         """The endpoint's workers, as RunPod counts them."""
         return _workers(await self._health())
+
+    async def summary(self) -> QueueSummary:
+        health = await self._health()
+        backlog = _backlog(health)
+        return QueueSummary(len(backlog.waiting), len(backlog.running), _workers(health))
 
     async def check_ready(self) -> None:
         """RunPod accepts jobs with no worker running, so a response is enough."""

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
@@ -22,14 +22,16 @@ from shim.queue.base import (
     JobState,
     ModelNotLoadedError,
     QueueFullError,
+    QueueSummary,
     RenderTimes,
     Submission,
     Workers,
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
-from shim.queue.fair_order import FRONT, ORDER, next_turn, up_to
+from shim.queue.fair_order import FRONT, ORDER, next_turn
 from shim.queue.outbox import put_in_outbox
+from shim.queue.reader import JobRow, WorkerRow, select_job
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -97,8 +99,8 @@ class SqlQueue:
         return task_id
 
     async def get(self, task_id: str) -> JobSnapshot | None:
-        async with self._database.read() as connection:
-            return await self._find(connection, jobs.c.task_id == task_id)
+        row = await self._database.reader.job(task_id)
+        return self._snapshot(row) if row is not None else None
 
     async def output(self, task_id: str) -> Any:
         """What the worker returned for the job, unchanged; None before that."""
@@ -182,6 +184,10 @@ class SqlQueue:
         async with self._database.read() as connection:
             return await _read_workers(connection, self._database.is_alive())
 
+    async def summary(self) -> QueueSummary:
+        counts = await self._database.reader.counts(self._database.alive_since())
+        return QueueSummary(counts.waiting, counts.running, _workers_of(counts.workers))
+
     async def ended(self) -> Mapping[JobState, int]:
         """How many jobs have reached each terminal state."""
         async with self._database.read() as connection:
@@ -197,12 +203,8 @@ class SqlQueue:
         return await self._find(connection, which)
 
     async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
-        row = await fetch_one(connection, select(jobs).where(which))
-        if row is None:
-            return None
-        queued = row.state == JobState.QUEUED
-        position = await _count_waiting(connection, up_to(row)) if queued else None
-        return self._snapshot(row, position)
+        row = await fetch_one(connection, select_job(which))
+        return self._snapshot(JobRow._make(row)) if row is not None else None
 
     async def _insert(
         self,
@@ -233,7 +235,7 @@ class SqlQueue:
             of_whom = " of this API key" if client else ""
             raise QueueFullError(f"The queue is full: {own} tasks{of_whom} are waiting")
 
-    def _snapshot(self, row: Row[Any], position: int | None) -> JobSnapshot:
+    def _snapshot(self, row: JobRow) -> JobSnapshot:
         state = JobState(row.state)
         result = valid_manifest(row.output) if state is JobState.COMPLETED else None
         failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
@@ -245,14 +247,19 @@ class SqlQueue:
             progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
             stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
             elapsed_time=max((row.finished_at or self._database.clock()) - row.created_at, 0.0),
-            queue_position=position,
+            queue_position=row.queue_position,
             result=result,
             failure=failure,
         )
 
 
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
-    rows = await fetch_all(connection, select(workers).where(is_alive).order_by(workers.c.worker_id))
+    columns = workers.c.worker_id, workers.c.state, workers.c.report
+    rows = await fetch_all(connection, select(*columns).where(is_alive).order_by(workers.c.worker_id))
+    return _workers_of([WorkerRow._make(row) for row in rows])
+
+
+def _workers_of(rows: Sequence[WorkerRow]) -> Workers:
     states = [row.state for row in rows]
     return Workers(
         ready=states.count(WorkerState.READY),
@@ -280,11 +287,6 @@ def _backlog(waiting: Sequence[Row[Any]], running: Sequence[Row[Any]], ready_wor
 async def _read_render_times(connection: AsyncConnection) -> RenderTimes:
     rows = await fetch_all(connection, select(render_times))
     return {(row.model, Resolution(row.resolution), row.duration): row.mean for row in rows}
-
-
-async def _count_waiting(connection: AsyncConnection, *which: ColumnElement[bool]) -> int:
-    count = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED, *which)
-    return await connection.scalar(count) or 0
 
 
 def _check_ready(alive: Workers) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from pydantic import HttpUrl, SecretStr
 
-from contract.errors import ErrorCode
-from contract.result import JobResult, Manifest, Progress, Stage
+from contract.errors import ErrorCode, JobFailure
+from contract.result import JobResult, Manifest, Progress, Stage, Tombstone
 from contract.retry import RetryPolicy
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
@@ -359,3 +359,21 @@ def test_a_cancelled_worker_does_not_delete_the_video_that_another_one_completed
         assert isinstance(ended(), RenderCancelledError)
     eventually("the deletion of its own video", lambda: len(stored(direct)) == 3, 10)
     assert assert_whole(direct).version == "theirs"
+
+
+# The task ended before
+
+
+def test_a_task_with_a_tombstone_is_not_rendered_and_reports_its_failure(bench: Bench, direct: Bucket) -> None:
+    cancelled = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+    Videos(direct).bury(Tombstone.of(TASK, cancelled, cancelled=True))
+    assert failure(bench.run) == (cancelled.error_code, cancelled.error)
+    assert bench.model.rendered == []
+
+
+def test_a_task_that_gets_a_tombstone_during_its_render_stores_nothing(bench: Bench, direct: Bucket) -> None:
+    given_up = JobFailure(error="The worker was lost 3 times", error_code=ErrorCode.GENERATION_FAILED)
+    bench.at_last_step = lambda: Videos(direct).bury(Tombstone.of(TASK, given_up))
+    assert failure(bench.run) == (given_up.error_code, given_up.error)
+    assert stored(direct) == {MANIFEST}
+    assert not [request for request in bench.proxy.requests if request.startswith("PUT")]

@@ -124,8 +124,10 @@ async def test_a_worker_that_goes_silent_loses_its_job_to_the_front(bench: Bench
 
 @pytest.mark.parametrize("sign", ["progress", "report", "ping"])
 async def test_progress_a_report_and_a_ping_each_extend_the_lease(bench: Bench, sign: str) -> None:
+    """A ping does so for a worker that has sent no report."""
+    worker_id = "silent" if sign == "ping" else "w1"
     task_id = (await bench.queue.submit(JOB)).task_id
-    await bench.take("w1")
+    await bench.take(worker_id)
     for _ in range(5):
         bench.later(40)
         match sign:
@@ -135,7 +137,7 @@ async def test_progress_a_report_and_a_ping_each_extend_the_lease(bench: Bench, 
             case "report":
                 await bench.worker("w1")
             case "ping":
-                await bench.dispatcher.ping("w1", [task_id])
+                await bench.dispatcher.ping(worker_id, [task_id])
         await bench.dispatcher.sweep()
     assert await state(bench, task_id) is JobState.RUNNING
 

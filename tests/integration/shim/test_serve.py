@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,7 @@ def test_server_and_worker_warn_of_a_variable_that_does_not_exist_and_name_the_n
         service.start(until_ready=False)
         for program in ("shim.host.serve", "__main__"):
             line = f"{warning.format(program)}HUNYUAN_WORKERS?"
-            eventually(f"the warning of {program}", lambda line=line: line in service.log.read_text(), 60)
+            eventually(f"the warning of {program}", partial(_is_logged, service, line), 60)
         text = service.log.read_text()
         assert "HUNYUAN_COLOUR is set" in text
         assert "secret-value" not in text
@@ -375,3 +376,7 @@ def test_help_names_every_command() -> None:
     text = hunyuan("--help").stdout
     for command in ("serve", "worker", "generate", "status", "cancel", "download", "health", "demo"):
         assert command in text
+
+
+def _is_logged(service: Service, line: str) -> bool:
+    return line in service.log.read_text()
