@@ -38,7 +38,7 @@ unit: $(VENV)/.dev ## Run the tests that start no server process and load no mod
 	$(BIN)/pytest tests/unit
 
 .PHONY: test-faults
-test-faults: $(VENV)/.dev ## Kill processes and break connections at random during 200 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
+test-faults: $(VENV)/.dev ## Inject 22 kinds of fault at random during 300 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
 	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
 
 .PHONY: bench-gpu

@@ -208,6 +208,12 @@ class ShimSettings(LogOptions):
         """`data_dir`, absolute."""
         return self.data_dir.expanduser().resolve()
 
+    @property
+    def queue_url(self) -> str:
+        """The queue's database: `database_url`, or a SQLite file in `directory`. With its password."""
+        named = self.database_url
+        return named.get_secret_value() if named is not None else f"sqlite:///{self.directory}/queue.sqlite3"
+
 
 class RemoteWorkerSettings(Settings):
     """The settings of `hunyuan worker`, in addition to BucketSettings and WorkerSettings."""

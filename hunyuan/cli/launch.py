@@ -69,6 +69,18 @@ def prune(*, older_than: timedelta, dry_run: bool) -> list[str]:
         return main(older_than=older_than, dry_run=dry_run)
 
 
+def downgrade_queue(revision: str) -> None:
+    """Migrates the queue's database back to `revision`.
+
+    Raises:
+        LaunchError: a setting is wrong, a server is running, or the database can't be downgraded.
+    """
+    with _start_errors():
+        from shim.host.downgrade import main
+
+        main(revision)
+
+
 def _given(overrides: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in overrides.items() if value is not None}
 

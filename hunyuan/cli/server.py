@@ -1,4 +1,4 @@
-"""`hunyuan serve`, `hunyuan worker` and `hunyuan demo`: commands that start a process."""
+"""`hunyuan serve`, `worker`, `demo` and `downgrade-queue`: commands of the server and its workers."""
 
 import re
 from datetime import timedelta
@@ -62,6 +62,17 @@ def prune(
     for task_id in task_ids:
         typer.echo(task_id)
     typer.echo(f"{len(task_ids)} videos {'would be' if dry_run else 'are'} deleted", err=True)
+
+
+def downgrade_queue(
+    revision: Annotated[str, typer.Argument(help="The older release's revision, which its error text names: 0002.")],
+) -> None:
+    """Migrate the queue's database back, before you install an older release. Stop all servers first."""
+    try:
+        launch.downgrade_queue(revision)
+    except launch.LaunchError as exc:
+        fail(str(exc), ExitCode(exc.exit_code))
+    typer.echo(f"The database is at revision {revision}. Install the older release and start it.")
 
 
 def demo(

@@ -191,20 +191,15 @@ def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos
 
 async def open_database(settings: ShimSettings) -> Database:
     """The queue's database: HUNYUAN_DATABASE_URL, else a file in the data directory. Raises StartError."""
-    return await _retry_database(lambda: Database.open(_database_url(settings), worker_timeout=settings.worker_timeout))
-
-
-def _database_url(settings: ShimSettings) -> str:
-    named = settings.database_url
-    return named.get_secret_value() if named is not None else f"sqlite:///{settings.directory}/queue.sqlite3"
+    return await _retry_database(lambda: Database.open(settings.queue_url, worker_timeout=settings.worker_timeout))
 
 
 async def _claim_instance(settings: ShimSettings) -> Instance:
     """The instance id in the data directory, or a new one for this start if another server uses that id."""
     path = settings.directory / "instance"
-    instance = Instance(_database_url(settings), secret_file(path, lambda: secrets.token_hex(4), form="[0-9a-f]{8}"))
+    instance = Instance(settings.queue_url, secret_file(path, lambda: secrets.token_hex(4), form="[0-9a-f]{8}"))
     while not await instance.claim():
-        taken, instance = instance, Instance(_database_url(settings), secrets.token_hex(4))
+        taken, instance = instance, Instance(settings.queue_url, secrets.token_hex(4))
         log.warning(
             "another server uses the instance id %s in %s, so this directory may be a copy of its HUNYUAN_DATA_DIR; "
             "using %s until the next start. Delete the file to get an id of its own",

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import alembic.command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -82,17 +83,57 @@ def writing(engine: AsyncEngine) -> AsyncEngine:
 
 def migrate(connection: Connection, revision: str = "head") -> None:
     """Migrates the tables to `revision` and keeps their rows. Other servers that migrate at the same time wait."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
+    _lock_migrations(connection)
+    config = _alembic(connection)
     try:
         alembic.command.upgrade(config, revision)
     except CommandError as exc:
+        known = ScriptDirectory.from_config(config).get_current_head()
         raise QueueError(
-            f"a newer release has migrated the database; this server must be upgraded to it: {exc}"
+            "a newer release has migrated the database: upgrade this server to that release, or run `hunyuan "
+            f"downgrade-queue {known}` with that release while all servers are stopped ({exc})"
         ) from exc
+
+
+async def downgrade(url: URL, revision: str) -> None:
+    """Migrates the tables back to `revision`, for an older release. Rows stay; columns added since then are lost.
+
+    Raises:
+        QueueUnavailableError: the database does not respond, or rejects the connection.
+        QueueError: `revision` is unknown, or newer than the database's.
+    """
+    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+    try:
+        async with writing(engine).begin() as connection:
+            await connection.run_sync(_downgrade, revision)
+    except DBAPIError as exc:
+        raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
+    finally:
+        await engine.dispose()
+
+
+def _downgrade(connection: Connection, revision: str) -> None:
+    _lock_migrations(connection)
+    config = _alembic(connection)
+    known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    if revision not in known:
+        raise QueueError(f"there is no revision {revision}; this release knows {', '.join(sorted(known))}")
+    try:
+        alembic.command.downgrade(config, revision)
+    except CommandError as exc:
+        raise QueueError(f"the database can't be downgraded to revision {revision}: {exc}") from exc
+
+
+def _lock_migrations(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+
+
+def _alembic(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
 
 
 def _postgresql(url: URL) -> AsyncEngine:

@@ -1,7 +1,8 @@
 """`python -m tests.support.scripted_worker`: the worker with its SDK loop, bucket and ffmpeg, and the scripted model.
 
-It writes a note (a line of JSON) for each `rendering`, with the time of its last lookup of the manifest, and for each
-`stored` manifest.
+It writes a note (a line of JSON) for each `rendering`, with the time of its last lookup of the manifest, for each
+`uploading` of a video that begins, and for each `stored` manifest. A step hangs while the file `hang-PID` is beside
+the notes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path, PurePosixPath
@@ -48,15 +50,27 @@ class NotedBucket(Bucket):
         self._last_lookup = ("", 0.0)
 
     def get_bytes(self, key: str) -> bytes:
-        self._last_lookup = (PurePosixPath(key).stem, time.time())
+        self._last_lookup = (_task_id(key), time.time())
         return super().get_bytes(key)
+
+    def put_file(self, path: Path, key: str, **options: Any) -> None:
+        if path.suffix == ".mp4":
+            self._notes.add("uploading", _task_id(key), time.time())
+        super().put_file(path, key, **options)
 
     def put_bytes(self, body: bytes, key: str, **options: Any) -> None:
         super().put_bytes(body, key, **options)
-        self._notes.add("stored", PurePosixPath(key).stem, time.time())
+        if b'"status":"completed"' in body:  # a manifest, not a tombstone
+            self._notes.add("stored", _task_id(key), time.time())
 
     def note_rendering(self) -> None:
         self._notes.add("rendering", *self._last_lookup)
+
+
+def _task_id(key: str) -> str:
+    """The task of an object: the UUID in its key, or the name of the file."""
+    found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", key)
+    return found[0] if found else PurePosixPath(key).stem
 
 
 def main() -> None:
@@ -77,6 +91,7 @@ def main() -> None:
     assert named is not None
     assert settings.platform_key is not None
     bucket = NotedBucket(named, Notes(arguments.notes))
+    hang = arguments.notes.with_name(f"hang-{os.getpid()}")
 
     def before_step(step: int) -> None:
         if step == 0:
@@ -86,6 +101,8 @@ def main() -> None:
             if arguments.hold_gil:
                 ctypes.PyDLL(None).sleep(600)
         time.sleep(arguments.step_seconds)
+        while hang.exists():
+            time.sleep(0.05)
 
     model = ScriptedModel(before_step)
     model.before_frames = lambda _: time.sleep(arguments.frame_seconds)

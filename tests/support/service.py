@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,10 +45,13 @@ def eventually(what: str, look: Callable[[], T | None], seconds: float = 30.0) -
 
 
 class Service:
-    """`hunyuan serve` on loopback with its own data directory."""
+    """`hunyuan serve` on loopback with its own data directory. `program` is what Python runs."""
 
-    def __init__(self, directory: Path, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, program: Sequence[str] = ("-m", "hunyuan", "serve"), /, **environment: str
+    ) -> None:
         self.directory = directory
+        self._program = program
         self.port = free_port()
         self.address = f"http://{environment.get('HUNYUAN_HOST', '127.0.0.1')}:{self.port}"
         self.log = directory / "serve.log"
@@ -68,7 +71,7 @@ class Service:
         """Starts the server without waiting for it."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "hunyuan", "serve"], env=self._environment, stdout=log, stderr=log
+                [sys.executable, *self._program], env=self._environment, stdout=log, stderr=log
             )
 
     def start(self, *, until_ready: bool = True) -> None:

@@ -11,6 +11,7 @@ import pytest
 from contract.errors import ErrorCode
 from contract.settings import KNOWN_VARIABLES
 from shim.errors import STATUS, ServerErrorCode
+from tests.faults.forms import KINDS
 from tools import api_page, settings_page
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,11 @@ def test_every_word_of_the_glossary_is_used() -> None:
 def test_readme_and_architecture_link_to_the_glossary() -> None:
     assert "(docs/glossary.md)" in (ROOT / "README.md").read_text()
     assert "(glossary.md)" in (DOCS / "architecture.md").read_text()
+
+
+def test_contributing_lists_every_kind_of_fault() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## The fault suite")[2]
+    assert re.findall(r"^\| ([a-z ]+) \| [A-Z]", section, re.M) == list(KINDS)
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)

@@ -12,3 +12,9 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("bucket_due_at", sa.Float()))
     op.create_index("jobs_by_bucket_due", "jobs", ["bucket_due_at"])
     op.execute("UPDATE jobs SET bucket_due_at = finished_at WHERE state IN ('failed', 'cancelled')")
+
+
+def downgrade() -> None:
+    """`hunyuan downgrade-queue` calls this."""
+    op.drop_index("jobs_by_bucket_due", "jobs")
+    op.drop_column("jobs", "bucket_due_at")

@@ -13,3 +13,10 @@ def upgrade() -> None:
         op.add_column("jobs", sa.Column(name, sa.Integer(), nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("client", sa.String(64), nullable=False, server_default=""))
     op.create_index("jobs_by_turn", "jobs", ["state", "turn", "seq"])
+
+
+def downgrade() -> None:
+    """`hunyuan downgrade-queue` calls this."""
+    op.drop_index("jobs_by_turn", "jobs")
+    for name in ("lost_attempts", "deliveries_not_begun", "turn", "client"):
+        op.drop_column("jobs", name)
