@@ -412,3 +412,15 @@ def test_help_names_every_command() -> None:
     text = hunyuan("--help").stdout
     for command in ("serve", "worker", "generate", "status", "cancel", "download", "health", "demo"):
         assert command in text
+
+
+@pytest.mark.parametrize("keys", [{}, {"HUNYUAN_API_KEYS": "a-key-of-16-characters"}], ids=["open", "keys"])
+def test_the_start_warns_of_a_server_that_is_open_to_all(tmp_path: Path, keys: dict[str, str]) -> None:
+    service = Service(tmp_path, HUNYUAN_HOST="0.0.0.0", HUNYUAN_WORKERS="0", **keys)
+    try:
+        service.start(until_ready=False)
+        warned = "WARNING shim.host.serve: listening on all addresses of this machine without an API key"
+        assert (warned in service.log.read_text()) == (not keys)
+    finally:
+        service.http.close()
+        service.stop()
