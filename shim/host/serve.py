@@ -16,6 +16,7 @@ import uvloop
 from contract import log_fields as logs
 from contract.retry import RetryPolicy
 from contract.settings import warnings_of_unknown_variables
+from contract.worker_environment import ENDPOINT_ID
 from shim.access import ConnectionLimits
 from shim.api.platform import Platform
 from shim.app import create_app
@@ -26,7 +27,6 @@ from shim.host.local_worker import LocalWorker, model_environment
 from shim.host.retention import Retention, delete_if_any
 from shim.host.secret_file import secret_file
 from shim.host.supervisor import Supervised, supervising
-from shim.host.worker_environment import ENDPOINT_ID
 from shim.http.server import HttpServer
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError, QueueUnavailableError

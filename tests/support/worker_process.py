@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import psutil
 
-from shim.host.worker_environment import ENDPOINT_ID, worker_environment
+from contract.worker_environment import ENDPOINT_ID, worker_environment
 from storage.settings import BucketSettings
 
 
