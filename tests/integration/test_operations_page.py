@@ -88,11 +88,16 @@ class Machine(Terminal):
         """Waits until the task is completed, and returns the sha256 of its video."""
         eventually("the task's end", lambda: self.status(task_id) != "processing", 90)
         assert self.status(task_id) == "completed"
-        answer = self._http.get(f"/videos/{task_id}.mp4").raise_for_status()
+        answer = eventually("the video", lambda: self._video(task_id), 30)
         assert answer.headers["Content-Type"] == "video/mp4"
         sha256 = hashlib.sha256(answer.content).hexdigest()
         assert answer.headers["ETag"] == f'"{sha256}"'
         return sha256
+
+    def _video(self, task_id: str) -> httpx.Response | None:
+        """None while the server's bucket starts."""
+        answer = self._http.get(f"/videos/{task_id}.mp4")
+        return None if answer.status_code == 503 else answer.raise_for_status()
 
     def status(self, task_id: str) -> str:
         status: str = self._http.get(f"/status/{task_id}").raise_for_status().json()["status"]
