@@ -27,7 +27,7 @@ from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.watchdog import Watch, Watchdog
 from handler.work_dir import WorkDirError, job_directory
 from storage.bucket import Bucket
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageFullError
 from storage.settings import JobBucketSettings
 from storage.videos import Videos
 
@@ -245,6 +245,8 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
             log.error("the bucket failed; HUNYUAN_STORE_PATIENCE sets how long uploads are retried: %s", exc)
             # Only the owner of the bucket can act on the details.
             detail = f": s3Config: {exc}" if job.s3_config is not None else ""
+            if isinstance(exc, StorageFullError) and not detail:
+                detail = ": the disk of the bucket is full"
             return JobError.of(NOT_STORED.error_code, f"{NOT_STORED.error}{detail}")
         case WorkDirError():
             log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)

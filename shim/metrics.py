@@ -31,6 +31,8 @@ from shim.errors import ApiError
 from shim.queue.base import Backlog, JobObserver, JobState, Workers
 from storage.errors import ObjectNotFoundError, StorageDeniedError
 
+#: Bytes. With less free space, the queue or the embedded bucket soon accepts nothing.
+_FULL_DISK: Final = 100_000_000
 #: From 1 s to 30 min: renders of 4 steps at 720p and of 50 steps at 1080p fall inside.
 _JOB_SECONDS: Final = (1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 900, 1800)
 _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -113,6 +115,18 @@ class Metrics(JobObserver):
         ended.labels(JobState.CANCELLED, ErrorCode.CANCELLED)
         for code in _FAILURES:
             ended.labels(JobState.FAILED, code)
+
+    def disk_problems(self) -> list[str]:
+        """A sentence if the disk of the data directory is full: it has the queue and the embedded bucket."""
+        if self._data_directory is None:
+            return []
+        try:
+            free = shutil.disk_usage(self._data_directory).free
+        except OSError as exc:
+            return [f"HUNYUAN_DATA_DIR cannot be read: {exc.strerror}"]
+        if free >= _FULL_DISK:
+            return []
+        return [f"the disk of HUNYUAN_DATA_DIR is full: {free // 1_000_000} MB are free"]
 
     def submitted(self) -> None:
         self._counters["hunyuan_tasks_submitted"].inc()

@@ -7,6 +7,7 @@ one of `storage.errors`.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from storage.errors import (
     ObjectNotFoundError,
     StorageDeniedError,
     StorageError,
+    StorageFullError,
     StorageUnavailableError,
 )
 from storage.file_system import sync_file_system
@@ -71,6 +73,10 @@ _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
 #: Answers to a conditional write: the key has an object (412), or another request is writing one (409).
 #: Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html.
 _EXISTS: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+#: Source: MinIO's and SeaweedFS' error codes, and https://www.rfc-editor.org/rfc/rfc4918#section-11.5 (507).
+_FULL: Final = {"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "507"}
+#: Bytes. With less than that, a gateway over local files accepts no video and names no reason.
+_FULL_DISK: Final = 16 << 20
 #: Error codes with a status below 500 that a retry may resolve.
 _TRANSIENT: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
 
@@ -286,9 +292,16 @@ class Bucket:
         if code in _DENIED:
             why, setting = _DENIED[code]
             return StorageDeniedError(f"{message}: {why}" + (f" ({self._variable(setting)})" if setting else ""))
+        if code in _FULL or status == 507 or (status >= 500 and self._is_local_disk_full()):
+            return StorageFullError(f"{message}: the disk of the S3 server is full: free space on it")
         if code in _TRANSIENT or status >= 500:
             return StorageUnavailableError(message)
         return StorageError(message)
+
+    def _is_local_disk_full(self) -> bool:
+        """Whether the disk of the embedded bucket is full; False for other buckets."""
+        directory = self._settings.sync_directory
+        return directory is not None and shutil.disk_usage(directory).free < _FULL_DISK
 
     def _named(self, key: str) -> str:
         return f"{key} in bucket {self.name!r}"

@@ -17,5 +17,9 @@ class StorageUnavailableError(StorageError):
     """The S3 server did not answer, or answered that it is busy or broken. A retry may succeed."""
 
 
+class StorageFullError(StorageUnavailableError):
+    """The S3 server's disk is full. A retry succeeds once somebody has freed space."""
+
+
 class StorageDeniedError(StorageError):
     """The S3 server refuses the request until a setting or a clock is corrected."""

@@ -106,7 +106,10 @@ class WorkersHealth(BaseModel):
 class Health(BaseModel):
     """The server, its workers and its GPU."""
 
-    status: Literal["healthy", "degraded"] = Field(description='"degraded" while the queue is unavailable.')
+    status: Literal["healthy", "degraded"] = Field(
+        description='"degraded" while the queue is unavailable or a disk is full.'
+    )
+    problems: list[str] = Field(description="What to repair; empty on a healthy server.")
     model_loaded: bool
     gpu_available: bool
     vram_free: str = Field(
@@ -259,18 +262,20 @@ polled_router.add_api_route(
 
 
 async def _health(services: Services) -> Health:
-    state: Literal["healthy", "degraded"] = "healthy"
+    problems = services.metrics.disk_problems()
     try:
         async with asyncio.timeout(_HEALTH_SECONDS):
             summary = await services.queue.summary()
     except Exception as exc:  # noqa: BLE001 - orchestrators kill a server whose /health is an error, whatever the cause
         log.warning("/health is degraded, the queue can't be read: %s: %s", type(exc).__name__, exc)
-        state, summary = "degraded", QueueSummary(waiting=0, running=0, workers=Workers(ready=0, loading=0, failed=0))
+        problems.append("the job queue is unavailable")
+        summary = QueueSummary(waiting=0, running=0, workers=Workers(ready=0, loading=0, failed=0))
     workers = summary.workers
     loaded = next((report for report in workers.reports if report.state is WorkerState.READY), None)
     gpus = await services.gpus.read() or [report.gpu for report in workers.reports if report.gpu is not None]
     return Health(
-        status=state,
+        status="degraded" if problems else "healthy",
+        problems=problems,
         model_loaded=workers.ready > 0,
         gpu_available=bool(gpus),
         vram_free=_vram_free(gpus),

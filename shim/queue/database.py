@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -274,7 +275,16 @@ def _errors_translated() -> Iterator[None]:
         passing = OperationalError, InterfaceError, InternalError
         if isinstance(exc, DBAPIError) and not isinstance(exc, passing) and not exc.connection_invalidated:
             raise
+        if isinstance(exc, OperationalError) and _is_disk_full(exc.orig):
+            text = "The disk of the job queue's database is full: free space on it"
+            log.error("%s (HUNYUAN_DATA_DIR, or the server of HUNYUAN_DATABASE_URL)", text)
+            raise QueueUnavailableError(text) from exc
         raise QueueUnavailableError("The job queue's database does not answer") from exc
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    sqlite_code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, psycopg.errors.DiskFull) or sqlite_code == sqlite3.SQLITE_FULL
 
 
 async def upsert(connection: AsyncConnection, table: Table, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:

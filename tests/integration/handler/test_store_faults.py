@@ -249,6 +249,19 @@ def test_a_server_whose_disk_was_full_gets_the_finished_video(tmp_path: Path, ca
 # The fault lasts
 
 
+def test_a_full_disk_is_named_in_the_task_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with disk(tmp_path, 64) as directory, juicefs(directory) as full, behind(full) as proxy:
+        bench = Bench(proxy, full.model_copy(update={"sync_directory": directory}), RetryPolicy(total=1.0, first=0.1))
+        bench.at_last_step = lambda: fill(directory) and None
+        code, text = failure(bench.run)
+        bench.end()
+    assert (code, text) == (
+        ErrorCode.STORAGE_UNAVAILABLE,
+        "The video could not be stored: the disk of the bucket is full",
+    )
+    assert "the disk of the S3 server is full: free space on it" in caplog.text
+
+
 def test_wrong_keys_fail_the_job_at_once_and_before_it_is_rendered(bench: Bench) -> None:
     started = time.monotonic()
     code, text = failure(lambda: bench.run(secret_access_key=SecretStr("not-the-secret")))
