@@ -54,7 +54,7 @@ class Bench:
     settings: BucketSettings
     policy: RetryPolicy = field(default_factory=lambda: RetryPolicy(total=30.0, first=0.1, longest=0.5))
     timeout: float = 1.0
-    at_last_step: Callable[[], None] = lambda: None
+    at_last_step: Callable[[], object] = lambda: None
     model: ScriptedModel = field(default_factory=ScriptedModel)
     reports: list[Progress] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -252,7 +252,7 @@ def test_a_server_whose_disk_was_full_gets_the_finished_video(tmp_path: Path, ca
 def test_a_full_disk_is_named_in_the_task_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with disk(tmp_path, 64) as directory, juicefs(directory) as full, behind(full) as proxy:
         bench = Bench(proxy, full.model_copy(update={"sync_directory": directory}), RetryPolicy(total=1.0, first=0.1))
-        bench.at_last_step = lambda: fill(directory) and None
+        bench.at_last_step = lambda: fill(directory)
         code, text = failure(bench.run)
         bench.end()
     assert (code, text) == (
