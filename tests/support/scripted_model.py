@@ -31,7 +31,7 @@ class ScriptedModel:
     approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
 
-    def __init__(self, before_step: Callable[[int], None] = lambda _: None, missing_frames: int = 0) -> None:
+    def __init__(self, before_step: Callable[[int], object] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step
         self.before_frames: Callable[[int], None] = lambda _: None
         self.missing_frames = missing_frames
