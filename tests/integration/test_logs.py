@@ -84,7 +84,7 @@ def test_every_line_about_a_task_has_its_id(service: Service, finished_task: str
     about = [line for line in lines(service) if finished_task in json.dumps(line)]
     assert len(about) > 10
     assert [line for line in about if line.get("task_id") != finished_task] == []
-    assert {line["level"] for line in about} == {"INFO"}
+    assert {line["level"] for line in about if line["logger"] != "shim.http.access_log"} == {"INFO"}  # polls are DEBUG
 
 
 def test_server_and_worker_both_log_a_failed_task_with_its_error_code(service: Service) -> None:
@@ -128,7 +128,9 @@ def test_a_pipelined_request_inherits_nothing_from_the_one_before_it(service: Se
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
         for path, request_id in (("/status/no-such-task", "first"), ("/nowhere", "second"), ("/ready", "last")):
             close = "Connection: close\r\n" if request_id == "last" else ""
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n{close}\r\n".encode())
+            connection.sendall(
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: {request_id}\r\n{close}\r\n".encode()
+            )
         while connection.recv(65536):
             pass
     by_id = {line["request_id"]: line for line in lines(service) if line.get("request_id") in ("first", "second")}
