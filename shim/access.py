@@ -116,7 +116,8 @@ def host_name(host: str) -> str:
     """The name or address in a Host header, in lower case, without its port."""
     name = host.strip().lower()
     if name.startswith("["):
-        return name[1:].partition("]")[0]
+        address, _, port = name[1:].partition("]")
+        return address if re.fullmatch(r"(:\d*)?", port) else name
     return name.rpartition(":")[0] if re.search(r":\d*$", name) else name
 
 

@@ -9,6 +9,7 @@ import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from contract.errors import ErrorCode
@@ -130,11 +131,19 @@ class _GuardedApp(FastAPI):
         return super().openapi()
 
 
+def _methods_of(request: Request) -> list[str]:
+    """The methods of the path. Starlette's own Allow header has those of the first route only."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set().union(*found))
+
+
 async def _on_error(request: Request, exc: Exception) -> Response:
     """Every error in the documented shape, including FastAPI's own 404 and 405."""
     if isinstance(exc, HTTPException):
         code = ServerErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ServerErrorCode.NOT_FOUND
-        exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", exc.headers)
+        headers = {"Allow": ", ".join(_methods_of(request))} if exc.status_code == 405 else exc.headers
+        exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", headers)
     if isinstance(exc, ClientDisconnect):
         exc = ApiError(ErrorCode.INVALID_REQUEST, "the client closed the connection before its request was complete")
     return error_response(api_error(exc))

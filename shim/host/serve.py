@@ -118,11 +118,12 @@ async def _serve_local(
 ) -> None:
     """The server, its queue, and the workers of this machine."""
     token = _platform_token(settings)
+    instance_id = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4), form="[0-9a-f]{8}")
     async with AsyncExitStack() as stack:
         # 1. Open the queue.
         database = await open_database(settings)
         stack.push_async_callback(database.close)
-        instance = await _retry_database(lambda: _claim_instance(settings))
+        instance = await _retry_database(lambda: _claim_instance(settings, instance_id))
         stack.push_async_callback(instance.release)
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
         videos = StoredVideos(store.bucket)
@@ -194,17 +195,16 @@ async def open_database(settings: ShimSettings) -> Database:
     return await _retry_database(lambda: Database.open(settings.queue_url, worker_timeout=settings.worker_timeout))
 
 
-async def _claim_instance(settings: ShimSettings) -> Instance:
+async def _claim_instance(settings: ShimSettings, instance_id: str) -> Instance:
     """The instance id in the data directory, or a new one for this start if another server uses that id."""
-    path = settings.directory / "instance"
-    instance = Instance(settings.queue_url, secret_file(path, lambda: secrets.token_hex(4), form="[0-9a-f]{8}"))
+    instance = Instance(settings.queue_url, instance_id)
     while not await instance.claim():
         taken, instance = instance, Instance(settings.queue_url, secrets.token_hex(4))
         log.warning(
             "another server uses the instance id %s in %s, so this directory may be a copy of its HUNYUAN_DATA_DIR; "
             "using %s until the next start. Delete the file to get an id of its own",
             taken.instance_id,
-            path,
+            settings.directory / "instance",
             instance.instance_id,
         )
     return instance

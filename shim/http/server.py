@@ -38,7 +38,7 @@ _FRAMING_PER_BYTE: Final = 8
 #: read, all of it read from the bucket.
 MAX_UNSENT: Final = 128 * 1024
 #: Bytes of a body that may arrive after its response.
-MAX_UNREAD: Final = 1024 * 1024
+MAX_UNREAD: Final = 8 * 1024 * 1024
 
 _BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 

@@ -20,9 +20,9 @@ from shim.queue.base import JobState, QueueUnavailableError
 from shim.queue.clock import Clock, SteadyClock
 from shim.queue.engine import (
     SUBMIT_LOCK,
-    connection_parameters,
     database_url,
     empty_write_ahead_log,
+    libpq_parameters,
     open_engine,
     writing,
 )
@@ -204,9 +204,7 @@ class Database:
             await asyncio.sleep(_LISTEN_RETRY)
 
     async def _listen(self) -> None:
-        url = self._engine.url
-        address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        connecting = psycopg.AsyncConnection.connect(address, autocommit=True, **connection_parameters(url))
+        connecting = psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(self._engine.url))
         async with await connecting as connection:
             await connection.execute(f"LISTEN {_CHANNEL}")
             self._listening = True

@@ -148,6 +148,12 @@ def _postgresql(url: URL) -> AsyncEngine:
     )
 
 
+def libpq_parameters(url: URL) -> dict[str, Any]:
+    """What psycopg needs to connect to `url`. Not as a URL: SQLAlchemy renders a space as "+", which libpq keeps."""
+    address = url.translate_connect_args(database="dbname", username="user")
+    return {**address, **url.query, **connection_parameters(url)}
+
+
 def connection_parameters(url: URL) -> dict[str, Any]:
     """The parameters of a PostgreSQL connection, except those that the URL sets."""
     return {name: value for name, value in _POSTGRESQL.items() if name not in url.query}

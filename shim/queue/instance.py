@@ -8,7 +8,7 @@ import psycopg
 from sqlalchemy import URL
 
 from shim.queue.base import QueueUnavailableError
-from shim.queue.engine import INSTANCE_LOCK, connection_parameters, database_url
+from shim.queue.engine import INSTANCE_LOCK, database_url, libpq_parameters
 
 _CHECK_EVERY: Final = 10.0
 _ANSWER_TIMEOUT: Final = 10.0
@@ -87,7 +87,6 @@ class Instance:
 
 
 async def _connect(url: URL) -> psycopg.AsyncConnection:
-    address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-    session = await psycopg.AsyncConnection.connect(address, autocommit=True, **connection_parameters(url))
+    session = await psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(url))
     await session.execute(_KEEPALIVES)
     return session

@@ -16,7 +16,7 @@ from sqlalchemy import URL, func, text
 from sqlalchemy.dialects import postgresql
 
 from shim.queue.base import QueueUnavailableError
-from shim.queue.engine import connection_parameters
+from shim.queue.engine import libpq_parameters
 from shim.queue.reader import Batched, CountRow, JobRow, compiled, count_row, decode_json, select_counts, select_job
 from shim.queue.schema import jobs
 
@@ -115,8 +115,7 @@ class _Session:
 
     @classmethod
     async def open(cls, url: URL, statement: bytes) -> Self:
-        address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        connection = await psycopg.AsyncConnection.connect(address, autocommit=True, **connection_parameters(url))
+        connection = await psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(url))
         session = cls(connection)
         try:
             session._libpq.send_prepare(b"", statement)

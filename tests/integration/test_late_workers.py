@@ -205,8 +205,11 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
 ) -> None:
     task_id = await scene.submit()
     late = scene.worker("late")
+    await scene.until("the video", lambda: scene.requested("PUT", task_id, ".mp4"))
+    scene.proxy.faults = Faults(latency=0.5)  # so that the freeze comes before the manifest
     await scene.until("the upload", lambda: scene.requested("PUT", task_id, ".jpg"))
     late.freeze()
+    scene.proxy.heal()
     assert not scene.requested("PUT", task_id, ".json")
 
     await scene.lose_lease()

@@ -250,7 +250,7 @@ def worker_of(service: Service, directory: Path, worker_id: str, *arguments: str
     )
     worker.start(*arguments)
     try:
-        eventually("readiness", lambda: is_ready(service), DEADLINE)
+        eventually("a ready worker", lambda: service.http.get("/health").json()["model_loaded"], DEADLINE)
         yield worker
     finally:
         if worker.process is not None:

@@ -123,7 +123,7 @@ async def test_a_server_that_was_away_gives_the_workers_of_running_jobs_time_to_
     async with machine.server(sqlite_url) as server:
         assert await server.swept(task_id) is JobState.RUNNING
         machine.later(50)
-        await server.dispatcher.ping("w1", [task_id])
+        await server.dispatcher.report("w1", READY)
         machine.later(50)
         assert await server.swept(task_id) is JobState.RUNNING
 

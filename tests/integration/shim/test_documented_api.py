@@ -620,7 +620,7 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
         "/tasks/{task_id}": ["delete"],
         "/health": ["get"],
         "/ready": ["get"],
-        "/videos/{file_name}": ["get", "head"],
+        "/videos/{file_name}": ["delete", "get", "head"],
     }
     post = schema["paths"]["/generate"]["post"]
     assert set(post["responses"]) == {"202", "400", "401", "408", "409", "413", "429", "500", "503"}
