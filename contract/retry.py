@@ -55,7 +55,10 @@ class RetryPolicy:
         sleep: Callable[[float], None] = time.sleep,
         at_least: Callable[[BaseException], float] = _nothing,
     ) -> Retrying:
-        """tenacity's `Retrying`; a warning that begins with `what` tells of each retry."""
+        """tenacity's `Retrying` for blocking code. Each retry logs a warning that begins with `what`.
+
+        `sleep` does the waiting; what it raises ends the retries. `at_least` as in `async_retrying`.
+        """
         return Retrying(sleep=sleep, **self._options(on, what, at_least))
 
     def async_retrying(
