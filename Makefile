@@ -38,7 +38,7 @@ unit: $(VENV)/.dev ## Run the tests that start no server process and load no mod
 	$(BIN)/pytest tests/unit
 
 .PHONY: test-faults
-test-faults: $(VENV)/.dev ## Kill processes and break connections at random during 200 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
+test-faults: $(VENV)/.dev ## Inject 22 kinds of fault at random during 300 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
 	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
 
 .PHONY: bench-gpu
@@ -48,6 +48,10 @@ bench-gpu: $(VENV)/.local ## Measure the model at its real size on this GPU (BEN
 .PHONY: bench-queue
 bench-queue: $(VENV)/.dev ## Measure the job queue with an empty table and with a million completed jobs (BENCH="--history 1000000")
 	$(BIN)/python -m benchmarks.queue $(BENCH)
+
+.PHONY: bench-http
+bench-http: $(VENV)/.dev ## Measure GET /status and GET /health beside a bare FastAPI route (BENCH="--seconds 4 --rounds 5")
+	$(BIN)/python -m benchmarks.http $(BENCH)
 
 .PHONY: picture
 picture: $(VENV)/.dev ## Take docs/page.png again: the page of a server with the demo model; needs chromium

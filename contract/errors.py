@@ -1,7 +1,7 @@
 """Why a request or a job failed, in the shape clients read."""
 
 from enum import StrEnum
-from typing import Self
+from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,7 @@ class ErrorCode(StrEnum):
     OOM_ERROR = "OOM_ERROR"
     GENERATION_FAILED = "GENERATION_FAILED"
     CANCELLED = "CANCELLED"
+    VIDEO_DELETED = "VIDEO_DELETED"
 
 
 class JobFailure(BaseModel):
@@ -42,3 +43,10 @@ class JobFailure(BaseModel):
                 error="Video generation failed; the worker's log has the details",
                 error_code=ErrorCode.GENERATION_FAILED,
             )
+
+
+#: The failure of a task that a client cancelled.
+TASK_CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+
+#: What a client of a completed task reads after its video was deleted.
+VIDEO_DELETED: Final = JobFailure(error="The video was deleted", error_code=ErrorCode.VIDEO_DELETED)

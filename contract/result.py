@@ -1,12 +1,13 @@
 """What a job reports while it runs, and what it returns when it is done."""
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from contract.errors import ErrorCode, JobFailure
 from contract.job import FPS, JobInput
 
 
@@ -31,13 +32,23 @@ class Progress(BaseModel):
     elapsed_time: float = Field(default=0.0, ge=0, description="Seconds since the worker took the job.")
 
 
+def _key_without_attempt(extension: str) -> Any:
+    """Workers of releases before the attempt keys named no keys: every attempt wrote to the same ones."""
+    return Field(default_factory=lambda fields: f"videos/{fields.get('task_id')}.{extension}")
+
+
 class Manifest(BaseModel):
-    """Describes a finished video and is stored beside it. If the manifest exists, the video is complete."""
+    """Describes a finished video and is stored beside it. If the manifest exists, the video is complete.
+
+    `video_key` and `poster_key` are the object keys of the attempt that completed the task, in the manifest's bucket.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     task_id: str
     status: Literal["completed"] = "completed"
+    video_key: str = _key_without_attempt("mp4")
+    poster_key: str = _key_without_attempt("jpg")
     input: JobInput
     model: str = Field(description='The model that rendered, for example "demo".')
     attention: str = Field(default="", description="The attention kernel that was used, in diffusers' names.")
@@ -52,6 +63,50 @@ class Manifest(BaseModel):
     created_at: datetime
     timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and `total`.")
     version: str = Field(description="Version of the service that rendered.")
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        """A manifest names objects of its own task only: the server reads what it names."""
+        own = f"videos/{self.task_id}.", f"videos/{self.task_id}/"
+        if not (self.video_key.startswith(own) and self.poster_key.startswith(own)):
+            raise ValueError("video_key and poster_key must be keys of the task")
+        return self
+
+
+class Tombstone(BaseModel):
+    """Says that a task ended without a video. It is stored in place of the manifest, so that no late worker adds one.
+
+    The server writes it for a task that failed or was cancelled.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    task_id: str
+    status: Literal["failed", "cancelled"]
+    error: str
+    error_code: ErrorCode
+    ended_at: datetime
+
+    @classmethod
+    def of(cls, task_id: str, failure: JobFailure, *, cancelled: bool = False) -> Self:
+        """The tombstone of a task that ends now."""
+        return cls(
+            task_id=task_id,
+            status="cancelled" if cancelled else "failed",
+            error=failure.error,
+            error_code=failure.error_code,
+            ended_at=datetime.now(UTC),
+        )
+
+    @property
+    def failure(self) -> JobFailure:
+        """What a client of the task reads."""
+        return JobFailure(error=self.error, error_code=self.error_code)
+
+
+#: How a task ended, as the object at the key of its manifest says.
+Verdict = Manifest | Tombstone
+VERDICT: Final[TypeAdapter[Verdict]] = TypeAdapter(Annotated[Verdict, Field(discriminator="status")])
 
 
 class JobResult(Manifest):

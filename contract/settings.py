@@ -1,5 +1,7 @@
 """The base class of all settings. Only modules named `settings` read the environment."""
 
+import difflib
+import os
 import re
 from typing import Annotated, Final
 
@@ -8,6 +10,49 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 #: The token syntax of RFC 6750: it needs no quoting in a header, and contains neither colon nor comma.
 _HEADER_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
+#: The HUNYUAN_* variables of every program: each warns of the others, and may not import the others' settings.
+KNOWN_VARIABLES: Final = frozenset(
+    {
+        "HUNYUAN_ALLOWED_HOSTS",
+        "HUNYUAN_API_KEY",
+        "HUNYUAN_API_KEYS",
+        "HUNYUAN_APPROXIMATIONS",
+        "HUNYUAN_CACHE_DIR",
+        "HUNYUAN_COMPILE",
+        "HUNYUAN_CORS_ORIGINS",
+        "HUNYUAN_DATABASE_URL",
+        "HUNYUAN_DATA_DIR",
+        "HUNYUAN_ENABLE_FLASH_ATTN",
+        "HUNYUAN_ENABLE_SAGE_ATTN",
+        "HUNYUAN_HISTORY_TTL",
+        "HUNYUAN_HOST",
+        "HUNYUAN_LOG_FORMAT",
+        "HUNYUAN_LOG_LEVEL",
+        "HUNYUAN_LOG_PROMPTS",
+        "HUNYUAN_MAX_ATTEMPTS",
+        "HUNYUAN_MAX_CONNECTIONS_PER_ADDRESS",
+        "HUNYUAN_MAX_QUEUE_SIZE",
+        "HUNYUAN_MODEL_PATH",
+        "HUNYUAN_OFFLOAD_CPU",
+        "HUNYUAN_PLATFORM_TOKEN",
+        "HUNYUAN_PLATFORM_URL",
+        "HUNYUAN_PORT",
+        "HUNYUAN_PROFILE",
+        "HUNYUAN_PUBLIC_URL",
+        "HUNYUAN_RATE_LIMIT",
+        "HUNYUAN_RENDER_TIMEOUT",
+        "HUNYUAN_SERVER",
+        "HUNYUAN_SHUTDOWN_GRACE",
+        "HUNYUAN_STALL_TIMEOUT",
+        "HUNYUAN_STORE_PATIENCE",
+        "HUNYUAN_VIDEO_TTL",
+        "HUNYUAN_VRAM_LIMIT",
+        "HUNYUAN_WORKERS",
+        "HUNYUAN_WORKER_REPORT_URL",
+        "HUNYUAN_WORKER_TIMEOUT",
+        "HUNYUAN_WORK_DIR",
+    }
+)
 HEADER_KEY_RULE: Final = "must consist of A-Z a-z 0-9 . _ ~ + / - with = at its end only"
 
 
@@ -29,6 +74,18 @@ def explain(exc: ValidationError) -> str:
         f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
         for error in exc.errors(include_url=False, include_input=False)
     )
+
+
+def warnings_of_unknown_variables() -> list[str]:
+    """A sentence for each HUNYUAN_* variable of the environment that no program reads. It never has the value."""
+    names = sorted(name for name in os.environ if name.upper().startswith("HUNYUAN_"))
+    return [_warning(name) for name in names if name.upper() not in KNOWN_VARIABLES]
+
+
+def _warning(name: str) -> str:
+    nearest = difflib.get_close_matches(name.upper(), KNOWN_VARIABLES, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "docs/settings.md lists the variables"
+    return f"{name} is set, and no setting has that name, so it changes nothing: {hint}"
 
 
 def is_header_token(text: str) -> bool:

@@ -10,16 +10,19 @@ class WorkerExit(IntEnum):
     """Exit codes of `python -m handler`.
 
     A supervisor may restart the worker after any of them except BAD_SETTINGS, which persists until a setting changes.
+    RENDER_STUCK: a render made no progress and did not end when it was stopped; its task needs another worker.
     """
 
     STOPPED = 0
     TEST_JOB_FAILED = 1
     BAD_SETTINGS = 2
     NO_MODEL_OR_BUCKET = 3
+    RENDER_STUCK = 4
 
 
 class WorkerState(StrEnum):
-    """State of a worker process. FAILED: its model can't be loaded, or its bucket denies access.
+    """State of a worker process. FAILED: its model can't be loaded, its bucket denies access, or its
+    render made no progress and is being stopped. A FAILED worker does not keep the lease of its job.
 
     A STOPPING worker finishes its current job and takes no other. A STOPPED worker holds no job.
     """

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from contract import log_fields as logs
 from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
-from contract.settings import explain
+from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
 from handler.report import Reporter
 from handler.settings import WorkerSettings
@@ -39,6 +39,8 @@ def main() -> None:
     # 1. Read the settings
     settings, bucket = _settings()
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
+    for warning in warnings_of_unknown_variables():
+        log.warning("%s", warning)
     key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
     url = (settings.report_url or "").replace("$RUNPOD_POD_ID", settings.worker_id or "") or None
     remove_leftovers(settings.work_dir)
@@ -50,6 +52,7 @@ def main() -> None:
 
         # 3. Take jobs
         from handler import serverless
+        from handler.watchdog import Watchdog, exit_stuck
         from handler.worker import Worker
 
         worker = Worker(
@@ -58,11 +61,20 @@ def main() -> None:
             version=version(_DISTRIBUTION),
             work_dir=settings.work_dir,
             store_policy=RetryPolicy(total=settings.store_patience),
+            watchdog=Watchdog(
+                stall_timeout=settings.stall_timeout,
+                render_timeout=settings.render_timeout,
+                on_stall=reporter.stalled,
+                on_stuck=exit_stuck,
+                ends_process=True,
+            ),
         )
         has_platform = settings.job_url is not None
         if has_platform and settings.log_format is LogFormat.JSON:
             serverless.capture_sdk_logs()
-        serverless.serve(worker, send_progress=has_platform, on_stop=reporter.stopping)
+        serverless.serve(
+            worker, send_progress=has_platform, on_stop=reporter.stopping, releases_stalled=url is not None
+        )
 
 
 def exit_on_sigterm() -> None:

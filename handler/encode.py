@@ -21,6 +21,8 @@ from handler.video_model.base import Frames
 _X264: Final = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 #: The same quality from the GPU's encoder, which many data-centre GPUs (A100, H100) lack.
 _NVENC: Final = ("-c:v", "h264_nvenc", "-preset", "p5", "-tune", "hq", "-rc", "vbr", "-cq", "19", "-b:v", "0")
+#: Seconds for the trial of NVENC.
+_TRIAL_TIMEOUT: Final = 30.0
 _MAX_ERROR_TEXT: Final = 2000
 #: How ffmpeg reports a full disk.
 _FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
@@ -45,11 +47,17 @@ class Target:
     num_frames: int
 
 
-def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], None]) -> None:
+def encode(
+    chunks: Iterable[Frames],
+    target: Target,
+    on_frames: Callable[[int], None],
+    on_start: Callable[[Callable[[], None]], None] = lambda _: None,
+) -> None:
     """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames that all have the same size.
 
     Frames are scaled to cover the target's size and cropped evenly. After each chunk, `on_frames` gets the number of
-    frames that ffmpeg has read. Errors of `chunks` are raised unchanged; the files are then incomplete.
+    frames that ffmpeg has read. `on_start` gets a function that kills ffmpeg, because a stopped ffmpeg blocks this
+    call. Errors of `chunks` are raised unchanged; the files are then incomplete.
 
     Raises:
         DiskFullError: the disk is full.
@@ -65,6 +73,7 @@ def encode(chunks: Iterable[Frames], target: Target, on_frames: Callable[[int], 
             _command(width, height, target), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
         )
         assert process.stdin is not None  # noqa: S101 - tells the type checker about PIPE
+        on_start(process.kill)
         try:
             taken = _write(process.stdin, first, iterator, on_frames)
             process.stdin.close()
@@ -121,7 +130,10 @@ def codec() -> tuple[str, ...]:
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-f", "lavfi"),
         *("-i", f"color=size=256x256:rate={FPS}:duration=0.2", *_NVENC, "-f", "null", "-"),
     ]
-    works = subprocess.run(trial, capture_output=True, check=False).returncode == 0
+    try:
+        works = subprocess.run(trial, capture_output=True, check=False, timeout=_TRIAL_TIMEOUT).returncode == 0
+    except subprocess.TimeoutExpired:  # a GPU that hangs
+        works = False
     return _NVENC if works else _X264
 
 

@@ -65,6 +65,12 @@ class Reporter:
         """The model can't be loaded, or the bucket denies access."""
         self._set(state=WorkerState.FAILED, error=error)
 
+    def stalled(self, error: str | None) -> None:
+        """The render made no progress and is being stopped; with None, it has ended and the worker is ready again."""
+        before, after = (WorkerState.READY, WorkerState.FAILED) if error else (WorkerState.FAILED, WorkerState.READY)
+        if self._report.state is before:  # a worker that was asked to stop goes on saying so
+            self._set(state=after, error=error)
+
     def stopping(self) -> None:
         """The worker takes no more jobs. Called by a signal handler, so it must not block."""
         self._set(state=WorkerState.STOPPING)

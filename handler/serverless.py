@@ -35,7 +35,7 @@ from contract.log_fields import begin
 from contract.result import Progress
 from contract.retry import RetryPolicy
 from handler.video_model.base import RenderCancelledError
-from handler.worker import Job, JobError, Worker
+from handler.worker import Job, JobError, RenderStalledError, Worker
 
 #: The id that the SDK gives to each job of `--test_input`.
 _TEST_ID: Final = "local_test"
@@ -49,6 +49,8 @@ _ANSWER_TIMEOUT: Final = 150.0
 #: Statuses below 500 that ask for a retry.
 #: Source: https://www.rfc-editor.org/rfc/rfc9110#section-15.5.9, https://www.rfc-editor.org/rfc/rfc6585#section-4.
 _RETRIED_STATUSES: Final = (408, 429)
+#: The error that stands for "no result": our server queues a job again whose worker asks for the next one.
+_RELEASED: Final = "released"
 
 #: DEBUG and TRACE are left out, because they contain jobs with their s3Config.
 _SDK_LEVELS: Final = {"TIP": logging.INFO, "INFO": logging.INFO, "WARN": logging.WARNING, "ERROR": logging.ERROR}
@@ -61,12 +63,18 @@ Request = Callable[..., Awaitable[Any]]
 
 
 def serve(
-    worker: Worker, *, send_progress: bool, on_stop: Callable[[], None], answer_timeout: float = _ANSWER_TIMEOUT
+    worker: Worker,
+    *,
+    send_progress: bool,
+    on_stop: Callable[[], None],
+    answer_timeout: float = _ANSWER_TIMEOUT,
+    releases_stalled: bool = False,
 ) -> None:
     """Take jobs from the platform until SIGTERM, or run the job of `--test_input` and exit.
 
     `on_stop` is called in the signal handler, before the SDK's own signal handler. A result without an answer within
-    `answer_timeout` seconds is delivered again.
+    `answer_timeout` seconds is delivered again. With `releases_stalled`, a job whose render stalled is left to the
+    platform for another attempt; RunPod would wait for its result, so there it fails.
     """
     os.register_at_fork(after_in_child=_die_with_parent)
     if RunPodLogger.level in ("TRACE", "DEBUG"):  # the SDK's default, at which it logs jobs with their s3Config
@@ -75,7 +83,7 @@ def serve(
     rp_http._transmit = _retry_results(rp_http._transmit, answer_timeout)
     runpod.serverless.start(
         {
-            "handler": make_handler(worker, send_progress=send_progress),
+            "handler": make_handler(worker, send_progress=send_progress, releases_stalled=releases_stalled),
             "concurrency_modifier": _install_stop_hook(on_stop),
         }
     )
@@ -122,7 +130,7 @@ def _wait_after_failure(get_job: Request) -> Request:
 
 
 def _retry_results(transmit: Request, answer_timeout: float) -> Request:
-    """`transmit` that retries results and limits the wait for an answer. Progress is sent once."""
+    """`transmit` that retries results and limits the wait for an answer. Progress is sent once, a release never."""
 
     async def transmit_in_time(session: Any, url: str, body: str) -> None:
         try:
@@ -132,9 +140,10 @@ def _retry_results(transmit: Request, answer_timeout: float) -> Request:
             raise rp_http.ClientError(f"no answer within {answer_timeout:g} s") from exc
 
     async def transmit_with_retries(session: Any, url: str, body: str) -> None:
-        if json.loads(body).get("status") == "IN_PROGRESS":
+        result = json.loads(body)
+        if result.get("status") == "IN_PROGRESS":
             await transmit_in_time(session, url, body)
-        else:
+        elif result.get("error") != _RELEASED:
             retrying = _RESULT_RETRIES.async_retrying(_may_succeed_later, what="delivering the result")
             await retrying(transmit_in_time, session, url, body)
 
@@ -167,7 +176,9 @@ def _stop(on_stop: Callable[[], None], sdk_handler: Any, number: int, frame: Fra
     sdk_handler(number, frame)
 
 
-def make_handler(worker: Worker, *, send_progress: bool) -> Callable[[RunPodJob], Awaitable[dict[str, Any]]]:
+def make_handler(
+    worker: Worker, *, send_progress: bool, releases_stalled: bool = False
+) -> Callable[[RunPodJob], Awaitable[dict[str, Any]]]:
     """The handler for `runpod.serverless.start`: one render at a time, in its own thread."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
 
@@ -188,6 +199,9 @@ def make_handler(worker: Worker, *, send_progress: bool) -> Callable[[RunPodJob]
                 log.info("render cancelled")
             raise
         except JobError as exc:
+            if releases_stalled and isinstance(exc, RenderStalledError):
+                log.warning("the render was stopped; the server queues the task again")
+                return {"error": _RELEASED}
             log.warning("job failed with %s; the result has the details", exc.failure.error_code)
             return {"error": exc.failure.model_dump_json()}
         return result.model_dump(mode="json")

@@ -99,6 +99,21 @@ class WorkerSettings(LogOptions):
         validation_alias="HUNYUAN_STORE_PATIENCE",
         description="Seconds to retry storing a finished video while the bucket fails.",
     )
+    stall_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        validation_alias="HUNYUAN_STALL_TIMEOUT",
+        description="Seconds without progress (a step of the model, an encoded frame, a stored byte) after which a "
+        "render is stopped and its task is queued again. Default: 300; longer for a step of a large video, because one "
+        "step at 1080p can take many minutes.",
+    )
+    render_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        validation_alias="HUNYUAN_RENDER_TIMEOUT",
+        description="Seconds after which a render is stopped and its task is queued again, even if it makes progress. "
+        "Default: derived from resolution, duration and steps, so that the slowest supported GPU finishes.",
+    )
     report_url: str | None = Field(
         default=None,
         validation_alias="HUNYUAN_WORKER_REPORT_URL",

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextvars import copy_context
 from dataclasses import replace
@@ -11,9 +12,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final, TypeVar
 
-from contract.result import Manifest
+from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
+from contract.result import Manifest, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from handler.video_model.base import RenderCancelledError
+from storage import layout
 from storage.errors import StorageError, StorageUnavailableError
 from storage.videos import Videos
 
@@ -22,14 +25,28 @@ _POLL_INTERVAL: Final = 0.1
 #: Seconds to retry before the render, when there is no finished video to lose.
 _LONGEST_LOOKUP: Final = 120.0
 
+#: Retries of deleting the objects of an attempt that failed or lost. Later the server finds them.
+_DISCARD_RETRIES: Final = RetryPolicy(first=1.0, longest=10.0, total=60.0)
+#: The failure of a job whose video the bucket rejected.
+NOT_STORED: Final = JobFailure(error="The video could not be stored", error_code=ErrorCode.STORAGE_UNAVAILABLE)
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class _TaskEndedError(Exception):
+    """The bucket has a verdict of the task."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.status)
+        self.verdict = verdict
 
 
 class JobStore:
     """Finds and stores the objects of one job.
 
-    Every method blocks, calls `keep_alive` several times a second, and raises RenderCancelledError as soon as
+    Every method blocks, calls `keep_alive` several times a second and `on_progress` when a request begins or waits for
+    its retry, and raises RenderCancelledError as soon as
     `cancelled` is set, even while the S3 server does not answer.
     """
 
@@ -42,19 +59,30 @@ class JobStore:
         policy: RetryPolicy,
         cancelled: Event,
         keep_alive: Callable[[], None],
+        on_progress: Callable[[], None],
     ) -> None:
         self._videos = videos
-        self._task_id = task_id
+        self.task_id = task_id
+        self._attempt = uuid.uuid4().hex[:12]
         self._policy = policy
         self._cancelled = cancelled
         self._keep_alive = keep_alive
+        self._on_progress = on_progress
         # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
         self._retried_on_upload = StorageError if is_ours else StorageUnavailableError
         #: The latest request. After a cancellation it may still be running.
         self._request: Future[Any] | None = None
 
-    def find(self) -> Manifest | None:
-        """The manifest if the job was completed before. Retries only while the bucket is unavailable.
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """The manifest's `video_key` and `poster_key`. No other attempt writes these objects."""
+        return {
+            "video_key": layout.video_key(self.task_id, self._attempt),
+            "poster_key": layout.poster_key(self.task_id, self._attempt),
+        }
+
+    def find(self) -> Verdict | None:
+        """The verdict if the task has ended before. Retries only while the bucket is unavailable.
 
         Raises:
             StorageError: the bucket denied the request, or stayed unavailable.
@@ -62,41 +90,59 @@ class JobStore:
         policy = replace(self._policy, total=min(self._policy.total, _LONGEST_LOOKUP))
         return self._retry(policy, StorageUnavailableError, "looking up the manifest", self._find)
 
-    def put(self, video: Path, poster: Path, make_manifest: Callable[[], Manifest]) -> Manifest:
+    def put(self, video: Path, poster: Path, make_manifest: Callable[[], Manifest]) -> Verdict:
         """Stores the job's objects. `make_manifest` is called after the video and the poster are stored.
 
-        If another worker has completed the job meanwhile, its objects stay and its manifest is returned.
+        Returns the task's verdict. If it is not this job's manifest, the task has ended meanwhile: another worker has
+        completed it, or it has failed or was cancelled. Then the objects of this job are deleted.
 
         Raises:
             StorageError: the bucket rejected the upload until the retry deadline. Objects already uploaded are deleted.
         """
-        finished = self._upload("looking up the manifest", self._find)
-        if finished is not None:
-            return finished
+        videos, task, attempt = self._videos, self.task_id, self._attempt
         try:
-            self._upload("storing the video", partial(self._videos.put_video, self._task_id, video))
-            self._upload("storing the poster", partial(self._videos.put_poster, self._task_id, poster))
+            self._upload("storing the video", lambda: videos.put_video(task, attempt, video))
+            self._upload("storing the poster", lambda: videos.put_poster(task, attempt, poster))
             manifest = make_manifest()
-            self._upload("storing the manifest", partial(self._videos.put_manifest, manifest))
-        except (StorageError, RenderCancelledError):
-            _start_thread(self._discard, "discard")
+            verdict = self._upload("storing the manifest", lambda: videos.put_manifest(manifest))
+        except _TaskEndedError as exc:
+            verdict = exc.verdict
+        except RenderCancelledError:
+            self._discard_later(TASK_CANCELLED)
             raise
-        return manifest
+        except StorageError:
+            self._discard_later(NOT_STORED)
+            raise
+        if not (isinstance(verdict, Manifest) and verdict.video_key == self.keys["video_key"]):
+            log.warning("the task has ended meanwhile; deleting the objects of this attempt, %s", attempt)
+            self._discard_later(NOT_STORED)
+        return verdict
 
-    def _find(self) -> Manifest | None:
-        return self._videos.find(self._task_id)
+    def _find(self) -> Verdict | None:
+        return self._videos.find_verdict(self.task_id)
 
-    def _discard(self) -> None:
-        """Deletes the uploaded objects unless a manifest completes them. Tries once, after the running request."""
+    def _discard_later(self, failure: JobFailure) -> None:
+        tombstone = Tombstone.of(self.task_id, failure, cancelled=failure is TASK_CANCELLED)
+        _start_thread(partial(self._discard, tombstone), "discard")
+
+    def _discard(self, tombstone: Tombstone) -> None:
+        """Deletes the uploaded objects, after the running request. Retries for some seconds."""
         if self._request is not None:
             wait([self._request])
         try:
-            self._videos.discard_unfinished(self._task_id)
+            retrying = _DISCARD_RETRIES.retrying(StorageUnavailableError, what="deleting the objects of this attempt")
+            retrying(self._videos.discard_attempt, tombstone, self._attempt)
         except StorageError as exc:
-            log.warning("the video or the poster of this failed task may remain in the bucket: %s", exc)
+            log.warning("objects of the unfinished attempt %s may remain in the bucket: %s", self._attempt, exc)
+
+    def _put_unless_ended(self, put: Callable[[], T]) -> T:
+        """A look before each upload: a worker that was stopped or cut off for a while must not go on."""
+        if (verdict := self._find()) is not None:
+            raise _TaskEndedError(verdict)
+        return put()
 
     def _upload(self, what: str, call: Callable[[], T]) -> T:
-        return self._retry(self._policy, self._retried_on_upload, what, call)
+        return self._retry(self._policy, self._retried_on_upload, what, partial(self._put_unless_ended, call))
 
     def _retry(self, policy: RetryPolicy, on: type[StorageError], what: str, call: Callable[[], T]) -> T:
         return policy.retrying(on, what=what, sleep=self._sleep)(lambda: self._send(call))
@@ -105,11 +151,13 @@ class JobStore:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._check_cancelled()
+            self._on_progress()
             self._cancelled.wait(min(left, _POLL_INTERVAL))
 
     def _send(self, call: Callable[[], T]) -> T:
         """`call()` in its own thread, so that a cancelled job need not wait for a server that does not answer."""
         self._check_cancelled()
+        self._on_progress()
         self._request = request = Future[T]()
         _start_thread(partial(_fulfil, request, call), "store")
         while not wait([request], _POLL_INTERVAL).done:

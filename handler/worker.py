@@ -16,17 +16,18 @@ from PIL import Image
 from pydantic import ValidationError
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import InvalidInputError, JobInput, check_offered, num_frames, parse_input
-from contract.result import JobResult, Manifest, Progress, Stage
+from contract.job import DEMO_MODEL, InvalidInputError, JobInput, check_offered, num_frames, parse_input
+from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
-from handler.store import JobStore
+from handler.store import NOT_STORED, JobStore
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
+from handler.watchdog import Watch, Watchdog
 from handler.work_dir import WorkDirError, job_directory
 from storage.bucket import Bucket
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageFullError
 from storage.settings import JobBucketSettings
 from storage.videos import Videos
 
@@ -64,6 +65,10 @@ class JobError(Exception):
         return cls(JobFailure(error=error, error_code=code))
 
 
+class RenderStalledError(JobError):
+    """The watchdog stopped the render. Another attempt may succeed."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job as the queue delivers it. `s3_config` is RunPod's s3Config, for a job that brings its own bucket."""
@@ -85,6 +90,7 @@ class Worker:
         work_dir: Path | None = None,
         store_policy: RetryPolicy = _STORE_RETRIES,
         load_image: Callable[[str], Image.Image] = load_image,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._model = model
         self._bucket = bucket
@@ -92,6 +98,7 @@ class Worker:
         self._work_dir = work_dir
         self._store_policy = store_policy
         self._load_image = load_image
+        self._watchdog = watchdog or Watchdog()
 
     def run(self, job: Job, on_progress: OnProgress, cancelled: Event) -> JobResult:
         """Renders and stores the job's video. If its manifest exists already, that is the result.
@@ -100,28 +107,30 @@ class Worker:
 
         Raises:
             JobError: the job failed.
+            RenderStalledError: the watchdog stopped the render, and has set `cancelled`.
             RenderCancelledError: `cancelled` was set, and the render has stopped.
         """
         # SystemExit is caught, too: a library that exits must fail the job and not end the worker.
         try:
-            return self._run(job, _Meter(on_progress), cancelled)
+            with self._watchdog.watching(cancelled) as watch:
+                return self._run(job, _Meter(on_progress, watch), watch, cancelled)
         except JobError:
             raise
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - logged below
-            error = _as_job_error(exc, job)
+            error = _as_job_error(exc, job) if watch.reason is None else _stalled(watch.reason)
         # Memory is released here, after the block above has dropped the exception that refers to the render's tensors.
         self._model.release_memory()
         raise error
 
-    def _run(self, job: Job, meter: _Meter, cancelled: Event) -> JobResult:
+    def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         job_input = parse_input(job.input)
         check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
 
-        # 2. Return the manifest of an earlier attempt
-        videos = Videos(self._bucket_for(job))
+        # 2. Return the verdict of an earlier attempt
+        videos = Videos(self._bucket_for(job), on_bytes=watch.advance)
         store = JobStore(
             videos,
             job.task_id,
@@ -129,11 +138,12 @@ class Worker:
             policy=self._store_policy,
             cancelled=cancelled,
             keep_alive=meter.keep_alive,
+            on_progress=watch.advance,
         )
-        finished = store.find()
-        if finished is not None:
-            log.info("the bucket has this task's manifest already; not rendering it again")
-            return videos.result(finished)
+        verdict = store.find()
+        if verdict is not None:
+            log.info("the bucket says already that this task is %s; not rendering it", verdict.status)
+            return videos.result(_completed(verdict))
 
         # 3. Render, encode and store
         image = self._image(job_input)
@@ -141,29 +151,41 @@ class Worker:
         with job_directory(self._work_dir) as directory:
             frames = num_frames(job_input.duration)
             target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
-            self._render(job_input, image, seed, target, meter, cancelled)
+            with watch.rendering(self._watchdog.limits(job_input, is_demo=self._model.name == DEMO_MODEL)):
+                self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)
-            manifest = store.put(
-                target.video, target.poster, lambda: self._manifest(job.task_id, job_input, seed, target, meter)
+            watch.advance()
+            manifest = _completed(
+                store.put(target.video, target.poster, lambda: self._manifest(store, job_input, seed, target, meter))
             )
         log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
         return videos.result(manifest)
 
     def _render(
-        self, job_input: JobInput, image: Image.Image | None, seed: int, target: Target, meter: _Meter, cancelled: Event
+        self,
+        job_input: JobInput,
+        image: Image.Image | None,
+        seed: int,
+        target: Target,
+        meter: _Meter,
+        watch: Watch,
+        cancelled: Event,
     ) -> None:
         frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
         try:
-            encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames))
+            encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames), watch.encoding)
         except DiskFullError as exc:
             raise WorkDirError("the disk is full") from exc
         except EncodeError as exc:
+            if cancelled.is_set():  # the watchdog has killed ffmpeg
+                raise RenderCancelledError("cancelled while ffmpeg encoded") from exc
             log.error("ffmpeg failed to encode the frames: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
 
-    def _manifest(self, task_id: str, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
+    def _manifest(self, store: JobStore, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
         return Manifest(
-            task_id=task_id,
+            task_id=store.task_id,
+            **store.keys,
             input=job_input.without_data(),
             model=self._model.name,
             attention=self._model.attention,
@@ -200,6 +222,18 @@ class Worker:
         return self._bucket
 
 
+def _completed(verdict: Verdict) -> Manifest:
+    """The manifest. Raises JobError for a task that has failed or was cancelled."""
+    if isinstance(verdict, Tombstone):
+        raise JobError(verdict.failure)
+    return verdict
+
+
+def _stalled(reason: str) -> RenderStalledError:
+    text = f"{reason} and was stopped; the worker's log has the details"
+    return RenderStalledError(JobFailure(error=text, error_code=ErrorCode.GENERATION_FAILED))
+
+
 def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledError:
     """What `Worker.run` raises for `exc`. Logs the details that the client must not see."""
     match exc:
@@ -211,7 +245,9 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
             log.error("the bucket failed; HUNYUAN_STORE_PATIENCE sets how long uploads are retried: %s", exc)
             # Only the owner of the bucket can act on the details.
             detail = f": s3Config: {exc}" if job.s3_config is not None else ""
-            return JobError.of(ErrorCode.STORAGE_UNAVAILABLE, f"The video could not be stored{detail}")
+            if isinstance(exc, StorageFullError) and not detail:
+                detail = ": the disk of the bucket is full"
+            return JobError.of(NOT_STORED.error_code, f"{NOT_STORED.error}{detail}")
         case WorkDirError():
             log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)
             return JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")
@@ -227,8 +263,9 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
 class _Meter:
     """Turns fractions of stages into one percentage that never falls, and measures the time of each stage."""
 
-    def __init__(self, on_progress: OnProgress) -> None:
+    def __init__(self, on_progress: OnProgress, watch: Watch) -> None:
         self._on_progress = on_progress
+        self._watch = watch
         self._started = time.monotonic()
         self._stage = Stage.ENCODING_PROMPT
         self._stage_started = self._started
@@ -238,10 +275,12 @@ class _Meter:
 
     def reach(self, stage: Stage, fraction: float) -> None:
         """This fraction of the stage is done."""
+        self._watch.step()
         self._advance(stage, _SPANS[stage], fraction)
 
     def encoded(self, fraction: float) -> None:
         """This fraction of the video is encoded."""
+        self._watch.advance()
         self._advance(Stage.DECODING, _ENCODING_SPAN, fraction)
 
     def keep_alive(self) -> None:

@@ -1,4 +1,4 @@
-"""Who may use the server, and how often: API keys, the rate limit and CORS origins."""
+"""Who may use the server, and how much: API keys, limits, CORS origins and host names."""
 
 import hashlib
 import hmac
@@ -6,7 +6,7 @@ import ipaddress
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -112,14 +112,57 @@ def client_of_address(address: str) -> str:
     return str(ipaddress.ip_network((parsed.packed[:8] + bytes(8), 64)))
 
 
+def host_name(host: str) -> str:
+    """The name or address in a Host header, in lower case, without its port."""
+    name = host.strip().lower()
+    if name.startswith("["):
+        address, _, port = name[1:].partition("]")
+        return address if re.fullmatch(r"(:\d*)?", port) else name
+    return name.rpartition(":")[0] if re.search(r":\d*$", name) else name
+
+
+def is_allowed_host(host: str, allowed: Collection[str]) -> bool:
+    """Whether a Host header is an address, a name of this machine, or in `allowed`. `*` allows every name."""
+    name = host_name(host).removesuffix(".")
+    if "*" in allowed or name in allowed or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return not name  # an HTTP/1.0 client may send none; a browser always does
+    return True
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """How many connections may be open. `total` and `reserve` stay under the usual limit of 1,024 open files, which
+    the bucket's connections need too.
+    """
+
+    total: int = 600
+    #: Further connections for addresses that have sent the platform token.
+    reserve: int = 100
+    #: Of one address; of one /64 network for IPv6. Proxies and workers may have more.
+    per_address: int = 128
+    #: Seconds for which a connection must have waited for its client before it is given up for one of the same address,
+    #: or while a request is in progress.
+    patience: float = 1.0
+
+
 @dataclass(frozen=True)
 class Access:
-    """The access settings. `rate_limit` is in requests per minute for each key, or for each address without keys."""
+    """The access settings. `rate_limit` is in requests per minute for each key, or for each address without keys.
+
+    `allowed_hosts` are the names that a Host header may have; None for any.
+    """
 
     api_keys: tuple[ApiKey, ...] = ()
     rate_limit: int | None = None
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: frozenset[str] | None = None
 
 
 #: No keys and no limits.
 OPEN_TO_ALL: Final = Access()
+#: The usual limits.
+CONNECTION_LIMITS: Final = ConnectionLimits()

@@ -9,21 +9,23 @@ import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
 from shim.api import documented, page, videos
-from shim.api.dependencies import Services
+from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
+from shim.gpu import LocalGpus
 from shim.http.access_log import AccessLog
 from shim.http.guard import DOCS_PATH, error_response, guarded
-from shim.http_client import HttpClient
+from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
@@ -33,7 +35,7 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"})
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
-    *(ApiError, InvalidInputError, QueueError, StorageError, TaskNotFoundError),
+    *(ApiError, InvalidInputError, NoVideoError, QueueError, StorageError, TaskNotFoundError),
     *(ClientDisconnect, HTTPException, Exception),
 )
 
@@ -59,11 +61,17 @@ def create_app(
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
-            bucket_http=HttpClient(timeout=httpx.Timeout(store_timeout, connect=3.05), limits=_BUCKET_LIMITS),
+            bucket_http=HttpClient(
+                timeout=httpx.Timeout(store_timeout, connect=3.05),
+                limits=_BUCKET_LIMITS,
+                transport=transport_with_small_buffers(_BUCKET_LIMITS),
+            ),
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
+            readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
+            gpus=LocalGpus(),
         ),
         access,
         routers,
@@ -78,7 +86,7 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    for router in (documented.router, videos.router, page.router, metrics_router, *routers):
+    for router in (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers):
         app.include_router(router)
     for error in _HANDLED:
         app.add_exception_handler(error, _on_error)
@@ -100,11 +108,13 @@ class _GuardedApp(FastAPI):
         self._metrics = metrics
         self._keys = ApiKeys(access.api_keys)
         self._cors_origins = access.cors_origins
+        self._allowed_hosts = access.allowed_hosts
 
     def build_middleware_stack(self) -> ASGIApp:
         """The access log is outermost, so that it has the 500 that FastAPI makes of an unexpected error."""
         stack = super().build_middleware_stack()
-        return AccessLog(guarded(stack, self._keys, OPEN_PATHS, self._cors_origins), self._metrics)
+        stack = guarded(stack, self._keys, OPEN_PATHS, self._cors_origins, self._allowed_hosts)
+        return AccessLog(stack, self._metrics)
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document. On a server with keys it says which paths need one."""
@@ -121,11 +131,19 @@ class _GuardedApp(FastAPI):
         return super().openapi()
 
 
+def _methods_of(request: Request) -> list[str]:
+    """The methods of the path. Starlette's own Allow header has those of the first route only."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set().union(*found))
+
+
 async def _on_error(request: Request, exc: Exception) -> Response:
     """Every error in the documented shape, including FastAPI's own 404 and 405."""
     if isinstance(exc, HTTPException):
         code = ServerErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ServerErrorCode.NOT_FOUND
-        exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", exc.headers)
+        headers = {"Allow": ", ".join(_methods_of(request))} if exc.status_code == 405 else exc.headers
+        exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", headers)
     if isinstance(exc, ClientDisconnect):
         exc = ApiError(ErrorCode.INVALID_REQUEST, "the client closed the connection before its request was complete")
     return error_response(api_error(exc))

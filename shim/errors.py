@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.queue.base import IdempotencyConflictError, ModelNotLoadedError, QueueFullError, QueueUnavailableError
-from shim.tasks import TaskNotFoundError
+from shim.tasks import NoVideoError, TaskNotFoundError, VideoDeletedError
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class ServerErrorCode(StrEnum):
     VIDEO_NOT_READY = "VIDEO_NOT_READY"
     RANGE_NOT_SATISFIABLE = "RANGE_NOT_SATISFIABLE"
     IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED"
+    HOST_NOT_ALLOWED = "HOST_NOT_ALLOWED"
     RATE_LIMITED = "RATE_LIMITED"
     HEADERS_TOO_LARGE = "HEADERS_TOO_LARGE"
     SERVER_BUSY = "SERVER_BUSY"
@@ -60,11 +61,13 @@ STATUS: Final[Mapping[AnyErrorCode, int]] = {
     ServerErrorCode.NOT_FOUND: 404,
     ServerErrorCode.TASK_NOT_FOUND: 404,
     ServerErrorCode.VIDEO_NOT_READY: 404,
+    ErrorCode.VIDEO_DELETED: 404,
     ServerErrorCode.METHOD_NOT_ALLOWED: 405,
     ServerErrorCode.REQUEST_TIMEOUT: 408,
     ServerErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
     ServerErrorCode.REQUEST_TOO_LARGE: 413,
     ServerErrorCode.RANGE_NOT_SATISFIABLE: 416,
+    ServerErrorCode.HOST_NOT_ALLOWED: 421,
     ServerErrorCode.RATE_LIMITED: 429,
     ServerErrorCode.HEADERS_TOO_LARGE: 431,
     ServerErrorCode.INTERNAL_ERROR: 500,
@@ -112,6 +115,10 @@ def api_error(exc: Exception) -> ApiError:
             return exc
         case InvalidInputError():
             return ApiError(exc.failure.error_code, exc.failure.error)
+        case VideoDeletedError():
+            return ApiError(ErrorCode.VIDEO_DELETED, str(exc))
+        case NoVideoError():
+            return ApiError(ServerErrorCode.VIDEO_NOT_READY, str(exc))
         case TaskNotFoundError():
             return ApiError(ServerErrorCode.TASK_NOT_FOUND, "There is no task with this id")
         case IdempotencyConflictError():

@@ -1,5 +1,6 @@
 """Estimates how long a new task takes, from the backlog and from recent render times."""
 
+import heapq
 import math
 from collections.abc import Mapping
 from typing import Final
@@ -31,11 +32,12 @@ def render_seconds(job_input: JobInput, observed: RenderTimes) -> float:
 def estimated_time(job_input: JobInput, backlog: Backlog, observed: RenderTimes) -> int:
     """Seconds from now until a job submitted behind `backlog` is done.
 
-    A running job counts half, the mean of what is left of it. A hidden input counts as one like `job_input`.
+    Each job goes to the worker that is free first, in the order of the queue. A running job keeps its worker for half
+    its time, the mean of what is left of it. A hidden input counts as one like `job_input`.
     """
-    waiting = sum(render_seconds(ahead or job_input, observed) for ahead in backlog.waiting)
-    running = sum(render_seconds(ahead or job_input, observed) / 2 for ahead in backlog.running)
-    if len(backlog.running) < backlog.workers:
-        running = 0.0  # a free worker takes the job at once
-    seconds_ahead = (waiting + running) / max(backlog.workers, 1)
-    return math.ceil(seconds_ahead + render_seconds(job_input, observed))
+    free_in = [0.0] * max(backlog.workers, 1)  # a heap: seconds until each worker is free
+    for ahead in backlog.running:
+        heapq.heapreplace(free_in, free_in[0] + render_seconds(ahead or job_input, observed) / 2)
+    for ahead in backlog.waiting:
+        heapq.heapreplace(free_in, free_in[0] + render_seconds(ahead or job_input, observed))
+    return math.ceil(free_in[0] + render_seconds(job_input, observed))

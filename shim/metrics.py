@@ -31,6 +31,8 @@ from shim.errors import ApiError
 from shim.queue.base import Backlog, JobObserver, JobState, Workers
 from storage.errors import ObjectNotFoundError, StorageDeniedError
 
+#: Bytes. With less free space, the queue or the embedded bucket soon accepts nothing.
+_FULL_DISK: Final = 100_000_000
 #: From 1 s to 30 min: renders of 4 steps at 720p and of 50 steps at 1080p fall inside.
 _JOB_SECONDS: Final = (1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 900, 1800)
 _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -106,12 +108,25 @@ class Metrics(JobObserver):
             name: Histogram(name, text, labels, buckets=buckets, registry=self._registry)
             for name, (text, labels, buckets) in _HISTOGRAMS.items()
         }
+        self._http_series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         # These series exist from the start, because increase() misses the first value of a new series.
         ended = self._counters["hunyuan_tasks_ended"]
         ended.labels(JobState.COMPLETED, "")
         ended.labels(JobState.CANCELLED, ErrorCode.CANCELLED)
         for code in _FAILURES:
             ended.labels(JobState.FAILED, code)
+
+    def disk_problems(self) -> list[str]:
+        """A sentence if the disk of the data directory is full: it has the queue and the embedded bucket."""
+        if self._data_directory is None:
+            return []
+        try:
+            free = shutil.disk_usage(self._data_directory).free
+        except OSError as exc:
+            return [f"HUNYUAN_DATA_DIR cannot be read: {exc.strerror}"]
+        if free >= _FULL_DISK:
+            return []
+        return [f"the disk of HUNYUAN_DATA_DIR is full: {free // 1_000_000} MB are free"]
 
     def submitted(self) -> None:
         self._counters["hunyuan_tasks_submitted"].inc()
@@ -158,8 +173,15 @@ class Metrics(JobObserver):
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Counts one request. `route` is a template."""
-        self._counters["hunyuan_http_requests"].labels(route, method, status).inc()
-        self._histograms["hunyuan_http_request_duration_seconds"].labels(route, method).observe(seconds)
+        series = self._http_series.get((route, method, status))
+        if series is None:  # `labels` looks them up under a lock
+            series = self._http_series[route, method, status] = (
+                self._counters["hunyuan_http_requests"].labels(route, method, status),
+                self._histograms["hunyuan_http_request_duration_seconds"].labels(route, method),
+            )
+        requests, durations = series
+        requests.inc()
+        durations.observe(seconds)
 
     def supervise(self, process: str) -> Callable[[], None]:
         """Returns the function that counts a restart of the process."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -10,7 +11,7 @@ from pydantic_settings import NoDecode
 
 from contract.log_fields import LogOptions
 from contract.settings import Settings
-from shim.access import Access, ApiKey, parse_api_keys
+from shim.access import Access, ApiKey, ConnectionLimits, parse_api_keys
 
 
 def _parse_keys(value: object) -> object:
@@ -25,6 +26,12 @@ def _check_origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", text):
         raise ValueError("must be * or origins such as https://films.example, without a path and without a final slash")
     return text
+
+
+def _check_host(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z0-9._-]+", text.lower(), re.ASCII):
+        raise ValueError("must be * or host names such as films.example, without a port and without https://")
+    return text.lower()
 
 
 class ShimSettings(LogOptions):
@@ -45,27 +52,36 @@ class ShimSettings(LogOptions):
         default=10,
         ge=1,
         validation_alias="HUNYUAN_MAX_QUEUE_SIZE",
-        description="Tasks that may wait in the queue. A request beyond that gets QUEUE_FULL.",
+        description="Tasks that may wait in the queue; with HUNYUAN_API_KEYS, tasks of each key that may wait. A "
+        "request beyond that gets QUEUE_FULL. Keys take turns: a worker takes one task of each key that has tasks "
+        "waiting. On a RunPod endpoint, the limit is one for all keys.",
     )
     max_attempts: int = Field(
         default=3,
         ge=1,
         validation_alias="HUNYUAN_MAX_ATTEMPTS",
-        description="Attempts per task. A task fails when it has lost this many workers.",
+        description="Attempts per task. A task fails when this many workers were lost after they began it. Restarts of "
+        "the server and workers that were stopped do not count.",
     )
     worker_timeout: float = Field(
         default=60.0,
         ge=15,
         validation_alias="HUNYUAN_WORKER_TIMEOUT",
-        description="Seconds without a ping after which a worker is lost: its lease expires and its task is queued "
-        "again. Workers ping every 5 seconds.",
+        description="Seconds without a report after which a worker is lost: its lease expires and its task is queued "
+        "again. Workers report every 5 seconds.",
     )
     history_ttl: float = Field(
         default=7 * 24 * 3600.0,
         ge=3600,
         validation_alias="HUNYUAN_HISTORY_TTL",
-        description="Seconds for which the queue remembers a task after it ended. The status of a completed task stays "
-        "available as long as the bucket has its video.",
+        description="Seconds for which the queue remembers a task after it ended. Its final status stays available "
+        "after that, from the bucket.",
+    )
+    video_ttl: float | None = Field(
+        default=None,
+        ge=1,
+        validation_alias="HUNYUAN_VIDEO_TTL",
+        description="Seconds after which the server deletes a video, with its poster and its manifest. Default: never.",
     )
     database_url: SecretStr | None = Field(
         default=None,
@@ -118,6 +134,23 @@ class ShimSettings(LogOptions):
         validation_alias="HUNYUAN_CORS_ORIGINS",
         description="Comma-separated origins whose web pages may use the server; `*` for any.",
     )
+    allowed_hosts: (
+        Annotated[tuple[Annotated[str, AfterValidator(_check_host)], ...], NoDecode, BeforeValidator(_split_commas)]
+        | None
+    ) = Field(
+        default=None,
+        validation_alias="HUNYUAN_ALLOWED_HOSTS",
+        description="Comma-separated host names under which clients reach the server, besides its IP addresses, "
+        "`localhost`, the machine's own name and the host of HUNYUAN_PUBLIC_URL; `*` for any. Requests with another "
+        "Host header get HOST_NOT_ALLOWED. Default: any if HUNYUAN_API_KEYS is set, none otherwise.",
+    )
+    max_connections_per_address: int = Field(
+        default=ConnectionLimits.per_address,
+        ge=1,
+        validation_alias="HUNYUAN_MAX_CONNECTIONS_PER_ADDRESS",
+        description="Connections that one client address, or one /64 network for IPv6, may keep open. It does not "
+        "apply to addresses in FORWARDED_ALLOW_IPS (by default 127.0.0.1), nor to those that send the platform token.",
+    )
     shutdown_grace: float = Field(
         default=30.0,
         ge=0,
@@ -153,12 +186,33 @@ class ShimSettings(LogOptions):
     @property
     def access(self) -> Access:
         """Which clients may use the server, and their rate limit."""
-        return Access(self.api_keys, self.rate_limit, self.cors_origins)
+        return Access(self.api_keys, self.rate_limit, self.cors_origins, self._host_names())
+
+    def _host_names(self) -> frozenset[str] | None:
+        """The host names that the server answers to; None for any."""
+        if self.allowed_hosts is None and self.api_keys:
+            return None
+        machine = socket.gethostname().lower()
+        public = self.public_url.host if self.public_url is not None else None
+        short = machine.partition(".")[0]
+        names = {*(self.allowed_hosts or ()), machine, short, f"{short}.local", self.host.lower(), public or machine}
+        return frozenset(names)
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether anyone who reaches this machine may use the server."""
+        return not self.api_keys and self.host in ("0.0.0.0", "::", "")  # noqa: S104 - compared, not bound
 
     @property
     def directory(self) -> Path:
         """`data_dir`, absolute."""
         return self.data_dir.expanduser().resolve()
+
+    @property
+    def queue_url(self) -> str:
+        """The queue's database: `database_url`, or a SQLite file in `directory`. With its password."""
+        named = self.database_url
+        return named.get_secret_value() if named is not None else f"sqlite:///{self.directory}/queue.sqlite3"
 
 
 class RemoteWorkerSettings(Settings):

@@ -1,17 +1,20 @@
-"""Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket every finished video."""
+"""Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket a verdict of every ended one."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import anyio.to_thread
 
+from contract.errors import VIDEO_DELETED, ErrorCode
 from contract.job import JobInput
 from contract.log_fields import bind
-from contract.result import JobResult, Manifest, Stage
+from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
 from shim.estimates import estimated_time
 from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
 from storage import layout
-from storage.bucket import Bucket
+from storage.bucket import Bucket, ObjectInfo
 from storage.errors import StorageError
 from storage.videos import Videos
 
@@ -20,6 +23,25 @@ log = logging.getLogger(__name__)
 
 class TaskNotFoundError(LookupError):
     """Neither the queue nor the bucket has a task with that id."""
+
+
+class NoVideoError(Exception):
+    """The task has no video: it is not finished, or it failed."""
+
+
+class VideoDeletedError(NoVideoError):
+    """The task's video was deleted."""
+
+
+def finished_video(job: JobSnapshot) -> Manifest:
+    """The manifest of a completed task. Raises NoVideoError or VideoDeletedError."""
+    if job.result is not None:
+        return job.result
+    if job.failure is None:
+        raise NoVideoError(f"The video is not ready: {job.progress} % done")
+    if job.failure.error_code is ErrorCode.VIDEO_DELETED:
+        raise VideoDeletedError(job.failure.error)
+    raise NoVideoError(f"The task failed, there is no video: {job.failure.error}")
 
 
 @dataclass(frozen=True)
@@ -34,20 +56,40 @@ class StoredVideos:
     """`storage.videos.Videos` for coroutines: each call runs in a thread."""
 
     def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self._videos = Videos(bucket)
-
-    async def find(self, task_id: str) -> Manifest | None:
-        return await anyio.to_thread.run_sync(self._videos.find, task_id)
 
     async def find_result(self, task_id: str) -> JobResult | None:
         return await anyio.to_thread.run_sync(self._videos.find_result, task_id)
 
+    async def find_verdict(self, task_id: str) -> Verdict | None:
+        return await anyio.to_thread.run_sync(self._videos.find_verdict, task_id)
+
+    async def settle(self, job: JobSnapshot) -> None:
+        """Makes the bucket agree with an ended job: its verdict, and no objects of other attempts."""
+        if job.result is not None:
+            await anyio.to_thread.run_sync(self._videos.keep_only, job.result)
+        elif job.failure == VIDEO_DELETED:
+            await self.discard(job.task_id)
+        elif job.failure is not None and job.state is not JobState.COMPLETED:
+            tombstone = Tombstone.of(job.task_id, job.failure, cancelled=job.state is JobState.CANCELLED)
+            await anyio.to_thread.run_sync(self._videos.bury, tombstone)
+
+    async def reopen(self, task_id: str) -> None:
+        """Deletes the tombstone of a failed job that will be rendered again."""
+        await anyio.to_thread.run_sync(self._videos.reopen, task_id)
+
+    async def list_objects(self, start_after: str, limit: int) -> Sequence[ObjectInfo]:
+        """The next objects of tasks, in the order of their keys."""
+        listing = partial(self._bucket.list_objects, layout.PREFIX, start_after=start_after, limit=limit)
+        return await anyio.to_thread.run_sync(listing)
+
     async def discard(self, task_id: str) -> None:
-        """Deletes a cancelled task's objects; logs a warning if the bucket is unavailable."""
-        try:
-            await anyio.to_thread.run_sync(self._videos.discard, task_id)
-        except StorageError as exc:
-            log.warning("cannot delete the cancelled task's objects, delete them from the bucket by hand: %s", exc)
+        """Deletes all of a task's objects."""
+        await anyio.to_thread.run_sync(self._videos.discard, task_id)
+
+    async def delete(self, key: str) -> None:
+        await anyio.to_thread.run_sync(self._bucket.delete, key)
 
 
 class Tasks:
@@ -57,13 +99,22 @@ class Tasks:
         self._queue = queue
         self._videos = videos
 
-    async def submit(self, job_input: JobInput, idempotency_key: str | None = None) -> Accepted:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency_key: str | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+    ) -> Accepted:
         """Queues a job, unless an earlier request had the same key, and estimates when it is done.
 
-        Raises what `JobQueue.submit` raises.
+        `client` is the name of the API key of the request, empty on a server without keys.
+
+        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
         """
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        submission = await self._queue.submit(job_input, idempotency)
+        submission = await self._queue.submit(job_input, idempotency, check, client=client)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))
@@ -82,8 +133,35 @@ class Tasks:
         if job is None:
             return await self.find(task_id)
         if job.state is JobState.CANCELLED:
-            await self._videos.discard(task_id)
+            await self._bury(job)
         return job
+
+    async def _bury(self, job: JobSnapshot) -> None:
+        """Stores that the task was cancelled, so that its worker stops. The outbox does so again until it succeeds."""
+        try:
+            await self._videos.settle(job)
+        except StorageError as exc:
+            log.warning("cannot store yet that this task was cancelled, its objects remain until then: %s", exc)
+
+    async def delete_video(self, task_id: str) -> None:
+        """Deletes a completed task's video, poster and manifest. The task's failure is VIDEO_DELETED from then on.
+
+        While the bucket is unavailable, the objects of a task that the queue still has are deleted later.
+
+        Raises:
+            NoVideoError: the task is not finished, failed, or its video was deleted before.
+            TaskNotFoundError: neither the queue nor the bucket has it.
+            QueueUnavailableError, StorageError: the queue or the bucket is unavailable.
+        """
+        finished_video(await self.find(task_id))
+        in_queue = await self._queue.delete_video(task_id)
+        try:
+            await self._videos.discard(task_id)
+        except StorageError as exc:
+            if not in_queue:
+                raise
+            log.warning("cannot delete the objects of this task's video yet, retrying: %s", exc)
+        log.info("the video is deleted")
 
     async def find(self, task_id: str) -> JobSnapshot:
         """The task as it is now, from the queue, or from the bucket if the queue has deleted it.
@@ -113,7 +191,11 @@ class Tasks:
             return job
 
     async def _stored(self, task_id: str) -> JobSnapshot | None:
-        manifest = await self._videos.find(task_id)
-        if manifest is None:
-            return None
-        return JobSnapshot(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=manifest)
+        verdict = await self._videos.find_verdict(task_id)
+        match verdict:
+            case None:
+                return None
+            case Manifest():
+                return JobSnapshot(task_id, JobState.COMPLETED, progress=100, stage=Stage.STORING, result=verdict)
+            case Tombstone():
+                return JobSnapshot(task_id, JobState(verdict.status), failure=verdict.failure)

@@ -6,10 +6,14 @@ one of `storage.errors`.
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import boto3
 import urllib3
@@ -24,7 +28,15 @@ from botocore.exceptions import (
     HTTPClientError,
 )
 
-from storage.errors import ObjectNotFoundError, StorageDeniedError, StorageError, StorageUnavailableError
+from storage.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StorageDeniedError,
+    StorageError,
+    StorageFullError,
+    StorageUnavailableError,
+)
+from storage.file_system import sync_file_system
 from storage.settings import BucketSettings
 
 if TYPE_CHECKING:
@@ -58,8 +70,30 @@ _DENIED: Final[Mapping[str, tuple[str, str | None]]] = {
     "RequestTimeTooSkewed": ("the clocks of this machine and of the S3 server differ too much: set the clock", None),
 }
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
+#: Answers to a conditional write: the key has an object (412), or another request is writing one (409).
+#: Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html.
+_EXISTS: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+#: Source: MinIO's and SeaweedFS' error codes, and https://www.rfc-editor.org/rfc/rfc4918#section-11.5 (507).
+_FULL: Final = {"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "507"}
+#: Bytes. With less than that, a gateway over local files accepts no video and names no reason.
+_FULL_DISK: Final = 16 << 20
 #: Error codes with a status below 500 that a retry may resolve.
 _TRANSIENT: Final = {"RequestTimeout", "IncompleteBody", "BadDigest", "OperationAborted", "TooManyRequests", "429"}
+
+
+log = logging.getLogger(__name__)
+
+
+class _NotImplementedError(StorageUnavailableError):
+    """The store answered 501: it does not know an option of the request."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """An object in a listing. `modified` is the S3 server's time of its upload."""
+
+    key: str
+    modified: datetime
 
 
 class Bucket:
@@ -67,7 +101,7 @@ class Bucket:
 
     A request is sent up to `attempts` times, some seconds apart, if the server is unavailable or busy. It fails after
     `timeout` seconds without a byte of the answer. It runs inside `observe(operation)`, which can measure its duration
-    and its errors.
+    and its errors. `sync` receives the directory of an embedded bucket, see `Bucket.sync`.
     """
 
     def __init__(
@@ -77,10 +111,12 @@ class Bucket:
         timeout: float = 30,
         attempts: int = 4,
         observe: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        sync: Callable[[Path], None] = sync_file_system,
     ) -> None:
         self.name = settings.name
         self._settings = settings
         self._observe = observe
+        self._sync = sync
         retries = Config(read_timeout=timeout, retries={"mode": "standard", "max_attempts": attempts})
         self._client = _client(settings, str(settings.endpoint_url), retries)
         public = settings.public_endpoint_url
@@ -114,17 +150,44 @@ class Bucket:
             with self._requesting("create_bucket", f"bucket {self.name!r}"):
                 self._client.create_bucket(Bucket=self.name)
 
-    def put_file(self, path: Path, key: str, *, content_type: str) -> None:
-        """Upload the file at `path`. The object becomes visible when it is complete."""
+    def put_file(
+        self, path: Path, key: str, *, content_type: str, on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        """Upload the file at `path`. The object becomes visible when it is complete.
+
+        `on_bytes` gets the number of bytes that were sent since its last call.
+        """
         with self._requesting("put_object", self._named(key)):
             self._client.upload_file(
-                str(path), self.name, key, ExtraArgs={"ContentType": content_type}, Config=_TRANSFER_CONFIG
+                str(path),
+                self.name,
+                key,
+                ExtraArgs={"ContentType": content_type},
+                Callback=on_bytes,
+                Config=_TRANSFER_CONFIG,
             )
 
-    def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
-        """Write a small object."""
+    def put_bytes(self, body: bytes, key: str, *, content_type: str, only_if_absent: bool = False) -> None:
+        """Write a small object.
+
+        With `only_if_absent` it replaces no object, on a store that has conditional writes. Others overwrite, some
+        without an error, so read the object back afterwards.
+
+        Raises:
+            ObjectExistsError: `only_if_absent`, and the key has an object, or another request is writing one.
+        """
+        if only_if_absent:
+            try:
+                self._put_bytes(body, key, ContentType=content_type, IfNoneMatch="*")
+            except _NotImplementedError:
+                log.debug("%s: the store has no conditional writes", self._named(key))
+            else:
+                return
+        self._put_bytes(body, key, ContentType=content_type)
+
+    def _put_bytes(self, body: bytes, key: str, **options: Any) -> None:
         with self._requesting("put_object", self._named(key)):
-            self._client.put_object(Bucket=self.name, Key=key, Body=body, ContentType=content_type)
+            self._client.put_object(Bucket=self.name, Key=key, Body=body, **options)
 
     def get_bytes(self, key: str) -> bytes:
         """Read a small object.
@@ -138,10 +201,40 @@ class Bucket:
                 _require_length(answer)
                 return body.read()
 
+    def sync(self) -> None:
+        """Return when everything that the embedded bucket has accepted is on its disk. Does nothing for other buckets.
+
+        The embedded bucket answers a PUT before its data is on the disk; a power cut after that would lose the object.
+        """
+        directory = self._settings.sync_directory
+        if directory is None:
+            return
+        try:
+            self._sync(directory)
+        except OSError as exc:
+            raise StorageUnavailableError(
+                f"cannot sync {directory} of bucket {self.name!r} ({self._variable('sync_directory')}): {exc.strerror}"
+            ) from exc
+
     def delete(self, key: str) -> None:
         """Delete an object. Deleting one that does not exist succeeds."""
         with self._requesting("delete_object", self._named(key)):
             self._client.delete_object(Bucket=self.name, Key=key)
+
+    def list_objects(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[ObjectInfo]:
+        """The first objects whose keys begin with `prefix` and follow `start_after`, in the order of their keys.
+
+        At most `limit`, and never more than 1000. An empty list is the end.
+        """
+        with self._requesting("list_objects", self._named(f"{prefix}*")):
+            answer = self._client.list_objects_v2(
+                Bucket=self.name, Prefix=prefix, StartAfter=start_after, MaxKeys=min(limit, 1000)
+            )
+        return [ObjectInfo(item["Key"], item["LastModified"]) for item in answer.get("Contents", [])]
+
+    def list_keys(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[str]:
+        """The keys of `list_objects`."""
+        return [item.key for item in self.list_objects(prefix, start_after=start_after, limit=limit)]
 
     def presign(
         self, key: str, *, method: Literal["GET", "HEAD"] = "GET", expires_in: int | None = None, public: bool = True
@@ -189,14 +282,26 @@ class Bucket:
     def _refused(self, where: str, exc: ClientError) -> StorageError:
         code = str(exc.response.get("Error", {}).get("Code", "")) or "refused"
         message = f"{where}: {code}"
+        status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         if code in _MISSING:
             return ObjectNotFoundError(message)
+        if code in _EXISTS:
+            return ObjectExistsError(message)
+        if status == 501:
+            return _NotImplementedError(message)
         if code in _DENIED:
             why, setting = _DENIED[code]
             return StorageDeniedError(f"{message}: {why}" + (f" ({self._variable(setting)})" if setting else ""))
-        if code in _TRANSIENT or exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500:
+        if code in _FULL or status == 507 or (status >= 500 and self._is_local_disk_full()):
+            return StorageFullError(f"{message}: the disk of the S3 server is full: free space on it")
+        if code in _TRANSIENT or status >= 500:
             return StorageUnavailableError(message)
         return StorageError(message)
+
+    def _is_local_disk_full(self) -> bool:
+        """Whether the disk of the embedded bucket is full; False for other buckets."""
+        directory = self._settings.sync_directory
+        return directory is not None and shutil.disk_usage(directory).free < _FULL_DISK
 
     def _named(self, key: str) -> str:
         return f"{key} in bucket {self.name!r}"

@@ -1,8 +1,19 @@
-"""Object keys. A task's objects differ only in their extension. `storage.videos` owns the order of writing them."""
+"""Object keys. `storage.videos` owns the order of writing them.
+
+videos/{task_id}.json             the verdict: the manifest of a completed task, or the tombstone of another one
+videos/{task_id}/{attempt}.mp4    the video of one attempt
+videos/{task_id}/{attempt}.jpg    its poster
+videos/{task_id}.mp4, .jpg        video and poster that an older release stored
+"""
 
 import re
+from typing import Final
 
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
+
+
+#: What the keys of all tasks begin with.
+PREFIX: Final = "videos/"
 
 
 def is_task_id(text: str) -> bool:
@@ -10,22 +21,34 @@ def is_task_id(text: str) -> bool:
     return _TASK_ID.fullmatch(text) is not None
 
 
-def video_key(task_id: str) -> str:
-    """Key of the MP4."""
-    return _key(task_id, "mp4")
+def video_key(task_id: str, attempt: str | None = None) -> str:
+    """Key of an attempt's MP4; without `attempt`, the key that older releases used."""
+    return _key(task_id, attempt, "mp4")
+
+
+def poster_key(task_id: str, attempt: str | None = None) -> str:
+    """Key of an attempt's poster image (JPEG); without `attempt`, the key that older releases used."""
+    return _key(task_id, attempt, "jpg")
 
 
 def manifest_key(task_id: str) -> str:
-    """Key of the manifest (JSON)."""
-    return _key(task_id, "json")
+    """Key of the verdict (JSON)."""
+    return _key(task_id, None, "json")
 
 
-def poster_key(task_id: str) -> str:
-    """Key of the poster image (JPEG)."""
-    return _key(task_id, "jpg")
+def attempts_prefix(task_id: str) -> str:
+    """What the keys of every attempt's objects begin with."""
+    return f"{_key(task_id, None, '')[:-1]}/"
 
 
-def _key(task_id: str, extension: str) -> str:
+def task_id_of(key: str) -> str | None:
+    """The task whose object has this key; None for an object that is not one of a task."""
+    name = key.removeprefix(PREFIX)
+    task_id = name.partition("/")[0] if "/" in name else name.rpartition(".")[0]
+    return task_id if key.startswith(PREFIX) and is_task_id(task_id) else None
+
+
+def _key(task_id: str, attempt: str | None, extension: str) -> str:
     if not is_task_id(task_id):
         raise ValueError(f"not a task id: {task_id!r}")
-    return f"videos/{task_id}.{extension}"
+    return f"{PREFIX}{task_id}.{extension}" if attempt is None else f"{PREFIX}{task_id}/{attempt}.{extension}"

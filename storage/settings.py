@@ -1,6 +1,7 @@
 """Bucket settings, with the names that RunPod's workers use."""
 
 import os
+from pathlib import Path
 
 from pydantic import Field, HttpUrl, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
@@ -39,6 +40,12 @@ class BucketSettings(Settings):
         validation_alias="BUCKET_URL_EXPIRES_IN",
         description="Seconds until presigned URLs in job results expire; S3 allows up to 7 days.",
     )
+    sync_directory: Path | None = Field(
+        default=None,
+        validation_alias="BUCKET_SYNC_DIRECTORY",
+        description="Directory of this machine that holds the bucket's data. A worker syncs its file system to disk "
+        "before and after it stores a manifest. Set by `hunyuan serve` for its embedded bucket.",
+    )
 
 
 class JobBucketSettings(BucketSettings):
@@ -56,6 +63,8 @@ class JobBucketSettings(BucketSettings):
     access_key_id: str = Field(validation_alias="accessId")
     secret_access_key: SecretStr = Field(validation_alias="accessSecret")
     name: str = Field(default="hunyuan-videos", min_length=3, validation_alias="bucketName")
+    #: A client must not choose a directory of this machine.
+    sync_directory: None = None
 
     @classmethod
     def settings_customise_sources(

@@ -14,9 +14,9 @@ app = typer.Typer(
     add_completion=False,
 )
 for command in (
-    *(server.serve, server.worker),
+    *(server.serve, server.worker, server.downgrade_queue),
     *(tasks.generate, tasks.status, tasks.cancel, tasks.download, tasks.health),
-    *(server.demo, weights.download_weights, weights.convert_weights),
+    *(server.prune, server.demo, weights.download_weights, weights.convert_weights),
 ):
     app.command()(command)
 

@@ -1,13 +1,23 @@
-"""`hunyuan serve`, `hunyuan worker` and `hunyuan demo`: commands that start a process."""
+"""`hunyuan serve`, `worker`, `demo` and `downgrade-queue`: commands of the server and its workers."""
 
+import re
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from contract.job import Resolution
 from hunyuan.cli import demo_server, launch, tasks
 from hunyuan.cli.exits import ExitCode, fail
+
+_UNITS: Final = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+}
 
 
 def serve(
@@ -31,6 +41,38 @@ def worker(
         launch.worker(HUNYUAN_PLATFORM_URL=platform, HUNYUAN_PLATFORM_TOKEN=token)
     except launch.LaunchError as exc:
         fail(str(exc), ExitCode(exc.exit_code))
+
+
+def _duration(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,6})([smhdw])", text.strip(), re.ASCII)
+    if match is None:
+        raise typer.BadParameter("takes a number and a unit: 90m, 12h, 30d or 4w")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def prune(
+    older_than: Annotated[timedelta, typer.Option(parser=_duration, metavar="AGE", help="30d, 12h, 90m, 4w.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the tasks and delete nothing.")] = False,
+) -> None:
+    """Delete old videos with their posters and manifests. Needs the server's BUCKET_* and HUNYUAN_* settings."""
+    try:
+        task_ids = launch.prune(older_than=older_than, dry_run=dry_run)
+    except launch.LaunchError as exc:
+        fail(str(exc), ExitCode(exc.exit_code))
+    for task_id in task_ids:
+        typer.echo(task_id)
+    typer.echo(f"{len(task_ids)} videos {'would be' if dry_run else 'are'} deleted", err=True)
+
+
+def downgrade_queue(
+    revision: Annotated[str, typer.Argument(help="The older release's revision, which its error text names: 0002.")],
+) -> None:
+    """Migrate the queue's database back, before you install an older release. Stop all servers first."""
+    try:
+        launch.downgrade_queue(revision)
+    except launch.LaunchError as exc:
+        fail(str(exc), ExitCode(exc.exit_code))
+    typer.echo(f"The database is at revision {revision}. Install the older release and start it.")
 
 
 def demo(

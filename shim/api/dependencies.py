@@ -1,6 +1,8 @@
 """What the routes depend on: one object, made in `create_app`."""
 
+import asyncio
 import math
+import time
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -11,6 +13,7 @@ from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
 from shim.errors import ApiError, ServerErrorCode
+from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.tasks import Tasks
@@ -19,6 +22,35 @@ from storage.errors import StorageUnavailableError
 
 #: About as long as load balancers wait for a probe's response.
 _CHECK_SECONDS: Final = 5.0
+#: Seconds for which a successful check counts: probes of many clients cost one.
+_READY_SECONDS: Final = 1.0
+
+
+class Readiness:
+    """Whether the queue and the bucket accept tasks. One check runs at a time, and a success counts for a second."""
+
+    def __init__(self, queue: JobQueue, bucket: Bucket) -> None:
+        self._queue = queue
+        self._bucket = bucket
+        self._checking: asyncio.Future[None] | None = None
+        self._ready_until = float("-inf")
+
+    async def check(self) -> None:
+        """Raise QueueError unless the queue accepts tasks, and StorageError unless the bucket answers within 5 s."""
+        if time.monotonic() < self._ready_until:
+            return
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.ensure_future(self._check())
+        await asyncio.shield(self._checking)
+
+    async def _check(self) -> None:
+        await self._queue.check_ready()
+        try:
+            with anyio.fail_after(_CHECK_SECONDS):
+                await anyio.to_thread.run_sync(self._bucket.check, abandon_on_cancel=True)
+        except TimeoutError as exc:
+            raise StorageUnavailableError(f"the bucket did not answer within {_CHECK_SECONDS:.0f} s") from exc
+        self._ready_until = time.monotonic() + _READY_SECONDS
 
 
 @dataclass(frozen=True)
@@ -31,22 +63,21 @@ class Services:
     bucket_http: httpx.AsyncClient
     metrics: Metrics
     version: str
+    readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None
-
-    async def check_bucket(self) -> None:
-        """Raise StorageError unless the bucket answers within 5 s."""
-        try:
-            with anyio.fail_after(_CHECK_SECONDS):
-                await anyio.to_thread.run_sync(self.bucket.check, abandon_on_cancel=True)
-        except TimeoutError as exc:
-            raise StorageUnavailableError(f"the bucket did not answer within {_CHECK_SECONDS:.0f} s") from exc
+    gpus: LocalGpus
 
 
-def get_services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
     """The app's services."""
     services: Services = request.app.state.services
     return services
+
+
+async def get_services(request: Request) -> Services:
+    """`services_of` as a dependency. It is a coroutine, because FastAPI would call a function in a thread."""
+    return services_of(request)
 
 
 #: A route's parameter that is the app's services.
@@ -66,18 +97,19 @@ def client(request: Request) -> str:
     return client_of_address(request.client.host) if request.client is not None else "unknown"
 
 
+def key_name(request: Request) -> str:
+    """The name of the request's API key; empty on a server without keys."""
+    return getattr(request.state, "client", None) or ""
+
+
 def is_anonymous(request: Request) -> bool:
     """Whether the server has API keys and the request came without one: then a response must not contain details."""
     return getattr(request.state, "client", "") is None
 
 
-async def within_rate_limit(request: Request) -> None:
-    """A dependency of routes that make videos.
-
-    Raises:
-        ApiError: RATE_LIMITED, with the seconds to wait.
-    """
-    limit = get_services(request).rate_limit
+def take_rate_token(request: Request) -> None:
+    """Raise ApiError RATE_LIMITED, with the seconds to wait, if the client requested too many videos."""
+    limit = services_of(request).rate_limit
     wait = limit.take(client(request)) if limit is not None else 0.0
     if wait > 0:
         headers = {"Retry-After": str(math.ceil(wait))}

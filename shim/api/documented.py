@@ -1,27 +1,42 @@
 """The documented API, and GET /ready for load balancers. shim.api.videos has the downloads."""
 
+import asyncio
 import logging
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
 from contract.job import JobInput, Resolution, parse_input
 from contract.result import Stage
 from contract.worker import Gpu, WorkerState
-from shim.api.dependencies import GetServices, Services, client, is_anonymous, public_url, within_rate_limit
+from shim.api.dependencies import (
+    GetServices,
+    Services,
+    client,
+    is_anonymous,
+    key_name,
+    public_url,
+    services_of,
+    take_rate_token,
+)
+from shim.api.polled import PolledRoute, json_response
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
-from shim.gpu import local_gpus
 from shim.http.body import limited_body
-from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueUnavailableError, Workers
+from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, Workers
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
 _GIB: Final = 1024**3
+#: Seconds that /health waits for the queue: less than a probe waits.
+_HEALTH_SECONDS: Final = 3.0
 
 log = logging.getLogger(__name__)
 router = APIRouter()
+#: The routes that clients poll. The app tries them first: each route that is tried takes time.
+polled_router = APIRouter()
 
 #: OpenAPI's links from an accepted task to the routes that take its id, for generated clients.
 _LINKS: Final = {
@@ -91,7 +106,10 @@ class WorkersHealth(BaseModel):
 class Health(BaseModel):
     """The server, its workers and its GPU."""
 
-    status: Literal["healthy", "degraded"] = Field(description='"degraded" while the queue is unavailable.')
+    status: Literal["healthy", "degraded"] = Field(
+        description='"degraded" while the queue is unavailable or a disk is full.'
+    )
+    problems: list[str] = Field(description="What to repair; empty on a healthy server.")
     model_loaded: bool
     gpu_available: bool
     vram_free: str = Field(
@@ -129,7 +147,13 @@ async def body_of_job(request: Request) -> bytes:
     return await limited_body(request, _MAX_BODY)
 
 
-def idempotency_key(request: Request) -> str | None:
+async def within_rate_limit(request: Request) -> None:
+    """Take a rate token. A request with an Idempotency-Key takes it later, unless it repeats an earlier one."""
+    if "idempotency-key" not in request.headers:
+        take_rate_token(request)
+
+
+async def idempotency_key(request: Request) -> str | None:
     """The request's Idempotency-Key, if it has one, prefixed with the name of its API key: two clients never collide.
 
     Raises:
@@ -179,15 +203,26 @@ async def generate(
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
-    accepted = await services.tasks.submit(parse_input(body), key)
+    new_task = partial(take_rate_token, request) if key is not None else None
+    accepted = await services.tasks.submit(parse_input(body), key, new_task, client=key_name(request))
     log.info("accepted from %s", client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
 
-@router.get("/status/{task_id:path}", operation_id="get_status", responses=error_responses(401, 404, 500, 503))
-async def status(task_id: str, request: Request, services: GetServices) -> Status:
+async def status(task_id: str, request: Request) -> Response:
     """Check the status of a video generation task."""
-    return _status(await services.tasks.find(task_id), request, services)
+    services = services_of(request)
+    return json_response(_status(await services.tasks.find(task_id), request, services))
+
+
+polled_router.add_api_route(
+    "/status/{task_id:path}",
+    status,
+    operation_id="get_status",
+    response_model=Status,
+    responses=error_responses(401, 404, 500, 503),
+    route_class_override=PolledRoute,
+)
 
 
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
@@ -216,20 +251,31 @@ def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
     )
 
 
-@router.get("/health", responses=error_responses(500))
-async def health(services: GetServices) -> Health:
+async def health(request: Request) -> Response:
     """Check the API server, its workers and its GPU. Always 200 while the server runs."""
-    state: Literal["healthy", "degraded"] = "healthy"
+    return json_response(await _health(services_of(request)))
+
+
+polled_router.add_api_route(
+    "/health", health, response_model=Health, responses=error_responses(500), route_class_override=PolledRoute
+)
+
+
+async def _health(services: Services) -> Health:
+    problems = services.metrics.disk_problems()
     try:
-        workers = await services.queue.workers()
-        backlog = await services.queue.backlog()
-        queue = QueueHealth(waiting=len(backlog.waiting), running=len(backlog.running))
-    except QueueUnavailableError:
-        state, workers, queue = "degraded", Workers(ready=0, loading=0, failed=0), QueueHealth(waiting=0, running=0)
+        async with asyncio.timeout(_HEALTH_SECONDS):
+            summary = await services.queue.summary()
+    except Exception as exc:  # noqa: BLE001 - orchestrators kill a server whose /health is an error, whatever the cause
+        log.warning("/health is degraded, the queue can't be read: %s: %s", type(exc).__name__, exc)
+        problems.append("the job queue is unavailable")
+        summary = QueueSummary(waiting=0, running=0, workers=Workers(ready=0, loading=0, failed=0))
+    workers = summary.workers
     loaded = next((report for report in workers.reports if report.state is WorkerState.READY), None)
-    gpus = local_gpus() or [report.gpu for report in workers.reports if report.gpu is not None]
+    gpus = await services.gpus.read() or [report.gpu for report in workers.reports if report.gpu is not None]
     return Health(
-        status=state,
+        status="degraded" if problems else "healthy",
+        problems=problems,
         model_loaded=workers.ready > 0,
         gpu_available=bool(gpus),
         vram_free=_vram_free(gpus),
@@ -239,7 +285,7 @@ async def health(services: GetServices) -> Health:
         attention=loaded.attention if loaded else None,
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),
-        queue=queue,
+        queue=QueueHealth(waiting=summary.waiting, running=summary.running),
     )
 
 
@@ -252,10 +298,9 @@ def _vram_free(gpus: list[Gpu]) -> str:
 async def ready(request: Request, services: GetServices) -> Ready:
     """Check that the server accepts tasks and that its bucket answers: 200 or 503."""
     try:
-        await services.queue.check_ready()
+        await services.readiness.check()
     except ModelNotLoadedError as exc:
         if is_anonymous(request):  # the reason may contain file names
             raise ApiError(ServerErrorCode.MODEL_NOT_LOADED, "No worker has the model loaded") from exc
         raise
-    await services.check_bucket()
     return Ready()

@@ -14,7 +14,9 @@ from shim.api.runpod_client import ClientApi
 from shim.api.runpod_worker import LONG_POLL_SECONDS, WorkerApi
 from shim.errors import ApiError, ServerErrorCode
 from shim.http.access_log import bind_path_ids
+from shim.http.admission import TRUST_CONNECTION
 from shim.queue.dispatch import Dispatcher
+from shim.queue.outbox import Outbox
 from shim.queue.sql import SqlQueue
 
 #: Seconds that a long poll lasts while the server drains.
@@ -25,8 +27,17 @@ class Platform:
     """Both sides of RunPod's protocol for one endpoint, behind its token. `router` is the app's to include."""
 
     def __init__(
-        self, queue: SqlQueue, dispatcher: Dispatcher, *, endpoint_id: str, token: str, hold: float = LONG_POLL_SECONDS
+        self,
+        queue: SqlQueue,
+        dispatcher: Dispatcher,
+        outbox: Outbox,
+        *,
+        endpoint_id: str,
+        token: str,
+        hold: float = LONG_POLL_SECONDS,
     ) -> None:
+        if not token.strip():
+            raise ValueError("the platform's token is empty: any request without a key would match it")
         self._token = token.encode()
         self._stopped = asyncio.Event()
         self._worker_api = WorkerApi(dispatcher, self._stopped, hold)
@@ -36,7 +47,8 @@ class Platform:
             include_in_schema=False,
         )
         # Not by include_router: a nested router's routes lose the prefix in logs and metrics.
-        for method, path, route in (*self._worker_api.routes, *ClientApi(queue, dispatcher, self._stopped).routes):
+        client_api = ClientApi(queue, dispatcher, outbox, self._stopped)
+        for method, path, route in (*self._worker_api.routes, *client_api.routes):
             self.router.add_api_route(path, route, methods=[method])
 
     def drain(self) -> None:
@@ -53,3 +65,5 @@ class Platform:
         if not hmac.compare_digest(given, self._token):
             text = "send the value of HUNYUAN_PLATFORM_TOKEN as Authorization: Bearer TOKEN"
             raise ApiError(ServerErrorCode.UNAUTHORIZED, f"the platform's key is missing or wrong: {text}")
+        if trust := getattr(request.state, TRUST_CONNECTION, None):
+            trust()

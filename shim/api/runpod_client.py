@@ -17,6 +17,7 @@ from shim.errors import ApiError, ServerErrorCode
 from shim.http.body import json_body
 from shim.queue.base import JobSnapshot, JobState
 from shim.queue.dispatch import Dispatcher
+from shim.queue.outbox import Outbox
 from shim.queue.runpod import STATE_WORDS
 from shim.queue.sql import SqlQueue
 
@@ -30,9 +31,10 @@ log = logging.getLogger(__name__)
 class ClientApi:
     """The routes that RunPod's clients call. `stopped` ends every /runsync at once."""
 
-    def __init__(self, queue: SqlQueue, dispatcher: Dispatcher, stopped: asyncio.Event) -> None:
+    def __init__(self, queue: SqlQueue, dispatcher: Dispatcher, outbox: Outbox, stopped: asyncio.Event) -> None:
         self._queue = queue
         self._dispatcher = dispatcher
+        self._outbox = outbox
         self._stopped = stopped
         self.routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
             ("POST", "/run", self._run),
@@ -80,6 +82,7 @@ class ClientApi:
 
     async def _retry(self, task_id: str) -> Response:
         await self._get(task_id)
+        await self._outbox.reopen(task_id)
         if not await self._queue.retry(task_id):
             raise ApiError(ErrorCode.INVALID_REQUEST, "only a failed job can be retried")
         return JSONResponse({"id": task_id, "status": STATE_WORDS[JobState.QUEUED]})

@@ -140,7 +140,8 @@ class WorkerApi:
 
     async def _ping(self, worker_id: str, job_id: str = "") -> Response:
         await self._dispatcher.ping(worker_id, [task_id for task_id in job_id.split(",") if task_id])
-        return JSONResponse({})
+        # The SDK pings about as often as an idle connection is closed, and would log the reset of every other one.
+        return JSONResponse({}, headers={"Connection": "close"})
 
     async def _report(self, worker_id: str, request: Request) -> Response:
         try:

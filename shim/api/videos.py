@@ -1,4 +1,4 @@
-"""GET and HEAD /videos/{task_id}.mp4: streams the video from the bucket in constant memory.
+"""GET, HEAD and DELETE /videos/{task_id}.mp4. GET streams the video from the bucket in constant memory.
 
 `curl -O` follows no redirect, so the bytes pass through the server: it reads a presigned URL with httpx and sends on
 each chunk. It answers conditional and range requests from the manifest (size, sha256), because S3 servers differ in
@@ -9,26 +9,31 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from contract.errors import ErrorCode
 from contract.result import Manifest
 from shim.api.dependencies import GetServices, Services
 from shim.api.documented import error_responses
 from shim.errors import ApiError, ServerErrorCode
-from storage import layout
+from shim.tasks import finished_video
 
 #: Seconds for which a presigned URL is valid: enough for clocks that differ by minutes. The URL stays in this process,
 #: and a download may take longer, because only the start of a request needs a valid URL.
 _URL_EXPIRES_IN: Final = 300
-_CHUNK: Final = 256 * 1024
+#: Bytes that the server reads and sends at once. A download has about four times as many in memory.
+_CHUNK: Final = 64 * 1024
+#: Seconds after which a client that reads nothing loses its connection to the bucket, and the number of blocks of
+#: `_CHUNK` that it must read without such a pause to get one for the rest of the video.
+_STALL_SECONDS: Final = 1.0
+_BLOCKS_AFTER_STALL: Final = 16
 #: Waits in seconds before each retry of a read that broke off. The response breaks off after as many retries in a row
 #: without a byte.
 _RETRY_WAITS: Final = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -95,10 +100,8 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 @router.get("/videos/{file_name:path}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
 async def video(file_name: str, request: Request, services: GetServices) -> Response:
     """Download the generated video file."""
-    task_id, dot, extension = file_name.rpartition(".")
-    if not dot or extension != "mp4":
-        raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
-    manifest = await _finished(task_id, services)
+    task_id = _task_id(file_name)
+    manifest = finished_video(await services.tasks.find_video(task_id))
     etag = etag_of(manifest)
     headers = {
         "Accept-Ranges": "bytes",
@@ -114,7 +117,7 @@ async def video(file_name: str, request: Request, services: GetServices) -> Resp
     if wanted is not None:
         headers["Content-Range"] = f"bytes {wanted.start}-{wanted.end}/{manifest.file_size}"
     headers["Content-Length"] = str((wanted or whole).length)
-    source = StoredVideo(services, task_id)
+    source = StoredVideo(services, manifest)
     if request.method == "HEAD":
         await source.check()
         return Response(status_code=status, headers=headers, media_type="video/mp4")
@@ -122,13 +125,24 @@ async def video(file_name: str, request: Request, services: GetServices) -> Resp
     return VideoResponse(body, status_code=status, headers=headers, media_type="video/mp4")
 
 
-async def _finished(task_id: str, services: Services) -> Manifest:
-    job = await services.tasks.find_video(task_id)
-    if job.result is not None:
-        return job.result
-    if job.failure is not None:
-        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, f"The task failed, there is no video: {job.failure.error}")
-    raise ApiError(ServerErrorCode.VIDEO_NOT_READY, f"The video is not ready: {job.progress} % done")
+@router.delete(
+    "/videos/{file_name:path}",
+    operation_id="delete_video",
+    status_code=204,
+    response_class=Response,
+    responses={204: {"description": "The video is deleted."}, **error_responses(401, 404, 500, 503)},
+)
+async def delete(file_name: str, services: GetServices) -> Response:
+    """Delete a completed task's video with its poster and its manifest."""
+    await services.tasks.delete_video(_task_id(file_name))
+    return Response(status_code=204)
+
+
+def _task_id(file_name: str) -> str:
+    task_id, dot, extension = file_name.rpartition(".")
+    if not dot or extension != "mp4":
+        raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
+    return task_id
 
 
 def names_etag(header: str | None, etag: str) -> bool:
@@ -159,91 +173,75 @@ class BrokenOffError(Exception):
 
 class VideoResponse(StreamingResponse):
     """A response whose body may break off. It is then shorter than its Content-Length and its connection is closed, so
-    that no client takes the part for the whole.
+    that no client takes the part for the whole. A client that does not read holds no connection to the bucket.
     """
 
-    def __init__(self, body: AsyncGenerator[bytes, None], **options: Any) -> None:
-        super().__init__(body, **options)
+    def __init__(self, body: "VideoBody", **options: Any) -> None:
+        super().__init__((), **options)
         self._body = body
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._body):
-            try:
-                await super().stream_response(send)
-            except BrokenOffError as exc:
-                log.error("%s", exc)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            while part := await self._body.read():
+                await self._send_part(send, part)
+        except BrokenOffError as exc:
+            log.error("%s", exc)
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._body.release()
+
+    async def _send_part(self, send: Send, part: bytes) -> None:
+        message: Message = {"type": "http.response.body", "body": part, "more_body": True}
+        try:
+            # A cancelled send has written nothing: it waits before it writes.
+            async with asyncio.timeout(_STALL_SECONDS):
+                await send(message)
+        except TimeoutError:
+            await self._body.release()
+            await send(message)
 
 
 class StoredVideo:
     """One video in the bucket, read through presigned URLs."""
 
-    def __init__(self, services: Services, task_id: str) -> None:
+    def __init__(self, services: Services, manifest: Manifest) -> None:
         self._http = services.bucket_http
         self._bucket = services.bucket
         self._observe = services.metrics.s3_request
-        self._key = layout.video_key(task_id)
+        self.key = manifest.video_key
 
     async def check(self) -> None:
         """Raise ApiError unless the bucket returns the video's head."""
-        url = self._bucket.presign(self._key, method="HEAD", expires_in=_URL_EXPIRES_IN, public=False)
+        url = self._bucket.presign(self.key, method="HEAD", expires_in=_URL_EXPIRES_IN, public=False)
         try:
             with self._observe("head_video"):
                 self._raise_for_status(await self._http.head(url))
         except httpx.HTTPError as exc:
-            raise self._unavailable(exc) from exc
+            raise self.unavailable(exc) from exc
 
-    async def open(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
-        """Start reading. Returns when the first bytes are here; the returned body yields them and the rest.
-
-        If the connection to the bucket breaks, the body reads on from that byte; it raises BrokenOffError when the
-        retries are used up.
+    async def open(self, wanted: ByteRange) -> "VideoBody":
+        """Start reading. Returns when the first bytes are here.
 
         Raises:
             ApiError: the bucket does not have the video, or does not answer.
         """
-        parts = self._read(wanted)
+        body = VideoBody(self, wanted)
         try:
-            first = await anext(parts, b"")
+            await body.start()
         except httpx.HTTPError as exc:
-            raise self._unavailable(exc) from exc
-        if not first:
-            raise self._unavailable("the bucket sent an empty body")
-        return self._relay(first, parts, wanted)
+            raise self.unavailable(exc) from exc
+        return body
 
-    async def _relay(
-        self, first: bytes, parts: AsyncGenerator[bytes, None], wanted: ByteRange
-    ) -> AsyncGenerator[bytes, None]:
-        yield first
-        sent, failures = len(first), 0
-        while True:
-            why = f"the bucket sent {sent} of {wanted.length} bytes"
-            try:
-                async with aclosing(parts):
-                    async for part in parts:
-                        yield part
-                        sent, failures = sent + len(part), 0
-            except (httpx.HTTPError, ApiError) as exc:
-                why = f"{type(exc).__name__}: {exc}"
-            if sent == wanted.length:
-                return
-            position = wanted.start + sent
-            if failures == len(_RETRY_WAITS):
-                raise BrokenOffError(
-                    f"the download of {self._key} broke off at byte {position}, retries are used up: {why}"
-                )
-            log.warning("the download of %s broke, reading on at byte %d: %s", self._key, position, why)
-            await asyncio.sleep(_RETRY_WAITS[failures])
-            failures += 1
-            parts = self._read(ByteRange(position, wanted.end))
-
-    async def _read(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
+    async def read(self, wanted: ByteRange) -> AsyncGenerator[bytes, None]:
         """The bytes of `wanted` from one request; fewer if the response is shorter.
 
         Raises:
             ApiError: the bucket does not have the video, or rejects the request.
             httpx.HTTPError: the bucket does not answer, or the connection breaks.
         """
-        url = self._bucket.presign(self._key, expires_in=_URL_EXPIRES_IN, public=False)
+        url = self._bucket.presign(self.key, expires_in=_URL_EXPIRES_IN, public=False)
         headers = {"Range": f"bytes={wanted.start}-{wanted.end}", "Accept-Encoding": "identity"}
         async with AsyncExitStack() as stack:
             with self._observe("get_video"):
@@ -258,15 +256,83 @@ class StoredVideo:
                 left -= len(part)
                 if part:
                     yield part
-                if left == 0:
+                if left == 0 and response.status_code == 200:
                     return
 
     def _raise_for_status(self, response: httpx.Response) -> None:
         if response.status_code == 404:
             raise ApiError(ServerErrorCode.VIDEO_NOT_READY, "The video is no longer in the bucket")
         if response.status_code not in (200, 206):
-            raise self._unavailable(f"the bucket responded with {response.status_code}")
+            raise self.unavailable(f"the bucket responded with {response.status_code}")
 
-    def _unavailable(self, why: object) -> ApiError:
-        log.error("cannot read %s from the bucket: %s", self._key, str(why) or type(why).__name__)
+    def unavailable(self, why: object) -> ApiError:
+        log.error("cannot read %s from the bucket: %s", self.key, str(why) or type(why).__name__)
         return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")
+
+
+class VideoBody:
+    """The bytes of one download. It reads one response of the bucket as long as the client keeps up.
+
+    `release` gives the connection to the bucket back while the client does not read. Then each of the next blocks is
+    one short request, whose connection is free again before the client gets the block. If a request breaks, the next
+    one continues at that byte.
+    """
+
+    def __init__(self, video: StoredVideo, wanted: ByteRange) -> None:
+        self._video = video
+        self._wanted = wanted
+        self._position = wanted.start
+        self._parts: AsyncGenerator[bytes, None] | None = None
+        self._first = b""
+        self._blocks = 0
+        self._failures = 0
+
+    async def start(self) -> None:
+        """Reads the first bytes, without retries. Raises ApiError and httpx.HTTPError."""
+        self._first = await self._next()
+        if not self._first:
+            raise self._video.unavailable("the bucket sent an empty body")
+
+    async def read(self) -> bytes:
+        """The next bytes; none at the end. Raises BrokenOffError when the retries are used up."""
+        part, self._first = self._first, b""
+        while not part and self._position <= self._wanted.end:
+            try:
+                part = await self._next()
+                why = f"the bucket sent {self._position - self._wanted.start} of {self._wanted.length} bytes"
+            except (httpx.HTTPError, ApiError) as exc:
+                why = f"{type(exc).__name__}: {exc}"
+            if not part:
+                await self._close()
+                await self._wait_to_retry(why)
+        if part:
+            self._position += len(part)
+            self._failures = 0
+        return part
+
+    async def release(self) -> None:
+        """Closes the request to the bucket. `read` opens the next one."""
+        await self._close()
+        self._blocks = _BLOCKS_AFTER_STALL
+
+    async def _next(self) -> bytes:
+        if self._blocks > 0:
+            self._blocks -= 1
+            end = min(self._position + _CHUNK - 1, self._wanted.end)
+            return b"".join([part async for part in self._video.read(ByteRange(self._position, end))])
+        if self._parts is None:
+            self._parts = self._video.read(ByteRange(self._position, self._wanted.end))
+        return await anext(self._parts, b"")
+
+    async def _close(self) -> None:
+        if self._parts is not None:
+            await self._parts.aclose()
+            self._parts = None
+
+    async def _wait_to_retry(self, why: str) -> None:
+        name, position = self._video.key, self._position
+        if self._failures == len(_RETRY_WAITS):
+            raise BrokenOffError(f"the download of {name} broke off at byte {position}, retries are used up: {why}")
+        log.warning("the download of %s broke, reading on at byte %d: %s", name, position, why)
+        await asyncio.sleep(_RETRY_WAITS[self._failures])
+        self._failures += 1

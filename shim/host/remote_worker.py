@@ -6,8 +6,8 @@ import socket
 import sys
 from typing import Any, NoReturn
 
+from contract.worker_environment import ENDPOINT_ID, worker_environment
 from shim.host.errors import StartError, settings_errors
-from shim.host.worker_environment import ENDPOINT_ID, worker_environment
 from shim.settings import RemoteWorkerSettings, child_environment
 from storage.settings import bucket_settings
 

@@ -1,37 +1,45 @@
 """`hunyuan serve`: from settings to a listening server with its bucket and workers, and back down with no orphan."""
 
 import asyncio
-import fcntl
 import logging
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import uvloop
 
 from contract import log_fields as logs
 from contract.retry import RetryPolicy
+from contract.settings import warnings_of_unknown_variables
+from contract.worker_environment import ENDPOINT_ID
+from shim.access import ConnectionLimits
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.host.bucket import OpenBucket, open_bucket
+from shim.host.data_directory import locked_data_directory
 from shim.host.errors import StartError, settings_errors
 from shim.host.local_worker import LocalWorker, model_environment
+from shim.host.retention import Retention, delete_if_any
 from shim.host.secret_file import secret_file
 from shim.host.supervisor import Supervised, supervising
-from shim.host.worker_environment import ENDPOINT_ID
 from shim.http.server import HttpServer
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.instance import Instance
+from shim.queue.orphans import Orphans
+from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
-from shim.queue.sweep import sweep_forever
+from shim.queue.sweep import sweep_forever, tidy_bucket_forever
 from shim.settings import ShimSettings
-from shim.tasks import StoredVideos
+from shim.tasks import StoredVideos, Tasks
 
 #: How long the start retries a database that does not answer.
 _DATABASE_START: Final = RetryPolicy(first=1.0, longest=1.0, total=30.0)
@@ -51,10 +59,18 @@ def main(**overrides: Any) -> None:
     with settings_errors():
         settings = ShimSettings(**overrides)
     logs.configure(settings)
+    for warning in warnings_of_unknown_variables():
+        log.warning("%s", warning)
     if settings.model_path is None and settings.runpod_endpoint_id is None:
         log.warning(
             "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
             "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
+        )
+    if settings.is_open_to_all:
+        log.warning(
+            "listening on all addresses of this machine without an API key: anyone who reaches port %d may use the "
+            "server. Set HUNYUAN_API_KEYS, or HUNYUAN_HOST=127.0.0.1.",
+            settings.port,
         )
     uvloop.run(_serve(settings))
 
@@ -64,7 +80,7 @@ async def _serve(settings: ShimSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with AsyncExitStack() as stack:
-        stack.enter_context(_locked_data_directory(settings))
+        stack.enter_context(locked_data_directory(settings))
         listener = stack.enter_context(_listen(settings))
         metrics = Metrics(data_directory=settings.directory)
         store = await stack.enter_async_context(open_bucket(settings, metrics))
@@ -84,10 +100,15 @@ async def _serve_runpod(
         max_queue_size=settings.max_queue_size,
         observer=metrics,
     )
+    videos = StoredVideos(store.bucket)
     try:
         log.info("jobs go to RunPod endpoint %s", endpoint_id)
-        async with _listening(_http_server(settings, queue, store, metrics), listener) as server:
-            await _run_until(stopping, [server])
+        async with (
+            _listening(_http_server(settings, queue, store, metrics), listener) as server,
+            _background(*_retention(settings, Tasks(queue, videos), videos)) as background,
+        ):
+            await _run_until(stopping, [server, *background])
+            log.info("stopping")
     finally:
         await queue.close()
 
@@ -97,34 +118,48 @@ async def _serve_local(
 ) -> None:
     """The server, its queue, and the workers of this machine."""
     token = _platform_token(settings)
-    instance = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4))
+    instance_id = secret_file(settings.directory / "instance", lambda: secrets.token_hex(4), form="[0-9a-f]{8}")
     async with AsyncExitStack() as stack:
-        # 1. Open the queue, and requeue the tasks of the workers that exited with the last run of this server.
-        database = await _open_database(settings)
+        # 1. Open the queue.
+        database = await open_database(settings)
         stack.push_async_callback(database.close)
+        instance = await _retry_database(lambda: _claim_instance(settings, instance_id))
+        stack.push_async_callback(instance.release)
         queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
-        dispatcher = _dispatcher(settings, database, StoredVideos(store.bucket), metrics)
-        await _retry_database(lambda: dispatcher.release_workers(f"{instance}-"))
+        videos = StoredVideos(store.bucket)
+        dispatcher = _dispatcher(settings, database, videos, metrics)
+        outbox = Outbox(database, videos)
 
         # 2. Serve the documented API, and RunPod's worker protocol under /v2.
-        platform = Platform(queue, dispatcher, endpoint_id=ENDPOINT_ID, token=token)
+        platform = Platform(queue, dispatcher, outbox, endpoint_id=ENDPOINT_ID, token=token)
         http_server = _http_server(settings, queue, store, metrics, [platform.router])
         server = await stack.enter_async_context(_listening(http_server, listener))
         stack.callback(platform.stop)
 
-        # 3. Requeue the tasks of lost workers, and listen for the database's notifications.
-        background = await stack.enter_async_context(_background(sweep_forever(dispatcher), database.listen()))
+        # 3. Wait for the bucket, and requeue the tasks of the workers that exited with the last run of this server.
+        await _run_until(stopping, [server, store.started])
+        if stopping.is_set():
+            return
+        await _retry_database(lambda: dispatcher.release_workers(f"{instance.instance_id}-"))
 
-        # 4. Run the workers. At the end they are given no more jobs, and then stopped.
+        # 4. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
+        tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
+        retention = _retention(settings, Tasks(queue, videos), videos)
+        background = await stack.enter_async_context(
+            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention)
+        )
+
+        # 5. Run the workers. At the end they are given no more jobs, and then stopped.
         base_url = f"http://{_local_address(listener)}/v2"
         workers = []
         for index in range(settings.workers):
             environment = {**store.environment, **model_environment(settings, index)}
-            worker = LocalWorker(f"{instance}-{index}", dispatcher, base_url, token, environment)
+            worker = LocalWorker(f"{instance.instance_id}-{index}", dispatcher, base_url, token, environment)
             workers.append(Supervised(f"worker {index}", worker.launch, metrics.supervise(f"worker {index}")))
         supervisions = await stack.enter_async_context(supervising(workers, settings.shutdown_grace))
         stack.callback(platform.drain)
         await _run_until(stopping, [server, *background, *supervisions])
+        log.info("stopping")
 
 
 def _http_server(
@@ -134,24 +169,45 @@ def _http_server(
     app = create_app(
         queue, store.bucket, metrics=metrics, public_url=public_url, routers=routers, access=settings.access
     )
-    return HttpServer(app, grace=_CONNECTION_GRACE)
+    limits = ConnectionLimits(per_address=settings.max_connections_per_address)
+    return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)
+
+
+def _retention(settings: ShimSettings, tasks: Tasks, videos: StoredVideos) -> Sequence[Coroutine[Any, Any, None]]:
+    """Deletes old videos, if HUNYUAN_VIDEO_TTL is set."""
+    if settings.video_ttl is None:
+        return ()
+    return (Retention(videos, timedelta(seconds=settings.video_ttl), partial(delete_if_any, tasks)).run_forever(),)
 
 
 def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos, metrics: Metrics) -> Dispatcher:
     return Dispatcher(
         database,
         find_result=videos.find_result,
-        discard=videos.discard,
         max_attempts=settings.max_attempts,
         history_ttl=settings.history_ttl,
         observer=metrics,
     )
 
 
-async def _open_database(settings: ShimSettings) -> Database:
-    named = settings.database_url
-    url = named.get_secret_value() if named is not None else f"sqlite:///{settings.directory}/queue.sqlite3"
-    return await _retry_database(lambda: Database.open(url, worker_timeout=settings.worker_timeout))
+async def open_database(settings: ShimSettings) -> Database:
+    """The queue's database: HUNYUAN_DATABASE_URL, else a file in the data directory. Raises StartError."""
+    return await _retry_database(lambda: Database.open(settings.queue_url, worker_timeout=settings.worker_timeout))
+
+
+async def _claim_instance(settings: ShimSettings, instance_id: str) -> Instance:
+    """The instance id in the data directory, or a new one for this start if another server uses that id."""
+    instance = Instance(settings.queue_url, instance_id)
+    while not await instance.claim():
+        taken, instance = instance, Instance(settings.queue_url, secrets.token_hex(4))
+        log.warning(
+            "another server uses the instance id %s in %s, so this directory may be a copy of its HUNYUAN_DATA_DIR; "
+            "using %s until the next start. Delete the file to get an id of its own",
+            taken.instance_id,
+            settings.directory / "instance",
+            instance.instance_id,
+        )
+    return instance
 
 
 async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:
@@ -169,22 +225,6 @@ async def _retry_database(ask: Callable[[], Awaitable[T]]) -> T:
         return await _DATABASE_START.async_retrying(QueueUnavailableError, what=what)(attempt)
     except (ValueError, QueueError) as exc:
         raise StartError(f"HUNYUAN_DATABASE_URL: {exc}") from exc
-
-
-@contextmanager
-def _locked_data_directory(settings: ShimSettings) -> Iterator[None]:
-    """Locks the data directory: one server at a time uses its queue and its bucket."""
-    try:
-        settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (settings.directory / "lock").open("w")
-    except OSError as exc:
-        raise StartError(f"HUNYUAN_DATA_DIR: can't use {settings.directory}: {exc.strerror}") from exc
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise StartError(f"HUNYUAN_DATA_DIR: another server is using {settings.directory}") from exc
-        yield
 
 
 def _listen(settings: ShimSettings) -> socket.socket:
@@ -208,7 +248,8 @@ def _platform_token(settings: ShimSettings) -> str:
     """The key of the endpoints under /v2: HUNYUAN_PLATFORM_TOKEN, else one that is generated once."""
     if settings.platform_token is not None:
         return settings.platform_token.get_secret_value()
-    return secret_file(settings.directory / "platform-token", lambda: secrets.token_urlsafe(32))
+    path = settings.directory / "platform-token"
+    return secret_file(path, lambda: secrets.token_urlsafe(32), form="[A-Za-z0-9_-]{43}")
 
 
 @asynccontextmanager
@@ -235,7 +276,7 @@ async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[S
 
 
 async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Returns when `stopping` is set. A task that ends earlier ends the run; its error is raised."""
+    """Returns when `stopping` is set or when one of `tasks` ends, whose error is raised."""
     signalled = asyncio.create_task(stopping.wait())
     try:
         done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -243,4 +284,3 @@ async def _run_until(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]
             task.result()
     finally:
         signalled.cancel()
-    log.info("stopping")

@@ -7,19 +7,20 @@ import uuid
 from typing import Final
 
 from fastapi import Request
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contract.log_fields import begin, bind
 from shim.metrics import Metrics
 from storage import layout
 
-_REQUEST_ID: Final = "X-Request-ID"
+_REQUEST_ID: Final = b"x-request-id"
 _OTHER: Final = "other"
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-#: Workers, load balancers and Prometheus call these every few seconds: a success is logged at DEBUG.
-_POLLED: Final = re.compile(r"/(health|metrics|ready)|/v2/\w+/(job-stop|job-take(-batch)?|ping|worker-report)/.*")
+#: Clients, workers, load balancers and Prometheus call these every few seconds: a success is logged at DEBUG.
+_POLLED: Final = re.compile(
+    r"/(health|metrics|ready|status/.*)|/v2/\w+/(health|(job-stop|job-take(-batch)?|ping|status|worker-report)/.*)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class AccessLog:
             nonlocal response
             if message["type"] == "http.response.start":
                 response = message["status"], time.perf_counter() - started
-                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID, request_id.encode())]
             await send(message)
 
         try:
@@ -62,6 +63,8 @@ class AccessLog:
         method = scope["method"] if scope["method"] in _METHODS else _OTHER
         self._metrics.http_request(route, method, status, latency)
         level = logging.DEBUG if status < 400 and _POLLED.fullmatch(route) else logging.INFO
+        if not log.isEnabledFor(level):
+            return
         milliseconds = round(seconds * 1000)
         fields = {"method": method, "route": route, "status": status, "duration_ms": milliseconds}
         log.log(level, "%s %s %d in %d ms", method, route, status, milliseconds, extra=fields)
@@ -74,5 +77,5 @@ async def bind_path_ids(request: Request) -> None:
 
 
 def _request_id(scope: Scope) -> str:
-    from_client = Headers(scope=scope).get(_REQUEST_ID, "")
+    from_client = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), "")
     return from_client if _VALID_ID.fullmatch(from_client) else uuid.uuid4().hex

@@ -6,16 +6,21 @@ test_hostile_clients.py has a test for each.
 """
 
 import asyncio
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import _TrustedHosts
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from contract.errors import ErrorCode
+from shim.access import CONNECTION_LIMITS, ConnectionLimits
 from shim.errors import ApiError, ServerErrorCode
+from shim.http.admission import TRUST_CONNECTION, Admission
 
 #: What HttpServer serves. shim.host has the name from here, so that it imports no web framework.
 App = ASGIApp
@@ -25,8 +30,15 @@ MAX_HEAD: Final = 32 * 1024
 MAX_HEADERS: Final = 100
 #: Requests that one client may send before their responses. Browsers and client libraries send none.
 MAX_PIPELINED: Final = 16
-#: Open connections: fewer than the usual limit of 1,024 open files, which the bucket's connections need too.
-MAX_CONNECTIONS: Final = 600
+#: Bytes around the chunks of a body: `MAX_FRAMING`, and `_FRAMING_PER_BYTE` for each byte of the body. A chunk of one
+#: byte has five around it.
+MAX_FRAMING: Final = 16 * 1024
+_FRAMING_PER_BYTE: Final = 8
+#: Bytes of a response that the kernel holds and has not sent. Without a limit it takes 4 MB for a client that does not
+#: read, all of it read from the bucket.
+MAX_UNSENT: Final = 128 * 1024
+#: Bytes of a body that may arrive after its response.
+MAX_UNREAD: Final = 8 * 1024 * 1024
 
 _BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 
@@ -43,7 +55,8 @@ class Connection(HttpToolsProtocol):
     body_seconds: ClassVar[float] = 60.0
     #: Seconds in which a client must read some of its response.
     stall_seconds: ClassVar[float] = 60.0
-    max_connections: ClassVar[int] = MAX_CONNECTIONS
+    #: Set by HttpServer.
+    admission: ClassVar[Admission]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -52,16 +65,45 @@ class Connection(HttpToolsProtocol):
         self._reading_head = True
         self._unparsed = 0
         self._chunk = 0
+        self._body = 0
+        self._unread = 0
         self._error: ApiError | None = None
+        self._address = "unknown"
+        self.waiting_since: float | None = None
+        self.trusted = False
+
+    @property
+    def in_progress(self) -> bool:
+        return not self._reading_head or (self.cycle is not None and not self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
-            self._reject(ApiError(ServerErrorCode.SERVER_BUSY, "too many connections are open"))
+        self._address = self.client[0] if self.client is not None else "unknown"
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
+        self.waiting_since = time.monotonic()
+        try:
+            self.admission.enter(self, self._address)
+        except ApiError as exc:
+            self._reject(exc)
         else:
             self._start_receive_timer(self.head_seconds)
 
+    def give_up(self) -> None:
+        """Closes a connection that waits for its client, because another one needs its place."""
+        self.admission.leave(self, self._address)
+        if self.flow.write_paused:
+            self.transport.abort()
+        elif self.in_progress or self._unparsed > 0:
+            self._reject(ApiError(ServerErrorCode.SERVER_BUSY, "too many connections are open, and this one waits"))
+        else:
+            self.transport.close()
+
+    def _trust(self) -> None:
+        self.trusted = True
+        self.admission.trust(self._address)
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self.admission.leave(self, self._address)
         self._stop_receive_timer()
         self.resume_writing()
         super().connection_lost(exc)
@@ -74,8 +116,39 @@ class Connection(HttpToolsProtocol):
         self._chunk = len(data)
         super().data_received(data)
         self._unparsed += len(data)
-        if self._reading_head and self._unparsed > MAX_HEAD and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._reading_head and self._unparsed > MAX_HEAD:
             self._reject(_head_too_large())
+        elif self._unparsed - self._body > MAX_HEAD + MAX_FRAMING + _FRAMING_PER_BYTE * self._body:
+            self._reject(ApiError(ErrorCode.INVALID_REQUEST, "the chunks of the body have too much around them"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._body = self._unread = 0
+        self.scope["state"][TRUST_CONNECTION] = self._trust
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called for trailers, too: uvicorn would add them to the headers."""
+        if not self._reading_head:
+            raise self._refusal(ApiError(ErrorCode.INVALID_REQUEST, "trailers are not accepted: send them as headers"))
+        if len(self.headers) >= MAX_HEADERS:
+            raise self._refusal(_head_too_large())
+        super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        if self.cycle.response_complete:
+            self._unread += len(body)
+            if self._unread > MAX_UNREAD:
+                text = "the body goes on after its response"
+                raise self._refusal(ApiError(ServerErrorCode.REQUEST_TOO_LARGE, text))
+        super().on_body(body)
+
+    def _refusal(self, error: ApiError) -> ApiError:
+        """The error to raise in a callback of the parser, which then calls `send_400_response`."""
+        self._error = error
+        return error
 
     def on_headers_complete(self) -> None:
         """Checks a request's head. An error raised here makes the parser call `send_400_response`."""
@@ -88,7 +161,7 @@ class Connection(HttpToolsProtocol):
 
     def _error_of_head(self) -> ApiError | None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
+        if size > MAX_HEAD:
             return _head_too_large()
         if len(self.pipeline) >= MAX_PIPELINED:
             return ApiError(ErrorCode.INVALID_REQUEST, f"more than {MAX_PIPELINED} requests wait for their responses")
@@ -101,7 +174,15 @@ class Connection(HttpToolsProtocol):
         self._stop_receive_timer()
         self._reading_head = True
         self._unparsed = -self._chunk  # data_received adds it again: what follows in this chunk is not counted
+        self._body = 0
+        if not self.flow.write_paused:
+            self.waiting_since = None
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.waiting_since is None:
+            self.waiting_since = time.monotonic()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn fixes the signature
         self._reject(self._error or ApiError(ErrorCode.INVALID_REQUEST, "this is not an HTTP/1.1 request"))
@@ -109,6 +190,7 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Starts a timer because the client does not read."""
         super().pause_writing()
+        self.waiting_since = time.monotonic()
         if self._send_timer is None:
             self._send_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
 
@@ -116,6 +198,7 @@ class Connection(HttpToolsProtocol):
         if self._send_timer is not None:
             self._send_timer.cancel()
             self._send_timer = None
+            self.waiting_since = None if self.in_progress else time.monotonic()
         super().resume_writing()
 
     def _start_receive_timer(self, seconds: float) -> None:
@@ -136,10 +219,13 @@ class Connection(HttpToolsProtocol):
             self._reject(ApiError(ServerErrorCode.REQUEST_TIMEOUT, error))
 
     def _reject(self, error: ApiError) -> None:
-        """Closes the connection; sends the error first unless a response has begun."""
+        """Closes the connection; sends the error first unless a response has begun. The route's own is not sent."""
         self._stop_receive_timer()
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             self.transport.write(_raw(error))
+            if self.cycle is not None:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
         self.transport.close()
 
 
@@ -167,18 +253,27 @@ def _raw(error: ApiError) -> bytes:
 class HttpServer(uvicorn.Server):
     """Serves `app` until `should_exit`; open requests then get `grace` seconds. Installs no signal handlers."""
 
-    def __init__(self, app: App, *, grace: int, connection: type[Connection] = Connection) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=connection,
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=grace,
-            )
+    def __init__(
+        self,
+        app: App,
+        *,
+        grace: int,
+        connection: type[Connection] = Connection,
+        limits: ConnectionLimits = CONNECTION_LIMITS,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=grace,
         )
+        # Many clients may share the connections of a proxy whose X-Forwarded-For uvicorn trusts.
+        proxies = _TrustedHosts(config.forwarded_allow_ips)
+        admission = Admission(limits, proxies.__contains__)
+        config.http = type(connection.__name__, (connection,), {"admission": admission})
+        super().__init__(config)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

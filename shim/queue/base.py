@@ -9,23 +9,21 @@ from typing import Any, Final, Protocol, Self
 
 from pydantic import ValidationError
 
-from contract.errors import ErrorCode, JobFailure
+from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
 from contract.job import JobInput, Resolution
-from contract.result import JobResult, Manifest, Stage
+from contract.result import JobResult, Manifest, Stage, Verdict
 from contract.worker import WorkerReport, WorkerState
+from storage.bucket import ObjectInfo
 
 #: The failure of a job that completed without a manifest in its output.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
 
 #: The failure of a job that a client cancelled.
-CANCELLED: Final = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+CANCELLED: Final = TASK_CANCELLED
 
 #: Reads a finished job's result from the bucket by its task id; None if the bucket has no manifest. Raises StorageError
 #: if the bucket is unavailable, and nothing else.
 FindResult = Callable[[str], Awaitable[JobResult | None]]
-
-#: Deletes a job's objects from the bucket by its task id. Raises nothing.
-Discard = Callable[[str], Awaitable[None]]
 
 #: Jobs of one kind take about the same time to render: model, resolution, duration in seconds.
 RenderKind = tuple[str, Resolution, int]
@@ -177,6 +175,35 @@ class Workers:
         return [report for report in self.reports if report.state is WorkerState.READY]
 
 
+class TaskObjects(Protocol):
+    """The tasks' objects in the bucket, as the SQL queue needs them. Every method may raise StorageError."""
+
+    async def settle(self, job: JobSnapshot) -> None:
+        """Makes the bucket agree with an ended job: its verdict, and no objects of other attempts."""
+        ...
+
+    async def reopen(self, task_id: str) -> None:
+        """Deletes the tombstone of a failed job that will be rendered again."""
+        ...
+
+    async def find_verdict(self, task_id: str) -> Verdict | None: ...
+
+    async def list_objects(self, start_after: str, limit: int) -> Sequence[ObjectInfo]:
+        """The next objects of tasks, in the order of their keys."""
+        ...
+
+    async def delete(self, key: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class QueueSummary:
+    """The numbers of waiting and running jobs, and the workers that are alive."""
+
+    waiting: int
+    running: int
+    workers: Workers
+
+
 class JobObserver:
     """Receives each change of a job after it is stored. This one ignores them; subclasses must not raise."""
 
@@ -201,16 +228,24 @@ class JobQueue(Protocol):
     Every method may raise QueueUnavailableError.
     """
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+    ) -> Submission:
         """Queues a job. A repeated idempotency key returns the job of the first request as it is now.
 
-        Nothing is queued when it raises.
+        `client` is the name of an API key: each has a limit of its own, and clients with waiting jobs take turns.
+        Nothing is queued when it raises. `check` is called last before a job is queued, and may raise.
 
         Raises:
             InvalidInputError: no ready worker has the weights for this input.
             IdempotencyConflictError: the key was used before, with another input.
             ModelNotLoadedError: no worker could run the job now.
-            QueueFullError: the limit of waiting jobs is reached.
+            QueueFullError: the client's limit of waiting jobs is reached.
         """
         ...
 
@@ -222,9 +257,20 @@ class JobQueue(Protocol):
         """Cancels a waiting or running job. A finished job stays unchanged. None for an unknown job."""
         ...
 
+    async def delete_video(self, task_id: str) -> bool:
+        """Gives a completed job the failure VIDEO_DELETED in place of its result. False if the queue will not keep it.
+
+        The caller deletes the objects. A queue that returns True repeats that until the bucket has deleted them.
+        """
+        ...
+
     async def backlog(self) -> Backlog: ...
 
     async def workers(self) -> Workers: ...
+
+    async def summary(self) -> QueueSummary:
+        """The numbers of `backlog` and the workers, for callers that ask often: it costs less than those two."""
+        ...
 
     async def check_ready(self) -> None:
         """Raises ModelNotLoadedError if a job submitted now would be rejected for lack of a worker."""

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-import time
+import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Self
 
 import psycopg
-from sqlalchemy import ColumnElement, Row, Select, Table, text, update
+from sqlalchemy import ColumnElement, Row, Select, Table, text, true, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -17,8 +17,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from contract.errors import JobFailure
 from shim.queue.base import JobState, QueueUnavailableError
-from shim.queue.engine import SUBMIT_LOCK, connection_parameters, database_url, open_engine, writing
+from shim.queue.clock import Clock, SteadyClock
+from shim.queue.engine import (
+    SUBMIT_LOCK,
+    database_url,
+    empty_write_ahead_log,
+    libpq_parameters,
+    open_engine,
+    writing,
+)
+from shim.queue.postgres_reader import PostgresReader
+from shim.queue.reader import Reader
 from shim.queue.schema import jobs, outcomes, workers
+from shim.queue.sqlite_reader import SqliteReader
 
 #: Seconds between two looks for changes of other servers: without notifications, and with them.
 _POLL_INTERVAL: Final = 1.0
@@ -27,6 +38,8 @@ _LISTEN_RETRY: Final = 1.0
 #: Seconds that a transaction may take. PostgreSQL's statement_timeout ends a long statement, but not one on a frozen or
 #: unreachable server. Cancelling that one takes the driver up to 10 s more.
 _TRANSACTION_TIMEOUT: Final = 20.0
+#: Seconds between two readings of the database's clock that a slow answer does not explain.
+_CLOCK_STEP: Final = 10.0
 _CHANNEL: Final = "hunyuan_queue"
 
 log = logging.getLogger(__name__)
@@ -36,16 +49,17 @@ class Database:
     """Transactions, the clock, and an event that is set when a job or a worker has changed.
 
     On PostgreSQL every server that runs `listen` sees the changes of the others, and the clock is the database's, so
-    that servers with different clocks agree when a lease expires. `clock` replaces it: a function that returns seconds
-    since the epoch. A worker is lost `worker_timeout` seconds after its last report, and so is its lease on a job. A
-    transaction fails after `transaction_timeout` seconds.
+    that servers with different clocks agree when a lease expires; a step of that clock moves every lease. On SQLite it
+    is a SteadyClock. `clock` replaces it: a function that returns seconds since the epoch. A worker is lost
+    `worker_timeout` seconds after its last report, and so is its lease on a job. A transaction fails after
+    `transaction_timeout` seconds.
     """
 
     def __init__(
         self,
         engine: AsyncEngine,
         *,
-        clock: Callable[[], float] | None = None,
+        clock: Clock | None = None,
         worker_timeout: float = 60.0,
         transaction_timeout: float = _TRANSACTION_TIMEOUT,
     ) -> None:
@@ -55,10 +69,12 @@ class Database:
         self._changed = asyncio.Event()
         self._server_id = uuid.uuid4().hex
         self._listening = False
-        self._clock = clock
-        self._clock_offset = 0.0
+        self._clock = clock or SteadyClock()
+        self._has_read_clock = False
+        self._log_has_deleted = not self._is_postgresql  # an earlier start may have been killed
         self._transaction_timeout = transaction_timeout
         self.worker_timeout = worker_timeout
+        self.reader = _reader(engine, transaction_timeout)
 
     @classmethod
     async def open(cls, url: str, **options: Any) -> Self:
@@ -72,26 +88,66 @@ class Database:
         database = cls(await open_engine(database_url(url)), **options)
         try:
             await database.set_clock()
+            await database._renew_leases()
         except BaseException:
             await database.close()
             raise
         return database
 
     async def close(self) -> None:
+        await self.reader.close()
         await self._engine.dispose()
 
     def clock(self) -> float:
         """Seconds since the epoch, by the database's clock."""
-        return self._clock() if self._clock is not None else time.time() + self._clock_offset
+        return self._clock()
 
     async def set_clock(self) -> None:
         """Reads the database's clock. Raises QueueUnavailableError."""
-        if not self._is_postgresql or self._clock is not None:
+        if not self._is_postgresql or not isinstance(self._clock, SteadyClock):
             return
         async with self.read() as connection:
-            asked = time.time()
+            asked = self._clock()
             answer = await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
-            self._clock_offset = float(answer) - (asked + time.time()) / 2
+            moved = self._clock.set(float(answer) + (self._clock() - asked) / 2)
+        if self._has_read_clock and abs(moved) > _CLOCK_STEP:
+            log.warning(
+                "the database's clock moved by %+.0f s, and every lease with it (HUNYUAN_WORKER_TIMEOUT); check the "
+                "time service of the database's machine",
+                moved,
+            )
+        self._has_read_clock = True
+
+    def note_deleted(self) -> None:
+        """Says that a transaction deletes credentials: `forget_deleted` then removes their traces."""
+        self._log_has_deleted = True
+
+    async def forget_deleted(self) -> None:
+        """Removes the credentials of jobs that have ended from SQLite's write-ahead log. Call it now and then.
+
+        PostgreSQL keeps old rows until it vacuums, and its own log as long as it is configured to.
+        """
+        if self._is_postgresql or not self._log_has_deleted:
+            return
+        self._log_has_deleted = False  # before the call: a job may end during it
+        with _errors_translated():
+            if not await empty_write_ahead_log(self._engine):
+                self._log_has_deleted = True
+
+    async def _renew_leases(self) -> None:
+        """Gives the workers of running jobs `worker_timeout` to report to a server that has just started.
+
+        Nobody watched an expired lease before. A lease in SQLite's file was made by the clock of an earlier start.
+        """
+        now = self.clock()
+        unwatched = jobs.c.lease_expires_at < now if self._is_postgresql else true()
+        async with self.write() as connection:
+            await connection.execute(
+                update(jobs)
+                .where(jobs.c.state == JobState.RUNNING, unwatched)
+                .values(lease_expires_at=now + self.worker_timeout)
+            )
+            await connection.execute(update(workers).where(workers.c.last_seen > now).values(last_seen=now))
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -148,9 +204,7 @@ class Database:
             await asyncio.sleep(_LISTEN_RETRY)
 
     async def _listen(self) -> None:
-        url = self._engine.url
-        address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        connecting = psycopg.AsyncConnection.connect(address, autocommit=True, **connection_parameters(url))
+        connecting = psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(self._engine.url))
         async with await connecting as connection:
             await connection.execute(f"LISTEN {_CHANNEL}")
             self._listening = True
@@ -165,7 +219,11 @@ class Database:
 
     def is_alive(self) -> ColumnElement[bool]:
         """Selects the workers seen within `worker_timeout`."""
-        return workers.c.last_seen > self.clock() - self.worker_timeout
+        return workers.c.last_seen > self.alive_since()
+
+    def alive_since(self) -> float:
+        """By `clock`: a worker is alive if it was seen after this moment."""
+        return self.clock() - self.worker_timeout
 
     async def end_jobs(
         self,
@@ -177,8 +235,11 @@ class Database:
     ) -> int:
         """Moves the waiting and running jobs that `which` selects to a terminal state; returns how many there were.
 
-        Deletes the credentials that came with them, except of failed jobs, which may be retried.
+        Deletes the credentials that came with them, except of failed jobs, which may be retried. A job that ends
+        without a video enters the outbox of the bucket in the same transaction.
         """
+        if state is not JobState.COMPLETED:
+            values["bucket_due_at"] = self.clock()
         if state is not JobState.FAILED:
             values["extras"] = None
         if failure is not None:
@@ -189,10 +250,18 @@ class Database:
             .values(state=state, finished_at=self.clock(), lease_expires_at=None, **values)
         )
         if ended.rowcount:
+            self.note_deleted()
             await connection.execute(
                 update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
             )
         return ended.rowcount
+
+
+def _reader(engine: AsyncEngine, timeout: float) -> Reader:
+    if engine.dialect.name == "postgresql":
+        return PostgresReader(engine.url, timeout=timeout)
+    assert engine.url.database is not None  # noqa: S101 - a SQLite queue is a file
+    return SqliteReader(engine.url.database, timeout=timeout)
 
 
 @contextmanager
@@ -204,7 +273,16 @@ def _errors_translated() -> Iterator[None]:
         passing = OperationalError, InterfaceError, InternalError
         if isinstance(exc, DBAPIError) and not isinstance(exc, passing) and not exc.connection_invalidated:
             raise
+        if isinstance(exc, OperationalError) and _is_disk_full(exc.orig):
+            text = "The disk of the job queue's database is full: free space on it"
+            log.error("%s (HUNYUAN_DATA_DIR, or the server of HUNYUAN_DATABASE_URL)", text)
+            raise QueueUnavailableError(text) from exc
         raise QueueUnavailableError("The job queue's database does not answer") from exc
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    sqlite_code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, psycopg.errors.DiskFull) or sqlite_code == sqlite3.SQLITE_FULL
 
 
 async def upsert(connection: AsyncConnection, table: Table, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:

@@ -9,16 +9,30 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, Select, Update, case, delete, func, literal, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Update,
+    case,
+    delete,
+    exists,
+    func,
+    literal,
+    null,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import JobFailure
 from contract.log_fields import bound
 from contract.result import Manifest, Progress
 from contract.worker import WorkerReport, WorkerState
+from shim.queue import fair_order
 from shim.queue.base import (
     NO_VIDEO,
-    Discard,
     FindResult,
     JobObserver,
     JobState,
@@ -27,7 +41,8 @@ from shim.queue.base import (
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one, upsert
-from shim.queue.lost_jobs import LostJobs, running_on
+from shim.queue.lost_jobs import Loss, LostJobs, running_on
+from shim.queue.outbox import put_in_outbox
 from shim.queue.schema import jobs, render_times, workers
 
 #: Seconds after which a cancellation is sent to the worker again if the job still runs there.
@@ -58,10 +73,11 @@ class Delivery:
 class Dispatcher:
     """Hands the jobs in `database` to workers.
 
-    A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report,
-    progress or ping. When the lease expires, `find_result` looks for the job in the bucket; otherwise the job returns
-    to the front of the queue, and fails after `max_attempts`. `discard` deletes the video of a job that was cancelled
-    but finished anyway. Jobs are deleted `history_ttl` seconds after they ended.
+    A worker has a lease on its running job until the database's `worker_timeout` has passed since its last report or
+    progress, or since its last ping if it sends no reports. When the lease expires, `find_result` looks for the job in
+    the bucket; otherwise the job returns to the front of the queue, and fails after `max_attempts` renders that workers
+    began and lost. A job that ended otherwise than its worker says enters the outbox of the bucket. Jobs are deleted
+    `history_ttl` seconds after their end.
     """
 
     def __init__(
@@ -69,13 +85,11 @@ class Dispatcher:
         database: Database,
         *,
         find_result: FindResult,
-        discard: Discard,
         max_attempts: int = 3,
         history_ttl: float = 7 * 24 * 3600.0,
         observer: JobObserver | None = None,
     ) -> None:
         self._database = database
-        self._discard = discard
         self._history_ttl = history_ttl
         self._observer = observer or JobObserver()
         self._lost_jobs = LostJobs(database, find_result, self.complete, max_attempts, self._observer)
@@ -97,7 +111,7 @@ class Dispatcher:
             WorkerStoppingError: the worker has reported that it is stopping.
         """
         # 1. An idle worker asks. A job that still runs on it has lost its result, or never reached the worker.
-        await self._lost_jobs.recover(jobs.c.worker_id == worker_id)
+        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, Loss.SILENT)
         # 2. Most calls find nothing to write, and a read transaction is cheaper.
         async with self._database.read() as connection:
             worker = await _read_taking_worker(connection, worker_id)
@@ -107,14 +121,14 @@ class Dispatcher:
         async with self._database.write() as connection:
             now = self._database.clock()
             await _save_worker(connection, worker_id, now, WorkerState.READY)
-            await connection.execute(_clear_cancellations(worker_id))
+            await connection.execute(_clear_cancellations(worker_id, now))
             front = await fetch_one(connection, _front_job().with_for_update(skip_locked=True))
             if front is None:
                 return None
             job = await self._start(connection, worker_id, front.task_id, now)
         # 4. Log and count it.
         with bound(task_id=front.task_id, worker_id=worker_id):
-            log.info("taken by worker %s, attempt %d", worker_id, job.attempts)
+            log.info("taken by worker %s, delivery %d", worker_id, job.attempts)
         if front.started_at is None:
             self._observer.started(now - front.created_at)
         return Delivery(front.task_id, job.input, job.extras or {})
@@ -127,6 +141,7 @@ class Dispatcher:
                 state=JobState.RUNNING,
                 worker_id=worker_id,
                 attempts=jobs.c.attempts + 1,
+                deliveries_not_begun=jobs.c.deliveries_not_begun + 1,
                 started_at=now,
                 lease_expires_at=now + self._database.worker_timeout,
             )
@@ -146,6 +161,7 @@ class Dispatcher:
                     progress=case((advances, progress.progress), else_=jobs.c.progress),
                     stage=case((advances, progress.stage.value), else_=jobs.c.stage),
                     lease_expires_at=now + self._database.worker_timeout,
+                    deliveries_not_begun=0,
                 )
             )
 
@@ -163,12 +179,11 @@ class Dispatcher:
             )
             if completed:
                 await _update_render_times(connection, output)
-            await connection.execute(_clear_cancellations(worker_id, task_id))
-            state = await connection.scalar(select(jobs.c.state).where(jobs.c.task_id == task_id))
+            else:  # the worker may have stored objects after the job's end
+                await connection.execute(put_in_outbox(self._database.clock(), jobs.c.task_id == task_id))
+            await connection.execute(_clear_cancellations(worker_id, self._database.clock(), task_id))
         if completed:
             self._log_completion(worker_id, valid_manifest(output))
-        if state == JobState.CANCELLED:
-            await self._discard(task_id)
         return bool(completed)
 
     def _log_completion(self, worker_id: str, result: Manifest | None) -> None:
@@ -184,40 +199,50 @@ class Dispatcher:
         async with self._database.write(notify=True) as connection:
             which = *running_on(worker_id), jobs.c.task_id == task_id
             failed = await self._database.end_jobs(connection, JobState.FAILED, *which, failure=failure)
-            await connection.execute(_clear_cancellations(worker_id, task_id))
+            await connection.execute(_clear_cancellations(worker_id, self._database.clock(), task_id))
         if failed:
             log.warning("failed with %s on worker %s", failure.error_code, worker_id)
             self._observer.ended(JobState.FAILED, failure=failure)
         return bool(failed)
 
     async def report(self, worker_id: str, report: WorkerReport) -> None:
-        """Stores a worker's report and extends its leases. A worker that has stopped is released."""
+        """Stores a worker's report and extends its leases. A worker that has stopped is released.
+
+        A FAILED worker has stopped its render for lack of progress, so its report extends no lease.
+        """
         if report.state is WorkerState.STOPPED:
             await self.release_worker(worker_id, count_attempt=False)
             return
         now = self._database.clock()
         async with self._database.write(notify=report.state is WorkerState.STOPPING) as connection:
             await _save_worker(connection, worker_id, now, report.state, report.model_dump(mode="json"))
-            await self._extend_leases(connection, worker_id, now)
+            if report.state is not WorkerState.FAILED:
+                await self._extend_leases(connection, worker_id, now)
 
     async def ping(self, worker_id: str, task_ids: Collection[str]) -> None:
-        """Extends the leases of the jobs that the SDK's ping names.
+        """Extends the leases of the jobs that the SDK's ping names. The worker has begun them.
 
-        The SDK pings from a separate process, which can outlive the worker, so a ping does not make a worker ready.
+        The SDK pings from a separate process, which goes on while the worker hangs. So a ping does not make a worker
+        ready, and extends no lease of a worker that sends reports: those come from the worker itself.
         """
         if not task_ids:
             return
         now = self._database.clock()
         named = jobs.c.task_id.in_(task_ids)
+        sends_reports = exists().where(workers.c.worker_id == worker_id, workers.c.report.is_not(null()))
         async with self._database.write() as connection:
             await connection.execute(
                 update(workers)
                 .where(
-                    workers.c.worker_id == worker_id, select(jobs.c.seq).where(*running_on(worker_id), named).exists()
+                    workers.c.worker_id == worker_id,
+                    workers.c.report.is_(null()),
+                    select(jobs.c.seq).where(*running_on(worker_id), named).exists(),
                 )
                 .values(last_seen=now)
             )
-            await self._extend_leases(connection, worker_id, now, named)
+            began = update(jobs).where(*running_on(worker_id), named)
+            await connection.execute(began.values(deliveries_not_begun=0))
+            await self._extend_leases(connection, worker_id, now, named, ~sends_reports)
 
     async def pending_cancellations(self, worker_id: str) -> list[str]:
         """The jobs that this worker must cancel now. Each is returned again after 2 seconds while it still runs.
@@ -229,7 +254,8 @@ class Dispatcher:
         due = (
             jobs.c.worker_id == worker_id,
             jobs.c.stop_requested == true(),
-            func.coalesce(jobs.c.stop_sent_at, 0.0) <= now - _CANCELLATION_RETRY,
+            # Not later than now: an earlier start of this server may have had another clock.
+            ~func.coalesce(jobs.c.stop_sent_at, 0.0).between(now - _CANCELLATION_RETRY, now),
         )
         async with self._database.read() as connection:
             if await connection.scalar(select(jobs.c.seq).where(*due).limit(1)) is None:
@@ -240,30 +266,35 @@ class Dispatcher:
             return [row.task_id for row in rows]
 
     async def release_worker(self, worker_id: str, *, count_attempt: bool = True) -> None:
-        """Deletes a worker whose process has ended and recovers its job, whose attempt may stay uncounted."""
+        """Deletes a worker whose process has ended and recovers its job.
+
+        `count_attempt=False` is for a worker that was asked to end.
+        """
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id == worker_id))
-            await connection.execute(_clear_cancellations(worker_id))
-        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, count_attempt=count_attempt)
+            await connection.execute(_clear_cancellations(worker_id, self._database.clock()))
+        await self._lost_jobs.recover(jobs.c.worker_id == worker_id, Loss.EXITED if count_attempt else Loss.STOPPED)
 
     async def release_workers(self, prefix: str) -> None:
-        """Deletes the workers whose ids begin with `prefix` and recovers their jobs."""
+        """Deletes the workers whose ids begin with `prefix`, which ended with their server, and recovers their jobs."""
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.worker_id.startswith(prefix, autoescape=True)))
-        await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True))
+        await self._lost_jobs.recover(jobs.c.worker_id.startswith(prefix, autoescape=True), Loss.STOPPED)
 
     async def sweep(self) -> None:
-        """Recovers the jobs whose lease has expired; deletes old jobs and workers."""
+        """Recovers the jobs whose lease has expired; deletes old jobs and workers, and traces of credentials."""
         await self._database.set_clock()
         now = self._database.clock()
-        await self._lost_jobs.recover(jobs.c.lease_expires_at < now)
-        ended = jobs.c.finished_at < now - self._history_ttl
+        await self._lost_jobs.recover(jobs.c.lease_expires_at < now, Loss.SILENT)
+        ended = (jobs.c.finished_at < now - self._history_ttl) & jobs.c.bucket_due_at.is_(None)
         async with self._database.read() as connection:
             old = await fetch_all(connection, select(jobs.c.seq).where(ended).limit(_SWEEP_LIMIT))
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
             if old:  # `ended` again: a client may have retried a job in between
                 await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
+                self._database.note_deleted()
+        await self._database.forget_deleted()
 
     async def _has_something_to_write(
         self, connection: AsyncConnection, worker_id: str, worker: Row[Any] | None
@@ -276,18 +307,18 @@ class Dispatcher:
         return worker is None or worker.state != WorkerState.READY or worker.last_seen <= fresh
 
     async def _extend_leases(
-        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool]
+        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool], **values: Any
     ) -> None:
         await connection.execute(
             update(jobs)
             .where(*running_on(worker_id), *which)
-            .values(lease_expires_at=now + self._database.worker_timeout)
+            .values(lease_expires_at=now + self._database.worker_timeout, **values)
         )
 
 
 def _front_job() -> Select[Any]:
     columns = jobs.c.task_id, jobs.c.created_at, jobs.c.started_at
-    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.seq).limit(1)
+    return select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(*fair_order.ORDER).limit(1)
 
 
 async def _read_taking_worker(connection: AsyncConnection, worker_id: str) -> Row[Any] | None:
@@ -298,12 +329,15 @@ async def _read_taking_worker(connection: AsyncConnection, worker_id: str) -> Ro
     return worker
 
 
-def _clear_cancellations(worker_id: str, task_id: str | None = None) -> Update:
-    """The worker has left that job, or every job, and needs no cancellation for it."""
-    statement = update(jobs).where(jobs.c.worker_id == worker_id, jobs.c.stop_requested == true())
+def _clear_cancellations(worker_id: str, now: float, task_id: str | None = None) -> Update:
+    """The worker has left that job, or every job, and needs no cancellation for it.
+
+    The job enters the outbox again: the worker may have stored objects after the cancellation.
+    """
+    which = [jobs.c.worker_id == worker_id, jobs.c.stop_requested == true()]
     if task_id is not None:
-        statement = statement.where(jobs.c.task_id == task_id)
-    return statement.values(stop_requested=False, stop_sent_at=None)
+        which.append(jobs.c.task_id == task_id)
+    return put_in_outbox(now, *which).values(stop_requested=False, stop_sent_at=None)
 
 
 async def _save_worker(

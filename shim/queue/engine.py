@@ -1,10 +1,13 @@
 """Opens and migrates the SQL queue's database: SQLite on one machine, PostgreSQL for several servers."""
 
+import os
+import stat
 from pathlib import Path
 from typing import Any, Final
 
 import alembic.command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -15,6 +18,11 @@ from shim.queue.base import QueueError, QueueUnavailableError
 #: PostgreSQL identifies an advisory lock by a number within the database.
 MIGRATION_LOCK: Final = 1_500_001
 SUBMIT_LOCK: Final = 1_500_002
+INSTANCE_LOCK: Final = 1_500_003  # with a second number, the hash of the instance id
+#: Milliseconds that SQLite waits for a lock; for readers that keep it from emptying the write-ahead log, while no
+#: writer can begin.
+_BUSY_TIMEOUT: Final = 10_000
+_CHECKPOINT_TIMEOUT: Final = 200
 
 #: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. With them the
 #: loss of the server or of the network shows within seconds, not after the kernel's 15 minutes.
@@ -75,17 +83,57 @@ def writing(engine: AsyncEngine) -> AsyncEngine:
 
 def migrate(connection: Connection, revision: str = "head") -> None:
     """Migrates the tables to `revision` and keeps their rows. Other servers that migrate at the same time wait."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
+    _lock_migrations(connection)
+    config = _alembic(connection)
     try:
         alembic.command.upgrade(config, revision)
     except CommandError as exc:
+        known = ScriptDirectory.from_config(config).get_current_head()
         raise QueueError(
-            f"a newer release has migrated the database; this server must be upgraded to it: {exc}"
+            "a newer release has migrated the database: upgrade this server to that release, or run `hunyuan "
+            f"downgrade-queue {known}` with that release while all servers are stopped ({exc})"
         ) from exc
+
+
+async def downgrade(url: URL, revision: str) -> None:
+    """Migrates the tables back to `revision`, for an older release. Rows stay; columns added since then are lost.
+
+    Raises:
+        QueueUnavailableError: the database does not respond, or rejects the connection.
+        QueueError: `revision` is unknown, or newer than the database's.
+    """
+    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+    try:
+        async with writing(engine).begin() as connection:
+            await connection.run_sync(_downgrade, revision)
+    except DBAPIError as exc:
+        raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
+    finally:
+        await engine.dispose()
+
+
+def _downgrade(connection: Connection, revision: str) -> None:
+    _lock_migrations(connection)
+    config = _alembic(connection)
+    known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    if revision not in known:
+        raise QueueError(f"there is no revision {revision}; this release knows {', '.join(sorted(known))}")
+    try:
+        alembic.command.downgrade(config, revision)
+    except CommandError as exc:
+        raise QueueError(f"the database can't be downgraded to revision {revision}: {exc}") from exc
+
+
+def _lock_migrations(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+
+
+def _alembic(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
 
 
 def _postgresql(url: URL) -> AsyncEngine:
@@ -100,31 +148,74 @@ def _postgresql(url: URL) -> AsyncEngine:
     )
 
 
+def libpq_parameters(url: URL) -> dict[str, Any]:
+    """What psycopg needs to connect to `url`. Not as a URL: SQLAlchemy renders a space as "+", which libpq keeps."""
+    address = url.translate_connect_args(database="dbname", username="user")
+    return {**address, **url.query, **connection_parameters(url)}
+
+
 def connection_parameters(url: URL) -> dict[str, Any]:
     """The parameters of a PostgreSQL connection, except those that the URL sets."""
     return {name: value for name, value in _POSTGRESQL.items() if name not in url.query}
 
 
 def _sqlite(url: URL) -> AsyncEngine:
+    _make_private(url)
     engine = create_async_engine(url, hide_parameters=True)
     event.listen(engine.sync_engine, "connect", _configure_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
 
+def _make_private(url: URL) -> None:
+    """Lets only the owner read the database, whatever its directory allows. SQLite gives new files the database's mode.
+
+    Raises:
+        QueueUnavailableError: the file can't be created or is another user's.
+    """
+    if not url.database or url.database == ":memory:":
+        return
+    path = Path(url.database)
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        for file in (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))):
+            if file.exists() and stat.S_IMODE(file.stat().st_mode) != 0o600:
+                file.chmod(0o600)
+    except OSError as exc:
+        raise QueueUnavailableError(f"cannot open the database {path}: {exc.strerror}") from exc
+
+
 def _configure_sqlite(connection: Any, _: object) -> None:
     """WAL: readers never wait for a writer. FULL: an accepted task survives a power cut, at one fsync for each commit.
 
+    Deleted content is overwritten with zeros: https://www.sqlite.org/pragma.html#pragma_secure_delete.
     Source: https://www.sqlite.org/pragma.html#pragma_synchronous.
     """
     connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
     cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000"):
+    pragmas = "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", f"busy_timeout = {_BUSY_TIMEOUT}"
+    for pragma in pragmas:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
     """Locks for a writing transaction at its start, because SQLite fails to upgrade a read lock instead of waiting."""
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    options = connection.get_execution_options()
+    if options.get("transaction", True):
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes", False) else "BEGIN")
+
+
+async def empty_write_ahead_log(engine: AsyncEngine) -> bool:
+    """Moves SQLite's write-ahead log into the database and empties it, so that it holds nothing that was deleted.
+
+    Returns False if a reader needs the log for longer than a moment.
+    """
+    async with engine.execution_options(transaction=False).connect() as connection:
+        await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT}")
+        try:
+            busy = await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            is_done: bool = busy.scalar_one() == 0
+        finally:
+            await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
+    return is_done

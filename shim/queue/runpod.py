@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from contract.errors import ErrorCode, JobFailure
+from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import JobInput
 from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
@@ -29,6 +29,7 @@ from shim.queue.base import (
     JobSnapshot,
     JobState,
     QueueFullError,
+    QueueSummary,
     QueueUnavailableError,
     RenderKind,
     Submission,
@@ -131,7 +132,14 @@ class RunPodQueue:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",  # noqa: ARG002 - RunPod has one line and one limit for all
+    ) -> Submission:
         """Queues a job. RunPod starts a worker for it, and hides which weights its workers have.
 
         A request that RunPod may have received is not sent again: after a timeout this raises QueueUnavailableError,
@@ -147,6 +155,8 @@ class RunPodQueue:
                 return Submission(earlier, backlog, self._render_times)
             if len(backlog.waiting) >= self._max_queue_size:
                 raise QueueFullError(f"The queue is full: {len(backlog.waiting)} tasks are waiting")
+            if check is not None:
+                check()
             body = {
                 "input": job_input.wire(),
                 "policy": {"executionTimeout": int(self._execution_timeout * 1000)},
@@ -198,6 +208,14 @@ class RunPodQueue:
         _body(response)
         return await self._fetch(task_id)
 
+    async def delete_video(self, task_id: str) -> bool:
+        """Remembers the deletion in this process. RunPod itself keeps the result for half an hour."""
+        cached = self._cached_jobs.get(task_id)
+        if cached is not None:
+            job = replace(cached.job, result=None, failure=VIDEO_DELETED)
+            self._cached_jobs[task_id] = replace(cached, job=job)
+        return False
+
     async def backlog(self) -> Backlog:
         """How many jobs wait and run. RunPod hides their inputs."""
         return _backlog(await self._health())
@@ -205,6 +223,11 @@ class RunPodQueue:
     async def workers(self) -> Workers:
         """The endpoint's workers, as RunPod counts them."""
         return _workers(await self._health())
+
+    async def summary(self) -> QueueSummary:
+        health = await self._health()
+        backlog = _backlog(health)
+        return QueueSummary(len(backlog.waiting), len(backlog.running), _workers(health))
 
     async def check_ready(self) -> None:
         """RunPod accepts jobs with no worker running, so a response is enough."""

@@ -4,7 +4,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer,
 
 metadata = MetaData()
 
-#: `seq` orders the queue. A job that is queued again keeps its number, so it returns to the front.
+#: `seq` numbers the jobs as they are submitted. A job that is queued again keeps its number.
 jobs = Table(
     "jobs",
     metadata,
@@ -14,7 +14,7 @@ jobs = Table(
     Column("input", JSON, nullable=False),
     Column("extras", JSON(none_as_null=True)),  # s3Config and other fields of the request: deleted when the job ends
     Column("worker_id", String(128)),
-    Column("attempts", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),  # the number of the latest delivery, never reset
     Column("progress", Integer, nullable=False, default=0),
     Column("stage", String(32)),
     Column("created_at", Float, nullable=False),
@@ -27,13 +27,21 @@ jobs = Table(
     Column("stop_sent_at", Float),
     Column("idempotency_key", String(64)),  # a digest, see `shim.queue.base.Idempotency`
     Column("fingerprint", String(64)),
+    Column("bucket_due_at", Float),  # when the bucket must be made to agree with the end of the job, see `outbox`
+    # What HUNYUAN_MAX_ATTEMPTS limits, and deliveries in a row that no worker began: see `shim.queue.lost_jobs`.
+    Column("lost_attempts", Integer, nullable=False, default=0),
+    Column("deliveries_not_begun", Integer, nullable=False, default=0),
+    Column("client", String(64), nullable=False, default=""),  # the name of its API key; empty without one
+    Column("turn", Integer, nullable=False, default=0),  # orders the queue, see `shim.queue.fair_order`
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
 Index("jobs_by_state", jobs.c.state, jobs.c.seq)
+Index("jobs_by_turn", jobs.c.state, jobs.c.turn, jobs.c.seq)
 Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 Index("jobs_by_finish", jobs.c.finished_at)
+Index("jobs_by_bucket_due", jobs.c.bucket_due_at)
 Index("jobs_by_idempotency_key", jobs.c.idempotency_key, unique=True)
 
 workers = Table(

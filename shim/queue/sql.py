@@ -2,13 +2,13 @@
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contract.errors import ErrorCode, JobFailure
+from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
@@ -22,19 +22,23 @@ from shim.queue.base import (
     JobState,
     ModelNotLoadedError,
     QueueFullError,
+    QueueSummary,
     RenderTimes,
     Submission,
     Workers,
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
+from shim.queue.fair_order import FRONT, ORDER, next_turn
+from shim.queue.outbox import put_in_outbox
+from shim.queue.reader import JobRow, WorkerRow, select_job
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
 
 
 class SqlQueue:
-    """A `JobQueue` in `database`. At most `max_queue_size` jobs wait. `close` closes the database."""
+    """A `JobQueue` in `database`. At most `max_queue_size` jobs of each client wait. `close` closes the database."""
 
     def __init__(self, database: Database, *, max_queue_size: int = 10, observer: JobObserver | None = None) -> None:
         self._database = database
@@ -44,43 +48,59 @@ class SqlQueue:
     async def close(self) -> None:
         await self._database.close()
 
-    async def submit(self, job_input: JobInput, idempotency: Idempotency | None = None) -> Submission:
+    async def submit(
+        self,
+        job_input: JobInput,
+        idempotency: Idempotency | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+    ) -> Submission:
         """Queues a job in one transaction. See `JobQueue.submit`."""
         async with self._database.write(notify=True) as connection:
             # 1. Wait for other submissions: the limit of waiting jobs holds for requests at the same moment.
             await self._database.lock_submissions(connection)
             # 2. Read what the checks and the estimate need.
             alive = await _read_workers(connection, self._database.is_alive())
-            backlog = await _read_backlog(connection, alive.ready)
+            waiting, running = await _read_waiting(connection), await _read_running(connection)
+            backlog = _backlog(waiting, running, alive.ready)
             times = await _read_render_times(connection)
             # 3. Check the weights; return the job of an earlier request with this key; check the rest.
             check_offered(job_input, alive.models or KNOWN_MODELS, takes_images=alive.takes_images)
             if idempotency is not None and (earlier := await self._find_submitted(connection, idempotency)) is not None:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)
-            self._check_not_full(len(backlog.waiting))
-            # 4. Queue the job.
-            task_id = await self._insert(connection, job_input.wire(), {}, idempotency)
+            self._check_not_full(waiting, client)
+            if check is not None:
+                check()
+            # 4. Queue the job, behind those of its turn and of earlier turns.
+            turn = next_turn(waiting, client)
+            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, client=client, turn=turn)
         self._observer.submitted()
-        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(backlog.waiting) + 1)
-        return Submission(job, backlog, times)
+        ahead = [job for job in waiting if job.turn <= turn]
+        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(ahead) + 1)
+        return Submission(job, _backlog(ahead, running, alive.ready), times)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
         """Queues a job as RunPod's /run does: with any input, and with no worker ready. Returns its task_id.
+
+        All jobs that come this way are one client's.
 
         Raises:
             QueueFullError: the limit of waiting jobs is reached.
         """
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
-            self._check_not_full(await _count_waiting(connection))
-            task_id = await self._insert(connection, payload, extras, None)
+            waiting = await _read_waiting(connection)
+            self._check_not_full(waiting, "")
+            turn = next_turn(waiting, "")
+            task_id = await self._insert(connection, payload, extras, None, client="", turn=turn)
         self._observer.submitted()
         return task_id
 
     async def get(self, task_id: str) -> JobSnapshot | None:
-        async with self._database.read() as connection:
-            return await self._find(connection, jobs.c.task_id == task_id)
+        row = await self._database.reader.job(task_id)
+        return self._snapshot(row) if row is not None else None
 
     async def output(self, task_id: str) -> Any:
         """What the worker returned for the job, unchanged; None before that."""
@@ -100,6 +120,15 @@ class SqlQueue:
             self._observer.ended(JobState.CANCELLED, failure=CANCELLED)
         return job
 
+    async def delete_video(self, task_id: str) -> bool:
+        """Replaces the job's output by the failure. The outbox deletes the objects, also those of late attempts."""
+        which = (jobs.c.task_id == task_id) & (jobs.c.state == JobState.COMPLETED)
+        failure = VIDEO_DELETED.model_dump(mode="json")
+        async with self._database.write(notify=True) as connection:
+            deleted = await connection.execute(update(jobs).where(which).values(output=None, failure=failure))
+            await connection.execute(put_in_outbox(self._database.clock(), which))
+        return deleted.rowcount > 0
+
     async def purge(self) -> int:
         """Cancels every waiting job; returns how many there were."""
         failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
@@ -112,26 +141,41 @@ class SqlQueue:
         return cancelled
 
     async def retry(self, task_id: str) -> bool:
-        """Queues a failed job again with its attempts reset to 0; False if the job has not failed.
+        """Queues a failed job again with all its attempts; False if the job has not failed.
+
+        Call `Outbox.reopen` before: the job's tombstone would stop its next worker.
 
         Raises:
             QueueFullError: the limit of waiting jobs is reached.
         """
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
-            self._check_not_full(await _count_waiting(connection))
+            which = jobs.c.task_id == task_id
+            client = await connection.scalar(select(jobs.c.client).where(which))
+            self._check_not_full(await _read_waiting(connection), client or "")
             result = await connection.execute(
                 update(jobs)
-                .where(jobs.c.task_id == task_id, jobs.c.state == JobState.FAILED)
-                .values(state=JobState.QUEUED, failure=None, attempts=0, progress=0, stage=None, finished_at=None)
+                .where(which, jobs.c.state == JobState.FAILED)
+                .values(
+                    state=JobState.QUEUED,
+                    failure=None,
+                    turn=FRONT,
+                    lost_attempts=0,
+                    deliveries_not_begun=0,
+                    progress=0,
+                    stage=None,
+                    finished_at=None,
+                    bucket_due_at=None,
+                )
             )
         return result.rowcount > 0
 
     async def backlog(self) -> Backlog:
-        """The waiting and running jobs, in the order of their submission."""
+        """The waiting jobs in the order in which they are taken, and the running ones."""
         async with self._database.read() as connection:
             alive = await _read_workers(connection, self._database.is_alive())
-            return await _read_backlog(connection, alive.ready)
+            waiting, running = await _read_waiting(connection), await _read_running(connection)
+            return _backlog(waiting, running, alive.ready)
 
     async def check_ready(self) -> None:
         _check_ready(await self.workers())
@@ -139,6 +183,10 @@ class SqlQueue:
     async def workers(self) -> Workers:
         async with self._database.read() as connection:
             return await _read_workers(connection, self._database.is_alive())
+
+    async def summary(self) -> QueueSummary:
+        counts = await self._database.reader.counts(self._database.alive_since())
+        return QueueSummary(counts.waiting, counts.running, _workers_of(counts.workers))
 
     async def ended(self) -> Mapping[JobState, int]:
         """How many jobs have reached each terminal state."""
@@ -155,15 +203,16 @@ class SqlQueue:
         return await self._find(connection, which)
 
     async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
-        row = await fetch_one(connection, select(jobs).where(which))
-        if row is None:
-            return None
-        queued = row.state == JobState.QUEUED
-        position = await _count_waiting(connection, jobs.c.seq <= row.seq) if queued else None
-        return self._snapshot(row, position)
+        row = await fetch_one(connection, select_job(which))
+        return self._snapshot(JobRow._make(row)) if row is not None else None
 
     async def _insert(
-        self, connection: AsyncConnection, payload: Any, extras: Mapping[str, Any], idempotency: Idempotency | None
+        self,
+        connection: AsyncConnection,
+        payload: Any,
+        extras: Mapping[str, Any],
+        idempotency: Idempotency | None,
+        **order: Any,
     ) -> str:
         task_id = str(uuid.uuid4())
         await connection.execute(
@@ -173,36 +222,44 @@ class SqlQueue:
                 input=payload,
                 extras=dict(extras) or None,
                 created_at=self._database.clock(),
+                **order,
                 idempotency_key=idempotency.key if idempotency else None,
                 fingerprint=idempotency.fingerprint if idempotency else None,
             )
         )
         return task_id
 
-    def _check_not_full(self, waiting: int) -> None:
-        if waiting >= self._max_queue_size:
-            raise QueueFullError(f"The queue is full: {waiting} tasks are waiting")
+    def _check_not_full(self, waiting: Sequence[Row[Any]], client: str) -> None:
+        own = sum(job.client == client for job in waiting)
+        if own >= self._max_queue_size:
+            of_whom = " of this API key" if client else ""
+            raise QueueFullError(f"The queue is full: {own} tasks{of_whom} are waiting")
 
-    def _snapshot(self, row: Row[Any], position: int | None) -> JobSnapshot:
+    def _snapshot(self, row: JobRow) -> JobSnapshot:
         state = JobState(row.state)
         result = valid_manifest(row.output) if state is JobState.COMPLETED else None
         failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
         if state is JobState.COMPLETED and result is None:
-            failure = NO_VIDEO
+            failure = failure or NO_VIDEO
         return JobSnapshot(
             task_id=row.task_id,
             state=state,
             progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
             stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
             elapsed_time=max((row.finished_at or self._database.clock()) - row.created_at, 0.0),
-            queue_position=position,
+            queue_position=row.queue_position,
             result=result,
             failure=failure,
         )
 
 
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
-    rows = await fetch_all(connection, select(workers).where(is_alive).order_by(workers.c.worker_id))
+    columns = workers.c.worker_id, workers.c.state, workers.c.report
+    rows = await fetch_all(connection, select(*columns).where(is_alive).order_by(workers.c.worker_id))
+    return _workers_of([WorkerRow._make(row) for row in rows])
+
+
+def _workers_of(rows: Sequence[WorkerRow]) -> Workers:
     states = [row.state for row in rows]
     return Workers(
         ready=states.count(WorkerState.READY),
@@ -212,23 +269,24 @@ async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[boo
     )
 
 
-async def _read_backlog(connection: AsyncConnection, ready_workers: int) -> Backlog:
-    inputs = select(jobs.c.input).order_by(jobs.c.seq)
-    waiting, running = [
-        [_valid_input(row.input) for row in await fetch_all(connection, inputs.where(jobs.c.state == state))]
-        for state in (JobState.QUEUED, JobState.RUNNING)
-    ]
-    return Backlog(waiting, running, ready_workers)
+async def _read_waiting(connection: AsyncConnection) -> list[Row[Any]]:
+    """The client, turn and input of each waiting job, in the order in which they are taken."""
+    columns = jobs.c.client, jobs.c.turn, jobs.c.input
+    return await fetch_all(connection, select(*columns).where(jobs.c.state == JobState.QUEUED).order_by(*ORDER))
+
+
+async def _read_running(connection: AsyncConnection) -> list[Row[Any]]:
+    return await fetch_all(connection, select(jobs.c.input).where(jobs.c.state == JobState.RUNNING))
+
+
+def _backlog(waiting: Sequence[Row[Any]], running: Sequence[Row[Any]], ready_workers: int) -> Backlog:
+    ahead, busy = ([_valid_input(job.input) for job in rows] for rows in (waiting, running))
+    return Backlog(ahead, busy, ready_workers)
 
 
 async def _read_render_times(connection: AsyncConnection) -> RenderTimes:
     rows = await fetch_all(connection, select(render_times))
     return {(row.model, Resolution(row.resolution), row.duration): row.mean for row in rows}
-
-
-async def _count_waiting(connection: AsyncConnection, *which: ColumnElement[bool]) -> int:
-    count = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED, *which)
-    return await connection.scalar(count) or 0
 
 
 def _check_ready(alive: Workers) -> None:

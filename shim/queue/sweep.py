@@ -1,11 +1,16 @@
-"""Looks for lost jobs, again and again."""
+"""Looks for lost jobs, and tidies up the bucket, again and again."""
 
 import asyncio
+import contextlib
 import logging
 from typing import Final
 
 from shim.queue.base import QueueUnavailableError
+from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.orphans import Orphans
+from shim.queue.outbox import Outbox
+from storage.errors import StorageError
 
 _SECONDS: Final = 5.0
 
@@ -20,3 +25,18 @@ async def sweep_forever(dispatcher: Dispatcher) -> None:
         except QueueUnavailableError as exc:
             log.error("the search for lost jobs failed, retrying in %.0f s: %s", _SECONDS, exc)
         await asyncio.sleep(_SECONDS)
+
+
+async def tidy_bucket_forever(database: Database, outbox: Outbox, orphans: Orphans) -> None:
+    """Make the bucket agree with ended jobs as they end, and scan it for orphans. Runs until it is cancelled."""
+    while True:
+        changed = database.changed
+        try:
+            await outbox.work_off()
+            await orphans.step()
+        except (QueueUnavailableError, StorageError) as exc:
+            log.error("tidying up the bucket failed, retrying in %.0f s: %s", _SECONDS, exc)
+            await asyncio.sleep(_SECONDS)
+            continue
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), _SECONDS)

@@ -1,4 +1,4 @@
-"""Well-behaved clients: they retry with the same idempotency key, and note every answer."""
+"""Clients that retry with the same idempotency key and note every answer. Some cancel tasks, or vanish."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from contract.errors import ErrorCode
 
 #: Error codes with which a task may fail while parts are killed and connections break.
 ALLOWED_ERRORS = {ErrorCode.GENERATION_FAILED, ErrorCode.STORAGE_UNAVAILABLE}
+#: The share of tasks that their client cancels, and of requests that it abandons before it reads the answer.
+_CANCELS, _VANISHES = 0.12, 0.08
+#: A client cancels at a random moment within so many seconds after the task was accepted.
+_CANCEL_WITHIN = 6.0
 #: The longest wait for a Retry-After, to keep the test short.
 _LONGEST_WAIT = 1.0
 
@@ -29,6 +33,8 @@ class Record:
         self.accepted: dict[int, str] = {}
         self.ended: dict[str, dict[str, Any]] = {}
         self.downloaded: dict[str, str] = {}
+        self.cancelled: set[str] = set()
+        self.faults: Counter[str] = Counter()
         self.troubles: Counter[str] = Counter()
         self.violations: list[str] = []
 
@@ -52,6 +58,16 @@ class Record:
         with self._lock:
             self.downloaded[task_id] = sha256
 
+    def cancel(self, task_id: str) -> None:
+        """Notes that a client will cancel this task."""
+        with self._lock:
+            self.cancelled.add(task_id)
+            self.faults["task cancelled"] += 1
+
+    def vanish(self) -> None:
+        with self._lock:
+            self.faults["client vanished"] += 1
+
     def trouble(self, what: str) -> None:
         with self._lock:
             self.troubles[what] += 1
@@ -66,12 +82,23 @@ class StoppedError(Exception):
 
 
 class Client(threading.Thread):
-    """Requests videos one after another, numbered from a common queue. Sends each request to a random server."""
+    """Requests videos one after another, numbered from a common queue. Sends each request to a random server.
+
+    If it `cancels`, it also cancels some tasks, and abandons some requests.
+    """
 
     def __init__(
-        self, name: str, record: Record, numbers: queue.Queue[int], addresses: Sequence[str], seed: str
+        self,
+        name: str,
+        record: Record,
+        numbers: queue.Queue[int],
+        addresses: Sequence[str],
+        seed: str,
+        *,
+        cancels: bool,
     ) -> None:
         super().__init__(name=name)
+        self._cancels = cancels
         self._record = record
         self._numbers = numbers
         self._chance = random.Random(f"{seed} {name}")
@@ -93,25 +120,51 @@ class Client(threading.Thread):
 
     def _make(self, number: int) -> None:
         body = {"prompt": f"A paper boat, number {number}, on a rainy street", "duration": 5, "resolution": "720p"}
-        accepted = self._request("POST", "/generate", 202, json=body, headers={"Idempotency-Key": f"video {number}"})
+        headers = {"Idempotency-Key": f"video {number}"}
+        self._maybe_vanish("POST", "/generate", json=body, headers=headers)
+        accepted = self._request("POST", "/generate", 202, json=body, headers=headers)
         task_id: str = accepted.json()["task_id"]
         self._record.accept(number, task_id)
         status = self._wait(task_id)
         self._record.end(status)
         if status["status"] == "completed":
-            video = self._request("GET", f"/videos/{task_id}.mp4", 200)
-            sha256 = hashlib.sha256(video.content).hexdigest()
-            if video.headers["ETag"] != f'"{sha256}"' or len(video.content) != status["file_size"]:
-                self._record.wrong(
-                    f"{task_id}: {len(video.content)} bytes with sha256 {sha256} came as {video.headers}"
-                )
-            self._record.download(task_id, sha256)
-        elif status["error_code"] not in ALLOWED_ERRORS:
+            self._download(task_id, status["file_size"])
+        elif not (
+            status["error_code"] in ALLOWED_ERRORS
+            or (status["error_code"] == ErrorCode.CANCELLED and task_id in self._record.cancelled)
+        ):
             self._record.wrong(f"{task_id} ended as {status}")
+
+    def _download(self, task_id: str, file_size: int) -> None:
+        path = f"/videos/{task_id}.mp4"
+        self._maybe_vanish("GET", path)
+        video = self._request("GET", path, 200)
+        sha256 = hashlib.sha256(video.content).hexdigest()
+        if video.headers["ETag"] != f'"{sha256}"' or len(video.content) != file_size:
+            self._record.wrong(f"{task_id}: {len(video.content)} bytes with sha256 {sha256} came as {video.headers}")
+        self._record.download(task_id, sha256)
+
+    def _maybe_vanish(self, method: str, path: str, **request: Any) -> None:
+        """Now and then sends the request and closes the connection before the answer, or after a part of it."""
+        if not self._cancels or self._chance.random() >= _VANISHES:
+            return
+        self._record.vanish()
+        try:
+            with self._chance.choice(self._http).stream(method, path, **request, timeout=0.5) as response:
+                next(response.iter_raw(1), None)
+        except httpx.TransportError:
+            return
 
     def _wait(self, task_id: str) -> dict[str, Any]:
         progress = 0
+        cancel_at = float("inf")
+        if self._cancels and self._chance.random() < _CANCELS:
+            cancel_at = time.monotonic() + self._chance.uniform(0, _CANCEL_WITHIN)
         while True:
+            if time.monotonic() > cancel_at:
+                cancel_at = float("inf")
+                self._record.cancel(task_id)
+                self._request("DELETE", f"/tasks/{task_id}", 200)
             status: dict[str, Any] = self._request("GET", f"/status/{task_id}", 200).json()
             if status["status"] != "processing":
                 return status
@@ -143,15 +196,17 @@ class Client(threading.Thread):
 
 
 class Clients:
-    """Runs `count` clients at once until they have requested every number."""
+    """Runs `count` clients at once until they have requested every number. `cancels` as in Client."""
 
-    def __init__(self, count: int, numbers: range, addresses: Sequence[str], seed: str) -> None:
+    def __init__(self, count: int, numbers: range, addresses: Sequence[str], seed: str, *, cancels: bool) -> None:
         self.record = Record()
         todo: queue.Queue[int] = queue.Queue()
         for number in numbers:
             todo.put(number)
         self._total = len(numbers)
-        self._threads = [Client(f"client {index}", self.record, todo, addresses, seed) for index in range(count)]
+        self._threads = [
+            Client(f"client {index}", self.record, todo, addresses, seed, cancels=cancels) for index in range(count)
+        ]
         for thread in self._threads:
             thread.start()
 

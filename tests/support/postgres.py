@@ -47,18 +47,18 @@ class Postgres:
         self._directory = directory
         self.log = directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._programs = _programs()
+        self.programs = _programs()
         if _USER is not None:
             shutil.chown(directory, _USER)
         options = ("--auth=trust", "--encoding=utf8", "--username=postgres", "--no-sync", "-D", str(directory / "data"))
-        subprocess.run([self._programs / "initdb", *options], check=True, capture_output=True, user=_USER, cwd="/")
+        subprocess.run([self.programs / "initdb", *options], check=True, capture_output=True, user=_USER, cwd="/")
 
     def start(self) -> None:
         settings = (f"listen_addresses={self.host}", "unix_socket_directories=", "fsync=off", "max_connections=200")
         options = [part for setting in settings for part in ("-c", setting)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self._programs / "postgres", "-D", str(self._directory / "data"), "-p", str(self.port), *options],
+                [self.programs / "postgres", "-D", str(self._directory / "data"), "-p", str(self.port), *options],
                 stdout=log,
                 stderr=log,
                 user=_USER,

@@ -20,12 +20,14 @@ from contract.worker import WorkerReport, WorkerState
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.metrics import Metrics
-from shim.queue.base import Discard, FindResult, JobQueue
+from shim.queue.base import FindResult, JobQueue
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
 from shim.queue.schema import jobs, outcomes, render_times, workers
 from shim.queue.sql import SqlQueue
+from shim.tasks import StoredVideos
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
@@ -80,6 +82,7 @@ class Bench:
     queue: JobQueue
     database: Database
     dispatcher: Dispatcher
+    outbox: Outbox
     clock: Clock
     metrics: Metrics
     address: str = ""
@@ -98,13 +101,9 @@ class Bench:
         return delivery.task_id
 
 
-async def discard_nothing(_: str) -> None:
-    return None
-
-
 @asynccontextmanager
 async def sql_bench(
-    url: str, *, find_result: FindResult = find_nothing, discard: Discard = discard_nothing, **limits: Any
+    url: str, *, find_result: FindResult = find_nothing, bucket: BucketSettings = NOWHERE, **limits: Any
 ) -> AsyncIterator[Bench]:
     """The SQL queue in the database at `url`."""
     clock = Clock()
@@ -112,19 +111,22 @@ async def sql_bench(
     try:
         metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
         queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics)
-        dispatcher = Dispatcher(database, find_result=find_result, discard=discard, observer=metrics, **limits)
-        yield Bench(queue, database, dispatcher, clock, metrics)
+        dispatcher = Dispatcher(database, find_result=find_result, observer=metrics, **limits)
+        outbox = Outbox(database, StoredVideos(Bucket(bucket)))
+        yield Bench(queue, database, dispatcher, outbox, clock, metrics)
     finally:
         await database.close()
 
 
 @asynccontextmanager
-async def platform_bench(url: str, *, hold: float = 0.3) -> AsyncIterator[Bench]:
-    """The SQL queue behind RunPod's protocol, on a real port."""
-    async with sql_bench(url) as bench:
+async def platform_bench(
+    url: str, *, hold: float = 0.3, bucket: BucketSettings = NOWHERE, **limits: Any
+) -> AsyncIterator[Bench]:
+    """The SQL queue behind RunPod's protocol, and the documented API, on a real port."""
+    async with sql_bench(url, bucket=bucket, **limits) as bench:
         assert isinstance(bench.queue, SqlQueue)
-        platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=hold)
-        app = create_app(bench.queue, Bucket(NOWHERE), metrics=bench.metrics, routers=[platform.router])
+        platform = Platform(bench.queue, bench.dispatcher, bench.outbox, endpoint_id="local", token=TOKEN, hold=hold)
+        app = create_app(bench.queue, Bucket(bucket), metrics=bench.metrics, routers=[platform.router])
         async with serving(app) as bench.address:
             yield bench
             platform.stop()

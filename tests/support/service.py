@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ import httpx
 import psutil
 from pydantic import HttpUrl, SecretStr
 
+from storage.bucket import Bucket
+from storage.errors import StorageError
 from storage.settings import BucketSettings
 
 START_SECONDS = 120.0
@@ -43,10 +45,13 @@ def eventually(what: str, look: Callable[[], T | None], seconds: float = 30.0) -
 
 
 class Service:
-    """`hunyuan serve` on loopback with its own data directory."""
+    """`hunyuan serve` on loopback with its own data directory. `program` is what Python runs."""
 
-    def __init__(self, directory: Path, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, program: Sequence[str] = ("-m", "hunyuan", "serve"), /, **environment: str
+    ) -> None:
         self.directory = directory
+        self._program = program
         self.port = free_port()
         self.address = f"http://{environment.get('HUNYUAN_HOST', '127.0.0.1')}:{self.port}"
         self.log = directory / "serve.log"
@@ -66,7 +71,7 @@ class Service:
         """Starts the server without waiting for it."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "hunyuan", "serve"], env=self._environment, stdout=log, stderr=log
+                [sys.executable, *self._program], env=self._environment, stdout=log, stderr=log
             )
 
     def start(self, *, until_ready: bool = True) -> None:
@@ -81,9 +86,20 @@ class Service:
         assert self.process is not None
         assert self.process.poll() is None, f"the server exited:\n{self.log.read_text()}"
         try:
-            return self.http.get("/ready" if until_ready else "/health").status_code == 200
+            up = self.http.get("/ready" if until_ready else "/health").status_code == 200
         except httpx.TransportError:
             return False
+        return up and self._bucket_is_up()
+
+    def _bucket_is_up(self) -> bool:
+        """The server answers while its embedded bucket still starts."""
+        if self._environment.get("BUCKET_ENDPOINT_URL"):
+            return True
+        try:
+            Bucket(self.embedded_bucket(), attempts=1).check()
+        except StorageError:
+            return False
+        return True
 
     def stop(self) -> int:
         """Sends SIGTERM and returns the exit code."""

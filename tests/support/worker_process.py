@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
-from shim.host.worker_environment import ENDPOINT_ID, worker_environment
+from contract.worker_environment import ENDPOINT_ID, worker_environment
 from storage.settings import BucketSettings
 
 
@@ -41,10 +43,17 @@ def read_notes(path: Path) -> list[Note]:
 
 
 class WorkerProcess:
-    """`python -m tests.support.scripted_worker` in its own process group."""
+    """`python -m tests.support.scripted_worker` in its own process group. `settings` are environment variables."""
 
     def __init__(
-        self, directory: Path, bucket: BucketSettings, *, platform: str, token: str, worker_id: str = "w1"
+        self,
+        directory: Path,
+        bucket: BucketSettings,
+        *,
+        platform: str,
+        token: str,
+        worker_id: str = "w1",
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.worker_id = worker_id
         self.log = directory / f"{worker_id}.log"
@@ -53,6 +62,7 @@ class WorkerProcess:
         self._token = token
         self._directory = directory
         self._bucket = bucket
+        self._settings = settings
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *arguments: str) -> None:
@@ -62,6 +72,7 @@ class WorkerProcess:
             **bucket_environment(self._bucket),
             **worker_environment(self._base_url, ENDPOINT_ID, self.worker_id, self._token),
             "HUNYUAN_WORK_DIR": str(self._directory),
+            **self._settings,
         }
         command = [
             sys.executable,

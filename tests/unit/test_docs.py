@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from contract.errors import ErrorCode
+from contract.settings import KNOWN_VARIABLES
 from shim.errors import STATUS, ServerErrorCode
+from tests.faults.forms import KINDS
 from tools import api_page, settings_page
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,13 @@ def test_every_setting_is_in_its_table(heading: str) -> None:
 def test_the_page_of_the_settings_matches_the_settings_classes() -> None:
     text = settings_page.PAGE.read_text()
     assert text == settings_page.page(text), "python -m tools.settings_page writes the tables"
+
+
+def test_no_program_warns_of_a_variable_that_is_a_setting() -> None:
+    """`contract.settings` lists the variables of every program."""
+    fields = [field for model in settings_page.SETTINGS.values() for field in model.model_fields.values()]
+    named = {name for field in fields if (name := str(field.validation_alias)).startswith("HUNYUAN_")}
+    assert named <= KNOWN_VARIABLES, named - KNOWN_VARIABLES
 
 
 def test_every_variable_of_the_api_reference_is_a_setting() -> None:
@@ -143,6 +152,11 @@ def test_every_word_of_the_glossary_is_used() -> None:
 def test_readme_and_architecture_link_to_the_glossary() -> None:
     assert "(docs/glossary.md)" in (ROOT / "README.md").read_text()
     assert "(glossary.md)" in (DOCS / "architecture.md").read_text()
+
+
+def test_contributing_lists_every_kind_of_fault() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## The fault suite")[2]
+    assert re.findall(r"^\| ([a-z ]+) \| [A-Z]", section, re.M) == list(KINDS)
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from contract.worker import WorkerState
-from shim.host.worker_environment import worker_environment
+from contract.worker_environment import worker_environment
 from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3_servers import juicefs

@@ -8,21 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 from pydantic import HttpUrl, SecretStr
 
-from contract.errors import ErrorCode
-from contract.result import JobResult, Manifest, Progress, Stage
+from contract.errors import ErrorCode, JobFailure
+from contract.result import JobResult, Manifest, Progress, Stage, Tombstone
 from contract.retry import RetryPolicy
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
+from storage.videos import Videos
 from tests.support.disks import disk, fill
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3_servers import behind, juicefs
@@ -30,7 +30,7 @@ from tests.support.scripted_model import STEPS, ScriptedModel
 from tests.support.service import eventually
 
 TASK = "task-1"
-KEYS = (layout.video_key(TASK), layout.poster_key(TASK), layout.manifest_key(TASK))
+MANIFEST = layout.manifest_key(TASK)
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 
 
@@ -54,7 +54,7 @@ class Bench:
     settings: BucketSettings
     policy: RetryPolicy = field(default_factory=lambda: RetryPolicy(total=30.0, first=0.1, longest=0.5))
     timeout: float = 1.0
-    at_last_step: Callable[[], None] = lambda: None
+    at_last_step: Callable[[], object] = lambda: None
     model: ScriptedModel = field(default_factory=ScriptedModel)
     reports: list[Progress] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -126,25 +126,22 @@ def bench(server: BucketSettings, direct: Bucket) -> Iterator[Bench]:
         bench = Bench(proxy, server.model_copy(update={"endpoint_url": HttpUrl(proxy.url)}))
         yield bench
         bench.end()
-    for key in KEYS:
-        direct.delete(key)
+    Videos(direct).discard(TASK)
 
 
 def stored(bucket: Bucket) -> set[str]:
-    found = set()
-    for key in KEYS:
-        try:
-            bucket.get_bytes(key)
-        except ObjectNotFoundError:
-            continue
-        found.add(key)
-    return found
+    return set(bucket.list_keys(f"videos/{TASK}"))
+
+
+def extensions(bucket: Bucket) -> list[str]:
+    return sorted(PurePosixPath(key).suffix for key in stored(bucket))
 
 
 def assert_whole(bucket: Bucket) -> Manifest:
-    manifest = Manifest.model_validate_json(bucket.get_bytes(KEYS[2]))
-    assert hashlib.sha256(bucket.get_bytes(KEYS[0])).hexdigest() == manifest.sha256
-    assert stored(bucket) == set(KEYS)
+    """The bucket has one attempt's objects, and its manifest."""
+    manifest = Manifest.model_validate_json(bucket.get_bytes(MANIFEST))
+    assert hashlib.sha256(bucket.get_bytes(manifest.video_key)).hexdigest() == manifest.sha256
+    assert stored(bucket) == {manifest.video_key, manifest.poster_key, MANIFEST}
     return manifest
 
 
@@ -252,6 +249,19 @@ def test_a_server_whose_disk_was_full_gets_the_finished_video(tmp_path: Path, ca
 # The fault lasts
 
 
+def test_a_full_disk_is_named_in_the_task_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with disk(tmp_path, 64) as directory, juicefs(directory) as full, behind(full) as proxy:
+        bench = Bench(proxy, full.model_copy(update={"sync_directory": directory}), RetryPolicy(total=1.0, first=0.1))
+        bench.at_last_step = lambda: fill(directory)
+        code, text = failure(bench.run)
+        bench.end()
+    assert (code, text) == (
+        ErrorCode.STORAGE_UNAVAILABLE,
+        "The video could not be stored: the disk of the bucket is full",
+    )
+    assert "the disk of the S3 server is full: free space on it" in caplog.text
+
+
 def test_wrong_keys_fail_the_job_at_once_and_before_it_is_rendered(bench: Bench) -> None:
     started = time.monotonic()
     code, text = failure(lambda: bench.run(secret_access_key=SecretStr("not-the-secret")))
@@ -311,9 +321,12 @@ def test_a_cancelled_job_does_not_wait_for_an_unavailable_bucket(
 def test_an_upload_that_finishes_after_the_cancellation_is_deleted(bench: Bench, direct: Bucket) -> None:
     bench.timeout = 30
     bench.proxy.faults = Faults(bandwidth=3000)  # slow enough to be cancelled during the upload
-    upload = f"PUT /{direct.name}/{KEYS[0]}"
+
+    def uploads() -> list[str]:
+        return [request for request in bench.proxy.requests if request.startswith("PUT") and ".mp4" in request]
+
     with bench.running() as ended:
-        eventually("the video's upload", lambda: upload in bench.proxy.requests, 20)
+        upload = eventually("the video's upload", uploads, 20)[0]
         bench.proxy.faults = Faults(stall=True)
         assert_cancelled_soon(bench, ended)
     bench.proxy.heal()
@@ -325,7 +338,7 @@ def test_a_job_that_is_cancelled_between_two_objects_leaves_neither(bench: Bench
     bench.proxy.answer(503, "SlowDown", times=1000, method="PUT", target=".jpg")
     with bench.running() as ended:
         eventually("the poster's first attempt", lambda: bench.proxy.hits["SlowDown"], 20)
-        assert stored(direct) == {KEYS[0]}
+        assert extensions(direct) == [".mp4"]
         bench.cancelled.set()
         assert isinstance(ended(), RenderCancelledError)
     eventually("the deletion of the video", lambda: not stored(direct), 10)
@@ -355,10 +368,25 @@ def test_a_cancelled_worker_does_not_delete_the_video_that_another_one_completed
     with bench.running() as ended:
         eventually("the poster's first attempt", lambda: bench.proxy.hits["SlowDown"], 20)
         Worker(ScriptedModel(), direct, version="theirs").run(Job(TASK, INPUT), lambda _: None, threading.Event())
-        lookups = bench.proxy.requests.count(f"GET /{direct.name}/{KEYS[2]}")
         bench.cancelled.set()
         assert isinstance(ended(), RenderCancelledError)
-    manifest_again = f"GET /{direct.name}/{KEYS[2]}"
-    eventually("a lookup of the manifest", lambda: bench.proxy.requests.count(manifest_again) > lookups, 10)
+    eventually("the deletion of its own video", lambda: len(stored(direct)) == 3, 10)
     assert assert_whole(direct).version == "theirs"
-    assert not [request for request in bench.proxy.requests if request.startswith("DELETE")]
+
+
+# The task ended before
+
+
+def test_a_task_with_a_tombstone_is_not_rendered_and_reports_its_failure(bench: Bench, direct: Bucket) -> None:
+    cancelled = JobFailure(error="The task was cancelled", error_code=ErrorCode.CANCELLED)
+    Videos(direct).bury(Tombstone.of(TASK, cancelled, cancelled=True))
+    assert failure(bench.run) == (cancelled.error_code, cancelled.error)
+    assert bench.model.rendered == []
+
+
+def test_a_task_that_gets_a_tombstone_during_its_render_stores_nothing(bench: Bench, direct: Bucket) -> None:
+    given_up = JobFailure(error="The worker was lost 3 times", error_code=ErrorCode.GENERATION_FAILED)
+    bench.at_last_step = lambda: Videos(direct).bury(Tombstone.of(TASK, given_up))
+    assert failure(bench.run) == (given_up.error_code, given_up.error)
+    assert stored(direct) == {MANIFEST}
+    assert not [request for request in bench.proxy.requests if request.startswith("PUT")]

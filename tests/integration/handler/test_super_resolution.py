@@ -28,7 +28,6 @@ from handler.video_model.catalog import trained_size
 from handler.video_model.generate import PipelineModel
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, load_upsampler, stage_arguments
 from handler.worker import Job, Worker
-from storage import layout
 from storage.bucket import Bucket
 from tests.support.mp4 import probe
 from tests.support.s3_servers import juicefs
@@ -323,7 +322,7 @@ def test_each_length_and_resolution_comes_out_exactly(
     worker = Worker(small_family, bucket, version="1")
     result = worker.run(Job(f"{resolution}-{duration}", job_input), told.append, Event())
     path = tmp_path / "video.mp4"
-    path.write_bytes(bucket.get_bytes(layout.video_key(result.task_id)))
+    path.write_bytes(bucket.get_bytes(result.video_key))
     video = probe(path)
     size = (1280, 720) if resolution is Resolution.P720 else (1920, 1080)
     assert (video.width, video.height, video.fps, video.num_frames) == (*size, 24.0, 24 * duration + 1)

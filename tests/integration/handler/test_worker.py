@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,9 @@ from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError, StorageUnavailableError
+from storage.errors import StorageUnavailableError
 from storage.settings import BucketSettings
+from storage.videos import Videos
 from tests.support.mp4 import probe
 from tests.support.s3_servers import juicefs
 from tests.support.scripted_model import ScriptedModel
@@ -64,8 +66,7 @@ def bench(settings: BucketSettings, request: pytest.FixtureRequest) -> Iterator[
     bench = Bench(Bucket(settings))
     yield bench
     for task_id in ("task-1", "task-2"):
-        for key in (layout.video_key(task_id), layout.poster_key(task_id), layout.manifest_key(task_id)):
-            bench.bucket.delete(key)
+        Videos(bench.bucket).discard(task_id)
 
 
 def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, tmp_path: Path) -> None:
@@ -93,18 +94,19 @@ def test_the_manifest_is_written_last(bench: Bench) -> None:
     written: list[str] = []
 
     class Recording(Bucket):
-        def put_file(self, path: Path, key: str, *, content_type: str) -> None:
-            super().put_file(path, key, content_type=content_type)
+        def put_file(self, path: Path, key: str, **options: Any) -> None:
+            super().put_file(path, key, **options)
             written.append(key)
 
-        def put_bytes(self, body: bytes, key: str, *, content_type: str) -> None:
-            super().put_bytes(body, key, content_type=content_type)
+        def put_bytes(self, body: bytes, key: str, **options: Any) -> None:
+            super().put_bytes(body, key, **options)
             written.append(key)
 
     bench.bucket = Recording(bench.bucket._settings)
     bench.run()
-    assert written[0] == "videos/task-1.mp4"
-    assert written[-1] == "videos/task-1.json"
+    manifest = Manifest.model_validate_json(bench.bucket.get_bytes("videos/task-1.json"))
+    assert written == [manifest.video_key, manifest.poster_key, "videos/task-1.json"]
+    assert re.fullmatch(r"videos/task-1/[0-9a-f]{12}\.mp4", manifest.video_key)
 
 
 def test_a_job_that_is_done_already_is_not_rendered_again(bench: Bench) -> None:
@@ -167,8 +169,7 @@ def test_an_unexpected_error_fails_the_job_and_shows_no_traceback(bench: Bench) 
 def test_a_video_with_too_few_frames_fails_and_is_not_stored(bench: Bench) -> None:
     bench.model.missing_frames = 1
     assert bench.failure()[0] is ErrorCode.GENERATION_FAILED
-    with pytest.raises(ObjectNotFoundError):
-        bench.bucket.get_bytes(layout.video_key("task-1"))
+    assert bench.bucket.list_keys("videos/task-1") == []
 
 
 def test_a_cancelled_job_stops_before_its_next_step_and_stores_nothing(bench: Bench) -> None:
@@ -184,8 +185,7 @@ def test_a_cancelled_job_stops_before_its_next_step_and_stores_nothing(bench: Be
         bench.run()
     assert steps == [0, 1]
     assert bench.model.released == 1
-    with pytest.raises(ObjectNotFoundError):
-        bench.bucket.get_bytes(layout.video_key("task-1"))
+    assert bench.bucket.list_keys("videos/task-1") == []
     bench.cancelled.clear()
     bench.model.before_step = lambda _: None
     assert bench.run().file_size > 0
@@ -220,10 +220,9 @@ def test_a_job_with_an_s3_config_goes_to_that_bucket(
         "endpointUrl": str(settings.endpoint_url),
     }
     result = bench.run(s3_config=config)
-    assert len(other.get_bytes(layout.video_key("task-1"))) == result.file_size
+    assert len(other.get_bytes(result.video_key)) == result.file_size
     assert "/other-videos/" in result.video_url
-    with pytest.raises(ObjectNotFoundError):
-        bench.bucket.get_bytes(layout.video_key("task-1"))
+    assert bench.bucket.list_keys("videos/task-1") == []
     assert secret not in caplog.text
 
 
@@ -243,11 +242,11 @@ def test_storing_is_retried_until_the_bucket_is_available(bench: Bench) -> None:
     class UnavailableAtFirst(Bucket):
         refusals = 2
 
-        def put_file(self, path: Path, key: str, *, content_type: str) -> None:
+        def put_file(self, path: Path, key: str, **options: Any) -> None:
             if self.refusals:
                 self.refusals -= 1
                 raise StorageUnavailableError("unavailable")
-            super().put_file(path, key, content_type=content_type)
+            super().put_file(path, key, **options)
 
     bench.bucket = UnavailableAtFirst(bench.bucket._settings)
     bench.store_seconds = 30.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -13,8 +13,10 @@ import pytest
 
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
+from storage.settings import BucketSettings
 from tests.support.postgres import Postgres
 from tests.support.queues import JOB, TOKEN, Bench, empty, platform_bench, result
+from tests.support.s3_servers import juicefs
 
 INPUT = JOB.wire()
 
@@ -34,8 +36,14 @@ def shared_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="module")
-async def shared(shared_database_url: str) -> AsyncIterator[Bench]:
-    async with platform_bench(shared_database_url) as made:
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def shared(shared_database_url: str, bucket: BucketSettings) -> AsyncIterator[Bench]:
+    async with platform_bench(shared_database_url, bucket=bucket) as made:
         yield made
 
 

@@ -33,6 +33,7 @@ from shim.queue.base import (
 )
 from shim.queue.database import Database
 from shim.queue.dispatch import Delivery, Dispatcher
+from shim.queue.lost_jobs import Loss
 from shim.queue.schema import jobs as jobs_table
 from shim.queue.sql import SqlQueue
 from tests.support.queues import JOB, Clock, result
@@ -40,6 +41,7 @@ from tests.support.queues import JOB, Clock, result
 T = TypeVar("T")
 MAX_WAITING = 4
 MAX_ATTEMPTS = 3
+MAX_NOT_BEGUN = 10
 LEASE = 60.0
 WORKERS = st.sampled_from(["w1", "w2", "w3"])
 OTHER = JOB.model_copy(update={"duration": 6})
@@ -53,7 +55,8 @@ class Expected:
     task_id: str
     state: JobState = JobState.QUEUED
     worker: str | None = None
-    attempts: int = 0
+    lost_attempts: int = 0
+    not_begun: int = 0
     progress: int = 0
     lease: float = 0.0
 
@@ -77,11 +80,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.jobs: dict[str, Expected] = {}
         self.keys: dict[str, tuple[str, bool]] = {}
         self.last_seen: dict[str, float] = {}
+        self.sending_reports: set[str] = set()
         self.ended = dict.fromkeys((JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED), 0)
         self.queue = SqlQueue(self.database, max_queue_size=MAX_WAITING)
-        self.dispatcher = Dispatcher(
-            self.database, find_result=self.find_result, discard=self.discard, max_attempts=MAX_ATTEMPTS
-        )
+        self.dispatcher = Dispatcher(self.database, find_result=self.find_result, max_attempts=MAX_ATTEMPTS)
         self.run(self.empty())
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
@@ -96,9 +98,6 @@ class QueueMachine(RuleBasedStateMachine):
     async def find_result(self, task_id: str) -> JobResult | None:
         return result(task_id) if task_id in self.stored else None
 
-    async def discard(self, task_id: str) -> None:
-        self.stored.discard(task_id)
-
     # What the model does.
 
     @property
@@ -109,16 +108,19 @@ class QueueMachine(RuleBasedStateMachine):
         job.state = state
         self.ended[state] += 1
 
-    def recover(self, *jobs: Expected, count_attempt: bool = True) -> None:
+    def recover(self, *jobs: Expected, loss: Loss = Loss.SILENT) -> None:
         for job in jobs:
+            if loss is Loss.EXITED or (loss is Loss.SILENT and job.not_begun == 0):
+                job.lost_attempts += 1
+            if loss is not Loss.SILENT:
+                job.not_begun = max(job.not_begun - 1, 0)
             if job.task_id in self.stored:
                 self.end(job, JobState.COMPLETED)
                 job.progress = 100
-            elif job.attempts >= MAX_ATTEMPTS and count_attempt:
+            elif loss is not Loss.STOPPED and (job.lost_attempts >= MAX_ATTEMPTS or job.not_begun >= MAX_NOT_BEGUN):
                 self.end(job, JobState.FAILED)
             else:
                 job.state, job.worker = JobState.QUEUED, None
-                job.attempts -= not count_attempt
 
     def running_on(self, worker: str) -> list[Expected]:
         return [job for job in self.jobs.values() if job.is_running and job.worker == worker]
@@ -130,7 +132,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert delivery is not None
         assert delivery.task_id == job.task_id, "the queue is first in, first out"
         job.state, job.worker, job.lease = JobState.RUNNING, worker, self.clock.now + LEASE
-        job.attempts += 1
+        job.not_begun += 1
 
     # What can happen.
 
@@ -146,6 +148,7 @@ class QueueMachine(RuleBasedStateMachine):
     def a_worker_reports(self, worker: str) -> None:
         self.run(self.dispatcher.report(worker, WorkerReport(state=WorkerState.READY, model="scripted")))
         self.last_seen[worker] = self.clock.now
+        self.sending_reports.add(worker)
         for job in self.running_on(worker):
             job.lease = self.clock.now + LEASE
 
@@ -219,6 +222,7 @@ class QueueMachine(RuleBasedStateMachine):
         for worker, delivery in deliveries.items():
             if delivery is None:
                 self.run(self.dispatcher.report(worker, WorkerReport(state=WorkerState.READY, model="scripted")))
+                self.sending_reports.add(worker)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), percent=st.integers(0, 99))
@@ -229,6 +233,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run(self.dispatcher.record_progress(worker, job.task_id, progress))
         if job.is_running and job.worker == worker:
             job.progress, job.lease = max(job.progress, percent), self.clock.now + LEASE
+            job.not_begun = 0
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -237,6 +242,8 @@ class QueueMachine(RuleBasedStateMachine):
         worker = self.any_worker(data, job)
         self.run(self.dispatcher.ping(worker, [job.task_id]))
         if job.is_running and job.worker == worker:
+            job.not_begun = 0
+        if job.is_running and job.worker == worker and worker not in self.sending_reports:
             job.lease = self.clock.now + LEASE
             if worker in self.last_seen:
                 self.last_seen[worker] = self.clock.now
@@ -291,7 +298,8 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert retried is (job.state is JobState.FAILED)
         if retried:
-            job.state, job.worker, job.attempts, job.progress = JobState.QUEUED, None, 0, 0
+            job.state, job.worker, job.progress = JobState.QUEUED, None, 0
+            job.lost_attempts, job.not_begun = 0, 0
 
     @rule(data=st.data(), count_attempt=st.booleans())
     def a_worker_is_lost(self, data: st.DataObject, count_attempt: bool) -> None:
@@ -299,8 +307,9 @@ class QueueMachine(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from([*running, "w1", "w2"]))
         lost = self.running_on(worker)
         self.run(self.dispatcher.release_worker(worker, count_attempt=count_attempt))
-        self.recover(*lost, count_attempt=count_attempt)
+        self.recover(*lost, loss=Loss.EXITED if count_attempt else Loss.STOPPED)
         self.last_seen.pop(worker, None)
+        self.sending_reports.discard(worker)
 
     @rule()
     def expired_leases_are_swept(self) -> None:

@@ -20,7 +20,6 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
@@ -157,7 +156,7 @@ async def test_a_job_from_runpods_platform_is_rendered_into_the_bucket(bucket: B
     async with httpx.AsyncClient() as store:
         video = (await store.get(output["video_url"])).content
     assert hashlib.sha256(video).hexdigest() == output["sha256"]
-    assert Bucket(bucket).get_bytes(layout.video_key(job["id"])) == video
+    assert Bucket(bucket).get_bytes(output["video_key"]) == video
     path = tmp_path / "video.mp4"
     path.write_bytes(video)
     assert (probe(path).width, probe(path).height, probe(path).num_frames) == (1280, 720, 121)

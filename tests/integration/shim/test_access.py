@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,13 +13,15 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from contract.worker import WorkerState
-from shim.access import Access, parse_api_keys
+from shim.access import Access, is_allowed_host, parse_api_keys
 from shim.api.platform import Platform
 from shim.app import create_app
 from shim.errors import ServerErrorCode
 from shim.queue.sql import SqlQueue
+from shim.settings import ShimSettings
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
@@ -28,6 +31,7 @@ from tests.support.s3_servers import juicefs
 ALICE = "alices-key-0123456789"
 BOB = "bobs-key-0123456789ab"
 KEYS = parse_api_keys(f"alice:{ALICE},bob:{BOB}")
+PLATFORM = {"Authorization": f"Bearer {TOKEN}"}
 BEARER = {"Authorization": f"Bearer {ALICE}"}
 
 
@@ -39,7 +43,7 @@ async def running(
     async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=50) as bench:
         await bench.worker(**worker)
         assert isinstance(bench.queue, SqlQueue)
-        platform = Platform(bench.queue, bench.dispatcher, endpoint_id="local", token=TOKEN, hold=0.1)
+        platform = Platform(bench.queue, bench.dispatcher, bench.outbox, endpoint_id="local", token=TOKEN, hold=0.1)
         app = create_app(bench.queue, bucket or Bucket(NOWHERE), access=access, routers=[platform.router])
 
         @app.get("/added-later")
@@ -248,6 +252,59 @@ async def test_an_invalid_request_counts_too(tmp_path: Path) -> None:
     async with running(tmp_path, Access(rate_limit=1)) as http:
         assert (await http.post("/generate", json={})).status_code == 400
         assert (await http.post("/generate", json=JOB.wire())).status_code == 429
+
+
+async def test_a_repeated_request_costs_no_rate_token_and_returns_the_first_task(tmp_path: Path) -> None:
+    async with running(tmp_path, Access(rate_limit=1)) as http:
+        key = {"Idempotency-Key": "order 1"}
+        first = await http.post("/generate", json=JOB.wire(), headers=key)
+        assert first.status_code == 202
+        for _ in range(3):
+            again = await http.post("/generate", json=JOB.wire(), headers=key)
+            assert (again.status_code, again.json()["task_id"]) == (202, first.json()["task_id"])
+        other = await http.post("/generate", json=JOB.wire(), headers={"Idempotency-Key": "order 2"})
+        assert (other.status_code, other.json()["error_code"]) == (429, ServerErrorCode.RATE_LIMITED)
+
+
+# Host names
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 200) for host in ("127.0.0.1:8000", "192.0.2.7", "[::1]:8000", "localhost:8000", "app.localhost")),
+        *((host, 200) for host in ("videos.example", "VIDEOS.example.:8443", "public.example", socket.gethostname())),
+        *((host, 421) for host in ("rebound.example", "rebound.example:8000", "videos.example.evil", "127.0.0.1.evil")),
+        *((host, 421) for host in ("localhost.evil", "[::1].evil.example", "videos.example@evil", "evil:80:80")),
+    ],
+)
+async def test_a_server_without_keys_answers_only_to_its_own_names(tmp_path: Path, host: str, status: int) -> None:
+    settings = ShimSettings(
+        HUNYUAN_ALLOWED_HOSTS="videos.example, other.example", HUNYUAN_PUBLIC_URL="https://public.example"
+    )
+    async with running(tmp_path, settings.access) as http:
+        response = await http.get("/openapi.json", headers={"Host": host})
+        assert response.status_code == status
+        if status == 421:
+            assert response.json()["error_code"] == ServerErrorCode.HOST_NOT_ALLOWED
+            assert "HUNYUAN_ALLOWED_HOSTS" in response.json()["error"]
+        assert (await http.get("/health", headers={"Host": host})).status_code == 200, "a probe"
+        assert (await http.get("/v2/local/ping/w1", headers={"Host": host, **PLATFORM})).status_code == 200
+
+
+def test_the_host_is_checked_without_keys_and_where_hosts_are_named() -> None:
+    assert ShimSettings().access.allowed_hosts is not None
+    assert ShimSettings(HUNYUAN_API_KEYS=ALICE).access.allowed_hosts is None
+    named = ShimSettings(HUNYUAN_API_KEYS=ALICE, HUNYUAN_ALLOWED_HOSTS="a.example").access.allowed_hosts
+    assert named is not None
+    assert "a.example" in named
+    assert is_allowed_host("anything.example", ShimSettings(HUNYUAN_ALLOWED_HOSTS="*").access.allowed_hosts or ())
+
+
+@pytest.mark.parametrize("hosts", ["https://a.example", "a.example:80", "a b"])
+def test_an_invalid_host_name_is_a_wrong_setting(hosts: str) -> None:
+    with pytest.raises(ValidationError, match="HUNYUAN_ALLOWED_HOSTS"):
+        ShimSettings(HUNYUAN_ALLOWED_HOSTS=hosts)
 
 
 # Browsers

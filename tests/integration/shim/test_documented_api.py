@@ -13,13 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from contract.errors import ErrorCode, JobFailure
 from contract.result import Progress, Stage
 from contract.worker import Gpu, WorkerState
 from shim.app import create_app
 from shim.errors import AnyErrorCode, ServerErrorCode
+from shim.queue.schema import workers
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import ObjectNotFoundError
@@ -579,6 +580,13 @@ async def test_health_has_the_documented_fields_and_the_gpu_that_workers_report(
     assert health["model"] == "scripted"
 
 
+async def test_health_is_200_if_a_workers_report_cannot_be_read(server: Server) -> None:
+    async with server.bench.database.write() as connection:
+        await connection.execute(update(workers).values(report={"state": "a state of a later release"}))
+    response = await server.http.get("/health")
+    assert (response.status_code, response.json()["status"]) == (200, "degraded")
+
+
 async def test_health_without_a_gpu(server: Server) -> None:
     health = (await server.http.get("/health")).json()
     assert (health["gpu_available"], health["vram_free"]) == (False, "0.0 GB")
@@ -612,7 +620,7 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
         "/tasks/{task_id}": ["delete"],
         "/health": ["get"],
         "/ready": ["get"],
-        "/videos/{file_name}": ["get", "head"],
+        "/videos/{file_name}": ["delete", "get", "head"],
     }
     post = schema["paths"]["/generate"]["post"]
     assert set(post["responses"]) == {"202", "400", "401", "408", "409", "413", "429", "500", "503"}

@@ -6,13 +6,14 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shim.access import CONNECTION_LIMITS, Access, ConnectionLimits, parse_api_keys
 from shim.app import create_app
 from shim.errors import STATUS
 from shim.http.server import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, Connection
@@ -35,7 +36,9 @@ class ShortLimits(Connection):
     head_seconds = 0.5
     body_seconds = 0.8
     stall_seconds = 0.5
-    max_connections = 8
+
+
+FEW = ConnectionLimits(total=8, reserve=2, per_address=8)
 
 
 @dataclass
@@ -137,10 +140,12 @@ def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket
 
 
 @asynccontextmanager
-async def running(directory: Path, bucket: Bucket, connection: type[Connection]) -> AsyncIterator[Server]:
+async def running(
+    directory: Path, bucket: Bucket, connection: type[Connection], limits: ConnectionLimits = CONNECTION_LIMITS
+) -> AsyncIterator[Server]:
     async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=100) as bench:
         await bench.worker()
-        async with serving(create_app(bench.queue, bucket), connection) as address:
+        async with serving(create_app(bench.queue, bucket), connection, limits=limits) as address:
             host, _, port = address.removeprefix("http://").partition(":")
             yield Server(bench, bucket, host, int(port))
 
@@ -167,7 +172,7 @@ async def server(shared: Server) -> Server:
 
 @pytest.fixture
 async def with_short_limits(tmp_path: Path, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
-    async with running(tmp_path, Bucket(bucket_settings), ShortLimits) as made:
+    async with running(tmp_path, Bucket(bucket_settings), ShortLimits, FEW) as made:
         yield made
 
 
@@ -466,6 +471,66 @@ async def test_a_body_that_arrives_with_its_head_does_not_count_as_head(server: 
             assert_documented(await client.answer(), 202)
 
 
+# Between the head and the end of a body
+
+
+CHUNKED = get(b"/generate", JSON, b"Transfer-Encoding: chunked", method=b"POST")
+
+
+@pytest.mark.parametrize("trailers", [b"X-A: b\r\n", b"X-A: b\r\nX-C: d\r\n", b"X-A:\r\n"], ids=["one", "two", "empty"])
+async def test_a_request_with_trailers_is_rejected(server: Server, trailers: bytes) -> None:
+    async with server.client() as client:
+        await client.send(CHUNKED + chunked(BODY) + b"0\r\n" + trailers + b"\r\n" + get(b"/health"))
+        answer = await client.answer()
+        assert_documented(answer, 400)
+        assert answer is not None
+        assert b"trailers" in answer.body
+        assert await client.closed()
+    assert (await server.bench.queue.backlog()).waiting == []
+
+
+async def test_a_trailer_is_no_header_of_a_request(tmp_path: Path, bucket_settings: BucketSettings) -> None:
+    key = b"a-key-of-16-characters"
+    access = Access(parse_api_keys(key.decode()))
+    async with sql_bench(f"sqlite:///{tmp_path}/queue.sqlite3") as bench:
+        await bench.worker()
+        async with serving(create_app(bench.queue, Bucket(bucket_settings), access=access)) as address:
+            host, _, port = address.removeprefix("http://").partition(":")
+            server = Server(bench, Bucket(bucket_settings), host, int(port))
+            for trailers in (b"X-API-Key: " + key + b"\r\n", b"X-API-Key: " + key + b"\r\nX: y\r\n"):
+                request = CHUNKED + chunked(BODY) + b"0\r\n" + trailers + b"\r\n"
+                assert_documented(await server.ask(request), 400, 401)
+        assert (await bench.queue.backlog()).waiting == []
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        b"0\r\n" + b"a:b\r\n" * 400_000,
+        b"0\r\n" + b"a" * 2_000_000,
+        b"0\r\nx: " + b"a" * 2_000_000,
+        b"1;" + b"a" * 2_000_000,
+        b"1;a=b\r\nx\r\n" * 200_000,
+        b"0" * 2_000_000,
+    ],
+    ids=["trailers", "trailer name", "trailer value", "extension", "extensions", "size line"],
+)
+async def test_what_is_around_the_chunks_is_bounded(server: Server, flood: bytes) -> None:
+    async with server.client() as client:
+        await client.send(CHUNKED, flood)
+        assert_documented(await client.answer(), 400)
+    assert await server.is_healthy()
+
+
+async def test_a_body_that_goes_on_after_its_response_ends_the_connection(server: Server) -> None:
+    async with server.client() as client:
+        await client.send(get(b"/health", b"Content-Length: 1000000000"))
+        assert_documented(await client.answer(), 200)
+        await client.send(*(bytes(65_536) for _ in range(200)))
+        last = await client.answer()
+        assert last is None or last.status == 413
+
+
 # Pipelined requests
 
 
@@ -570,21 +635,30 @@ async def test_a_client_that_disconnects_early_causes_no_traceback(
     assert (await server.bench.queue.backlog()).waiting == []
 
 
-async def test_connections_over_the_limit_are_rejected_and_the_others_served(with_short_limits: Server) -> None:
-    async with asyncio.timeout(DEADLINE):
-        idle = [
-            await asyncio.open_connection(with_short_limits.host, with_short_limits.port)
-            for _ in range(ShortLimits.max_connections)
-        ]
-        await asyncio.gather(*(reader.read(0) for reader, _ in idle))
-        turned_away = await with_short_limits.ask(get(b"/health"))
-        assert_documented(turned_away, 503)
-        assert turned_away is not None
-        assert turned_away.headers["retry-after"] == "5"
-        for reader, writer in idle:
-            assert (await reader.read()).startswith(b"HTTP/1.1 408")
-            writer.close()
-    assert await with_short_limits.is_healthy(), "idle ones are dropped, and there is room again"
+async def test_a_full_server_gives_up_the_oldest_connection_that_waits(
+    tmp_path: Path, bucket_settings: BucketSettings
+) -> None:
+    limits = replace(FEW, patience=0.0)
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running(tmp_path, Bucket(bucket_settings), ShortLimits, limits))
+        idle = [await stack.enter_async_context(server.client()) for _ in range(FEW.total)]
+        assert await server.is_healthy()
+        assert await idle[0].answer() is None, "the oldest one is closed"
+        for client in idle[1:]:
+            assert_documented(await client.answer(), 408)
+
+
+async def test_a_full_server_without_a_waiting_connection_rejects_the_next(with_short_limits: Server) -> None:
+    """Eight requests in progress, whose bodies are not complete yet."""
+    head = get(b"/generate", JSON, b"Content-Length: 100", method=b"POST")
+    async with AsyncExitStack() as stack:
+        for _ in range(FEW.total):
+            client = await stack.enter_async_context(with_short_limits.client())
+            await client.send(head)
+        rejected = await with_short_limits.ask(get(b"/health"))
+        assert_documented(rejected, 503)
+        assert rejected is not None
+        assert rejected.headers["retry-after"] == "5"
 
 
 async def test_a_client_that_does_not_read_is_disconnected(with_short_limits: Server) -> None:
@@ -610,7 +684,9 @@ def test_every_limit_is_documented() -> None:
         "head": f"{Connection.head_seconds:g} s",
         "body": f"{Connection.body_seconds:g} s",
         "stall": f"{Connection.stall_seconds:g} s",
-        "connections": str(Connection.max_connections),
+        "connections": str(CONNECTION_LIMITS.total),
+        "connections of an address": str(CONNECTION_LIMITS.per_address),
+        "reserve": str(CONNECTION_LIMITS.reserve),
         "head size": f"{MAX_HEAD // 1024} KiB",
         "headers": str(MAX_HEADERS),
         "pipelined": str(MAX_PIPELINED),

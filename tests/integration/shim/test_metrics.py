@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import signal
 import sys
@@ -337,3 +338,26 @@ async def test_names_follow_the_conventions_of_prometheus(bench: Bench, http: ht
     for name, kind in ours.items():
         assert (kind == "histogram") is name.endswith("_seconds") or name == "hunyuan_worker_load_seconds", name
         assert not name.endswith(("_total", "_created", "_ms", "_milliseconds", "_mb", "_percent")), name
+
+
+async def test_polls_that_succeed_are_logged_at_debug_and_those_that_fail_at_info(
+    bench: Bench, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.worker()
+    caplog.set_level(logging.DEBUG, "shim.http.access_log")
+    task_id = await generate(http)
+    polls = [f"/status/{task_id}", f"/v2/local/status/{task_id}", "/health", "/v2/local/health"]
+    for path in (*polls, "/status/no-such-task"):
+        await http.get(path, headers={"Authorization": f"Bearer {TOKEN}"})
+    await http.delete(f"/tasks/{task_id}")
+    records = [record for record in caplog.records if record.name == "shim.http.access_log"]
+    logged = [(record.levelname, record.getMessage().rpartition(" in ")[0]) for record in records]
+    assert logged == [
+        ("INFO", "POST /generate 202"),
+        ("DEBUG", "GET /status/{task_id} 200"),
+        ("DEBUG", "GET /v2/local/status/{task_id} 200"),
+        ("DEBUG", "GET /health 200"),
+        ("DEBUG", "GET /v2/local/health 200"),
+        ("INFO", "GET /status/{task_id} 503"),
+        ("INFO", "DELETE /tasks/{task_id} 200"),
+    ]

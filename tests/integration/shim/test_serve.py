@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from typer.testing import CliRunner
 from hunyuan.cli.main import app
 from storage import layout
 from storage.bucket import Bucket
+from storage.errors import StorageError
 from tests.support.postgres import Postgres
 from tests.support.queues import result
 from tests.support.service import Service, eventually, free_port
@@ -310,6 +313,60 @@ def test_a_model_that_can_not_be_loaded_is_reported(tmp_path: Path) -> None:
         assert service.stop() == 0
 
 
+def test_the_server_answers_while_its_bucket_starts_and_uses_it_after_that(tmp_path: Path) -> None:
+    """A lock on the gateway's metadata holds its start back."""
+    service = Service(tmp_path, HUNYUAN_WORKERS="0")
+    try:
+        service.start(until_ready=False)
+        service.stop()
+        with closing(sqlite3.connect(tmp_path / "data" / "bucket" / "meta.db", isolation_level=None)) as metadata:
+            metadata.execute("PRAGMA locking_mode = EXCLUSIVE")
+            metadata.execute("BEGIN EXCLUSIVE")
+            service.launch()
+            eventually("an answer", lambda: reachable(service), 60)
+            assert not bucket_answers(service)
+            assert service.http.get("/status/unknown").json()["error_code"] == "STORAGE_UNAVAILABLE"
+        eventually("the bucket", lambda: bucket_answers(service), 60)
+        assert service.http.get("/status/unknown").json()["error_code"] == "TASK_NOT_FOUND"
+    finally:
+        service.http.close()
+        assert service.stop() == 0, service.log.read_text()
+
+
+def reachable(service: Service) -> bool:
+    try:
+        return service.http.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def bucket_answers(service: Service) -> bool:
+    try:
+        Bucket(service.embedded_bucket(), attempts=1).check()
+    except StorageError:
+        return False
+    return True
+
+
+def test_server_and_worker_warn_of_a_variable_that_does_not_exist_and_name_the_nearest(tmp_path: Path) -> None:
+    """The worker stops at once: its model does not exist."""
+    service = Service(
+        tmp_path, HUNYUAN_MODEL_PATH=str(tmp_path / "absent"), HUNYUAN_WORKERS_="2", HUNYUAN_COLOUR="secret-value"
+    )
+    text = "HUNYUAN_WORKERS_ is set, and no setting has that name, so it changes nothing: did you mean HUNYUAN_WORKERS?"
+    wanted = [f"WARNING {program}: {text}" for program in ("shim.host.serve", "__main__")]
+    try:
+        service.start(until_ready=False)
+        eventually("the warnings", lambda: all(line in service.log.read_text() for line in wanted), 60)
+        text = service.log.read_text()
+        assert "HUNYUAN_COLOUR is set" in text
+        assert "secret-value" not in text
+        assert "HUNYUAN_PORT is set" not in text
+    finally:
+        service.http.close()
+        service.stop()
+
+
 # The other commands
 
 
@@ -355,3 +412,15 @@ def test_help_names_every_command() -> None:
     text = hunyuan("--help").stdout
     for command in ("serve", "worker", "generate", "status", "cancel", "download", "health", "demo"):
         assert command in text
+
+
+@pytest.mark.parametrize("keys", [{}, {"HUNYUAN_API_KEYS": "a-key-of-16-characters"}], ids=["open", "keys"])
+def test_the_start_warns_of_a_server_that_is_open_to_all(tmp_path: Path, keys: dict[str, str]) -> None:
+    service = Service(tmp_path, HUNYUAN_HOST="0.0.0.0", HUNYUAN_WORKERS="0", **keys)
+    try:
+        service.start(until_ready=False)
+        warned = "WARNING shim.host.serve: listening on all addresses of this machine without an API key"
+        assert (warned in service.log.read_text()) == (not keys)
+    finally:
+        service.http.close()
+        service.stop()

@@ -10,6 +10,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -17,9 +18,9 @@ import pytest
 from pydantic import HttpUrl, SecretStr
 
 from storage.bucket import Bucket
-from storage.errors import ObjectNotFoundError, StorageDeniedError, StorageUnavailableError
+from storage.errors import ObjectExistsError, ObjectNotFoundError, StorageDeniedError, StorageUnavailableError
 from storage.settings import BucketSettings, JobBucketSettings
-from tests.support.s3_servers import S3_SERVERS
+from tests.support.s3_servers import S3_SERVERS, behind
 
 BODY = bytes(range(256)) * 4096
 
@@ -104,6 +105,56 @@ def test_a_presigned_url_reads_without_credentials(bucket: Bucket, stored: str) 
     url = bucket.presign(stored, expires_in=60)
     assert httpx.get(url).content == BODY
     assert httpx.head(bucket.presign(stored, method="HEAD")).headers["content-length"] == str(len(BODY))
+
+
+def test_a_conditional_write_replaces_nothing_where_the_server_has_conditional_writes(
+    bucket: Bucket, key: str, request: pytest.FixtureRequest
+) -> None:
+    """moto does, as S3 and MinIO do; the embedded gateway and rclone ignore the condition."""
+    options = {"content_type": "text/plain", "only_if_absent": True}
+    bucket.put_bytes(b"first", key, **options)  # type: ignore[arg-type]
+    assert bucket.get_bytes(key) == b"first"
+    if "moto" in request.node.name:
+        with pytest.raises(ObjectExistsError):
+            bucket.put_bytes(b"second", key, **options)  # type: ignore[arg-type]
+        assert bucket.get_bytes(key) == b"first"
+    else:
+        bucket.put_bytes(b"second", key, **options)  # type: ignore[arg-type]
+        assert bucket.get_bytes(key) == b"second"
+
+
+@pytest.mark.parametrize(("status", "code"), [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict")])
+def test_an_answer_that_the_key_is_taken_is_its_own_error(
+    settings: BucketSettings, key: str, status: int, code: str
+) -> None:
+    with behind(settings) as proxy:
+        bucket = Bucket(settings.model_copy(update={"endpoint_url": HttpUrl(proxy.url)}))
+        proxy.answer(status, code, times=1, method="PUT")
+        with pytest.raises(ObjectExistsError):
+            bucket.put_bytes(b"x", key, content_type="text/plain", only_if_absent=True)
+        assert proxy.hits[code] == 1
+
+
+def test_a_server_that_does_not_know_conditional_writes_gets_a_plain_one(settings: BucketSettings, key: str) -> None:
+    with behind(settings) as proxy:
+        bucket = Bucket(settings.model_copy(update={"endpoint_url": HttpUrl(proxy.url)}))
+        proxy.answer(501, "NotImplemented", times=1, method="PUT")
+        bucket.put_bytes(b"x", key, content_type="text/plain", only_if_absent=True)
+        assert bucket.get_bytes(key) == b"x"
+
+
+def test_keys_are_listed_page_by_page_in_their_order(bucket: Bucket) -> None:
+    names = [f"listed/task-{number}/{name}.mp4" for number in range(3) for name in "ab"]
+    for name in (*names, "listed/task-0.json", "listing"):
+        bucket.put_bytes(b"x", name, content_type="text/plain")
+    found: list[str] = []
+    while page := bucket.list_keys("listed/", start_after=found[-1] if found else "", limit=3):
+        assert len(page) <= 3
+        found += page
+    assert found == sorted([*names, "listed/task-0.json"])
+    assert bucket.list_keys("listed/task-1/") == names[2:4]
+    modified = bucket.list_objects("listed/task-1/")[0].modified
+    assert abs((datetime.now(UTC) - modified).total_seconds()) < 60
 
 
 @pytest.mark.usefixtures("checks_expiry")

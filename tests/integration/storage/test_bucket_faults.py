@@ -12,7 +12,7 @@ import pytest
 from pydantic import HttpUrl, SecretStr
 
 from storage.bucket import Bucket
-from storage.errors import StorageDeniedError, StorageError, StorageUnavailableError
+from storage.errors import StorageDeniedError, StorageError, StorageFullError, StorageUnavailableError
 from storage.settings import BucketSettings, JobBucketSettings
 from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_servers import behind, juicefs
@@ -131,6 +131,13 @@ def test_a_server_that_is_busy_or_full_is_unavailable(
         operation(bucket)
     proxy.heal()
     operation(bucket)
+
+
+@pytest.mark.parametrize(("status", "code"), [(507, "XMinioStorageFull"), (507, "InsufficientStorage")])
+def test_a_full_server_is_named(bucket: Bucket, proxy: FaultProxy, status: int, code: str) -> None:
+    proxy.answer(status, code, times=10)
+    with pytest.raises(StorageFullError, match="the disk of the S3 server is full"):
+        bucket.put_bytes(b"1", KEY, content_type="video/mp4")
 
 
 def test_one_busy_answer_is_retried(settings: BucketSettings, proxy: FaultProxy, video: Path) -> None:

@@ -79,6 +79,10 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded() -> None
         *("::", "::127.0.0.1", "::ffff:169.254.169.254", "::ffff:100.64.0.1", "::ffff:0:10.0.0.1", "fec0::1"),
         *("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:7f00:1::1", "2002:a9fe:a9fe::", "2001::1"),
         *("ff02::1", "ff0e::1", "2001:db8::1", "fd00:ec2::254", "100::1", "4000::1"),
+        *("168.63.129.16", "192.0.0.9", "192.0.0.192", "192.88.99.1", "192.31.196.1", "192.52.193.1", "192.175.48.1"),
+        *("::ffff:168.63.129.16", "64:ff9b::a83f:8110", "2002:a83f:8110::1", "2002:c058:6301::", "2001:20::1"),
+        *("3fff::1", "3fff:fff::1", "5f00::1", "2620:4f:8000::1", "2606:4700::5efe:10.0.0.1"),
+        *("2606:4700::200:5efe:127.0.0.1", "2001:1::1", "2001:3::1"),
     ],
 )
 def test_only_addresses_of_the_public_internet_are_public(address: str) -> None:
@@ -103,6 +107,13 @@ def test_only_addresses_of_the_public_internet_are_public(address: str) -> None:
         "http:///x.png",
         "http://no.such.host.invalid/x.png",
         "https://exa mple.com/",
+        "https://xn--/x.png",
+        "https://xn--a.com/x.png",
+        "https://xn--" + "9" * 200 + ".com/x.png",
+        "https://-\u00e9.com/x.png",
+        "https://a..b/x.png",
+        "https://" + "a" * 70 + ".com/x.png",
+        "https://127.0.0.1:99999/x.png",
     ],
 )
 def test_an_image_is_fetched_from_the_public_internet_only(source: str) -> None:
@@ -236,6 +247,21 @@ def test_a_server_that_sends_byte_by_byte_times_out(server: Server, dripped: byt
     with pytest.raises(ImageError, match=r"longer than 0\.5 s"):
         load_image(f"http://localhost:{server.server_port}/x.png", allowed=lambda address: True, seconds=0.5)
     assert time.monotonic() - started < 5
+
+
+def test_a_resolver_that_does_not_answer_counts_against_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def resolve(*_: object, **__: object) -> list[tuple[object, ...]]:
+        answered.wait(20)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    started = time.monotonic()
+    with pytest.raises(ImageError, match=r"longer than 0\.5 s"):
+        load_image("http://images.example.com/x.png", allowed=lambda address: True, seconds=0.5)
+    assert time.monotonic() - started < 5
+    answered.set()
 
 
 def test_every_broken_image_is_an_image_error() -> None:

@@ -77,3 +77,25 @@ def test_a_free_worker_takes_the_job_at_once() -> None:
 def test_a_job_with_a_hidden_input_counts_like_the_new_one() -> None:
     backlog = Backlog(waiting=[None], running=(), workers=0)
     assert estimated_time(job(), backlog, {render_kind(job()): 10.0}) == 20
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "workers", "seconds"),
+    [
+        (1, 0, 2, 10),  # one free worker for each
+        (2, 0, 2, 10 + 10),  # the third job waits for one render, not for the sum of two
+        (2, 1, 2, 10 + 10),  # free at 5 and 0: the two waiting jobs end at 10 and at 15
+        (0, 3, 2, 5 + 10),  # a third running job, whose worker is lost, needs one of the two workers
+        (3, 0, 4, 10),
+    ],
+)
+def test_each_job_goes_to_the_worker_that_is_free_first(waiting: int, running: int, workers: int, seconds: int) -> None:
+    backlog = Backlog(waiting=[job()] * waiting, running=[job()] * running, workers=workers)
+    assert estimated_time(job(), backlog, {render_kind(job()): 10.0}) == seconds
+
+
+def test_a_long_job_ahead_keeps_one_worker_only() -> None:
+    observed = {render_kind(job()): 100.0, render_kind(job(Resolution.P720, 5)): 10.0}
+    short = job(Resolution.P720, 5)
+    backlog = Backlog(waiting=[job(), short, short], running=(), workers=2)
+    assert estimated_time(short, backlog, observed) == 10 + 10 + 10

@@ -18,3 +18,13 @@ def upgrade() -> None:
         op.execute(
             "ALTER TABLE jobs SET (autovacuum_vacuum_scale_factor = 0.01, autovacuum_analyze_scale_factor = 0.02)"
         )
+
+
+def downgrade() -> None:
+    """`hunyuan downgrade-queue` calls this."""
+    if op.get_context().dialect.name == "postgresql":
+        op.execute("ALTER TABLE jobs RESET (autovacuum_vacuum_scale_factor, autovacuum_analyze_scale_factor)")
+    op.drop_index("jobs_by_idempotency_key", "jobs")
+    op.drop_index("jobs_by_finish", "jobs")
+    op.drop_column("jobs", "fingerprint")
+    op.drop_column("jobs", "idempotency_key")
