@@ -52,12 +52,13 @@ def encode(
     target: Target,
     on_frames: Callable[[int], None],
     on_start: Callable[[Callable[[], None]], None] = lambda _: None,
-) -> None:
+) -> tuple[int, int]:
     """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames that all have the same size.
 
-    Frames are scaled to cover the target's size and cropped evenly. After each chunk, `on_frames` gets the number of
-    frames that ffmpeg has read. `on_start` gets a function that kills ffmpeg, because a stopped ffmpeg blocks this
-    call. Errors of `chunks` are raised unchanged; the files are then incomplete.
+    Frames are scaled to cover the target's size and cropped evenly. Returns their (width, height) before that. After
+    each chunk, `on_frames` gets the number of frames that ffmpeg has read. `on_start` gets a function that kills
+    ffmpeg, because a stopped ffmpeg blocks this call. Errors of `chunks` are raised unchanged; the files are then
+    incomplete.
 
     Raises:
         DiskFullError: the disk is full.
@@ -90,6 +91,7 @@ def encode(
             raise _error(f"ffmpeg exited with code {process.returncode}", errors)
     if taken != target.num_frames:
         raise EncodeError(f"the model rendered {taken} frames instead of {target.num_frames}")
+    return width, height
 
 
 def _write(stdin: IO[bytes], first: Frames, rest: Iterable[Frames], on_frames: Callable[[int], None]) -> int:

@@ -45,8 +45,8 @@ class WorkerSettings(LogOptions):
     profile: Profile | None = Field(
         default=None,
         validation_alias="HUNYUAN_PROFILE",
-        description="Profile that the model `HunyuanVideo-1.5` uses: `fast`, `balanced` or `quality`. Default: the "
-        "fastest profile whose weights are present.",
+        description="Profile that the model `HunyuanVideo-1.5` uses: `turbo`, `fast`, `balanced` or `quality`. "
+        "Default: the fastest profile whose weights are present.",
     )
     cache_dir: Path | None = Field(
         default=None,
@@ -58,10 +58,11 @@ class WorkerSettings(LogOptions):
         validation_alias="HUNYUAN_ENABLE_FLASH_ATTN",
         description="Use flash-attn if it is installed, otherwise PyTorch's fastest attention kernel.",
     )
-    enable_sage_attn: bool = Field(
-        default=False,
+    enable_sage_attn: bool | None = Field(
+        default=None,
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
-        description="Use sageattention (8-bit, approximate) if it is installed, in preference to flash-attn.",
+        description="Use sageattention (8-bit, approximate) if it is installed, in preference to flash-attn. Default: "
+        "if the model `HunyuanVideo-1.5` is profile `turbo`.",
     )
     compile: bool | None = Field(
         default=None,

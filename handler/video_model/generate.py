@@ -272,7 +272,8 @@ def _configure(base: Base) -> None:
     pipeline, sampling = base.pipeline, base.checkpoint.sampling
     pipeline.set_progress_bar_config(disable=True)
     if base.image_encoder is not None:
-        pipeline.target_size = base.checkpoint.base_size
+        # Images come in the size of the video. diffusers would choose a size again, for some ratios another one.
+        pipeline.video_processor.calculate_default_height_width = _own_size
     else:
         pipeline.vision_num_semantic_tokens = 0  # text-to-video has no image: leaves out 729 masked tokens
     if sampling.shift is not None:
@@ -310,6 +311,10 @@ def _pass_cost(box: Window) -> float:
     A block has 24 D^2 operations for each token and 4 D for each pair of tokens, so that both are equal at 6 D tokens.
     """
     return float(box.tokens * (box.tokens + 6 * _WIDTH))
+
+
+def _own_size(height: int, width: int, target_size: int) -> tuple[int, int]:  # noqa: ARG001 - diffusers passes it
+    return height, width
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
