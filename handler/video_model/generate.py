@@ -6,7 +6,6 @@ The pipeline has no step callback and no argument for the guidance scale. This m
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,10 @@ from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.decode import decode
-from handler.video_model.memory import Budget, DoesNotFitError, Workload
+from handler.video_model.memory import Budget, DoesNotFitError
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
+from handler.video_model.workload import Workload, workload
 
 #: Frames that `render` yields at once: 8 of 1280x720 are 22 MB.
 _FRAMES_PER_CHUNK: Final = 8
@@ -103,11 +103,9 @@ class PipelineModel:
             torch.cuda.empty_cache()
 
     def workload(self, job_input: JobInput) -> Workload:
-        """The job's frames and the size of its largest stage."""
-        base, upscalers = self._route(job_input, from_image=False)
-        checkpoints = [base.checkpoint, *(upscaler.checkpoint for upscaler in upscalers)]
-        sizes = [_render_size(checkpoint, job_input, self.parts.shared) for checkpoint in checkpoints]
-        return Workload(num_frames(job_input.duration), max(sizes, key=math.prod))
+        """The job's stages, with their sizes and passes."""
+        routes = self.parts.routes if job_input.image is None else self.parts.image_routes
+        return workload(job_input, routes[job_input.model, job_input.resolution], self.parts.checkpoints)
 
     def _route(self, job_input: JobInput, *, from_image: bool) -> tuple[Base, list[Upscaler]]:
         routes = self.parts.image_routes if from_image else self.parts.routes

@@ -1,0 +1,75 @@
+"""Renders at the real dimensions on the meta device: every tensor and operation is counted, and nothing is computed.
+
+The transformers have one block, because all blocks need the same: `tests/integration/handler/test_counted_memory.py`
+shows that more of them change no peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from threading import Event
+from typing import Any
+
+import diffusers
+from PIL import Image
+
+from benchmarks.gpu_models import REAL, RandomModels
+from benchmarks.live import Count, counting
+from contract.job import JobInput, Profile
+from contract.result import Stage
+from handler.video_model.attention import NATIVE, use_mask_free_attention
+from handler.video_model.generate import PipelineModel
+from handler.video_model.parts import Parts
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a part of a render has at its peak: between two calls of `on_progress`, of which the later names it."""
+
+    stage: Stage
+    alive: int
+
+
+@lru_cache
+def meta_parts(profile: Profile, layers: int = 1) -> Parts:
+    """The checkpoints of a profile, also for images, on the meta device. A stage has one step, for it needs no more."""
+    diffusers.utils.logging.set_verbosity_error()
+    parts = RandomModels(replace(REAL, layers=layers), "meta").parts(profile, images=True)
+    for transformer in parts.transformers:
+        use_mask_free_attention(transformer, NATIVE)
+    stages = [upscaler.stage for upscaler in parts.upscalers.values()]
+    for scheduler in (*(base.pipeline.scheduler for base in parts.bases.values()), *(s.scheduler for s in stages)):
+        scheduler.index_for_timestep = lambda *_: 0  # it would look for the timestep's value
+    upscalers = {
+        name: replace(upscaler, stage=replace(upscaler.stage, sampling=replace(upscaler.stage.sampling, num_inference_steps=1)))
+        for name, upscaler in parts.upscalers.items()
+    }
+    return replace(parts, upscalers=upscalers)
+
+
+class _DecodingError(Exception):
+    """Ends a counted render before it decodes."""
+
+
+def count_latents(job_input: JobInput, parts: Parts) -> tuple[list[Peak], Count]:
+    """Counts a render up to its final latents."""
+    peaks: list[Peak] = []
+    model = PipelineModel(parts)
+    image = Image.new("RGB", (1280, 720)) if job_input.image is not None else None
+    with counting() as count:
+
+        def on_progress(stage: Stage, _: float) -> None:
+            peaks.append(Peak(stage, count.peak))
+            count.peak = count.alive
+            if stage is Stage.DECODING:
+                raise _DecodingError
+
+        try:
+            for _ in model.render(job_input, seed=1, on_progress=on_progress, cancelled=Event(), image=image):
+                pass
+        except _DecodingError:
+            pass
+    return peaks, count
