@@ -53,7 +53,7 @@ def encode_no_words(pipeline: HunyuanVideo15Pipeline) -> tuple[torch.Tensor, tor
 
 @contextmanager
 def untiled(vae: AutoencoderKLHunyuanVideo15) -> Iterator[None]:
-    """Makes the VAE encode an image in one piece inside the block, as the source does: tiles lack their surroundings."""
+    """Makes the VAE encode an image in one piece inside the block, as the source does. Tiles differ at their edges."""
     tiling, vae.use_tiling = vae.use_tiling, False
     try:
         yield

@@ -41,7 +41,7 @@ class Passes(BaseState):  # type: ignore[misc] # diffusers is untyped
         self.error = 0.0  # accumulated since the last computed step
         self.ratio = 1.0
         self.skipped = 0
-        self.modulated: torch.Tensor | None = None  # the input of the first block, normed, in the step before
+        self.modulated: Sequence[torch.Tensor] = ()  # the first block's normed input in the step before, in chunks
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,19 @@ class TeaCache:
         """See `Rule`."""
         before = passes.modulated
         parts = torch.split(entry.states, CHUNK, dim=1)
-        after = torch.cat([entry.block.norm1(part, emb=entry.temb)[0] for part in parts], dim=1)
-        passes.modulated = after
-        if before is not None and passes.step < entry.steps - 1:
-            distance = (after - before).abs().mean(dtype=torch.float32) / before.abs().mean(dtype=torch.float32)
-            passes.error += float(np.polyval(self.coefficients, distance.item()))
+        passes.modulated = [entry.block.norm1(part, emb=entry.temb)[0] for part in parts]
+        if before and passes.step < entry.steps - 1:
+            passes.error += float(np.polyval(self.coefficients, _relative_distance(passes.modulated, before)))
             if passes.error < self.threshold:
                 return False
         passes.error = 0.0
         return True
+
+
+def _relative_distance(after: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> float:
+    """The sum of the absolute differences, in units of the sum of the absolute numbers before."""
+    changed = sum((new - old).abs().sum(dtype=torch.float32) for new, old in zip(after, before, strict=True))
+    return float(changed / sum(old.abs().sum(dtype=torch.float32) for old in before))
 
 
 class _Block(ModelHook):  # type: ignore[misc] # diffusers is untyped
