@@ -306,6 +306,31 @@ def test_the_text_encoders_get_what_the_source_gives_them() -> None:
         assert built.tokenizer_2_max_length == 256
 
 
+def test_a_prompts_states_are_the_third_last_ones_without_the_system_message() -> None:
+    """The source's way by hand: chat template, padding on the right, 2 layers skipped, the first tokens cropped."""
+    pipeline = demo.build_pipeline()
+    model = PipelineModel(single_parts(demo.CHECKPOINT, pipeline))
+    prompt = 'A sign that says "OPEN" beside “closed”'
+    found = model._encode(prompt)
+
+    system = f"<|im_start|>system\n{pipeline.system_message}<|im_end|>\n"
+    chat = f"{system}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant"
+    crop = pipeline.prompt_template_encode_start_idx
+    length = crop + pipeline.tokenizer_max_length
+    tokens = pipeline.tokenizer(chat, return_tensors="pt", padding="max_length", max_length=length)
+    glyphs = pipeline.tokenizer_2(
+        'Text "OPEN". Text "closed". ', return_tensors="pt", padding="max_length", max_length=256
+    )
+    with torch.no_grad():
+        states = pipeline.text_encoder(**tokens, output_hidden_states=True).hidden_states[-3][:, crop:]
+        words = pipeline.text_encoder_2(glyphs.input_ids, attention_mask=glyphs.attention_mask.float())[0]
+    valid, shown = tokens.attention_mask[:, crop:], glyphs.attention_mask
+    assert torch.equal(found["prompt_embeds_mask"].long(), valid)
+    assert torch.equal(found["prompt_embeds_mask_2"].long(), shown)
+    assert torch.allclose(found["prompt_embeds"][valid.bool()], states[valid.bool()], atol=1e-5)
+    assert torch.allclose(found["prompt_embeds_2"][shown.bool()], words[shown.bool()], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("prompt", "formatted"),
     [
