@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 from torch import nn
 
-from handler.video_model.attention import NATIVE, use_fast_causal_mask, use_mask_free_attention
+from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.weights.convert import convert_transformer
 from tests.support.golden import digest, noise, weights
 from tests.support.original_layout import original
@@ -94,7 +94,6 @@ def test_the_vae_encodes_and_decodes_as_the_source_does() -> None:
         upsample_match_channel=False,
     ).eval()
     vae.load_state_dict(named_weights(vae))
-    use_fast_causal_mask(vae)
     with torch.no_grad():
         computed = {
             "decode": vae.decode(2 * noise("latents", 1, 8, 3, 4, 5)).sample,
