@@ -125,7 +125,8 @@ class Worker:
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         job_input = parse_input(job.input)
-        check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
+        model = self._model
+        check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits)
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
 
@@ -151,7 +152,9 @@ class Worker:
         with job_directory(self._work_dir) as directory:
             frames = num_frames(job_input.duration)
             target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
-            with watch.rendering(self._watchdog.limits(job_input, is_demo=self._model.name == DEMO_MODEL)):
+            expected = self._model.expected_seconds(job_input)
+            is_demo = self._model.name == DEMO_MODEL
+            with watch.rendering(self._watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
                 self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()

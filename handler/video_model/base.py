@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from contract.job import JobInput
+from contract.job import JobInput, SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
 
@@ -51,6 +51,10 @@ class VideoModel(Protocol):
         """Whether a video may start from an image."""
 
     @property
+    def limits(self) -> Sequence[SamplingLimits]:
+        """What a request may not change, because a checkpoint is distilled."""
+
+    @property
     def approximations(self) -> Sequence[str]:
         """Names of the approximations in use."""
 
@@ -61,6 +65,9 @@ class VideoModel(Protocol):
     @property
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
+
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        """Seconds that the render should take, calculated; None if the speed of this machine is unknown."""
 
     def render(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from handler.video_model.dimensions import HALF, TRANSFORMER, VAE, Transformer, Vae
+from handler.video_model.memory import WHOLE, tile_latents, tiles
 from handler.video_model.workload import IMAGE_TOKENS, USUAL_TEXT, Stage, Workload
 
 #: Parameters of Qwen's layers, which see the prompt padded to this many tokens; the embedding only looks up.
@@ -139,22 +140,28 @@ class Speed:
         return work.attention / self.attention + work.other / self.other
 
 
-def render_seconds(video: Workload, speed: Speed, *, streamed: bool = False) -> Mapping[str, float]:
+def render_seconds(video: Workload, speed: Speed, *, streamed: bool = False, tile: int = WHOLE) -> Mapping[str, float]:
     """Seconds of each stage, by the names of `contract.result.Stage`. Encoding to MP4 runs beside decoding.
 
-    With `streamed` transformers, a pass takes at least as long as the copy of the weights to the GPU.
+    With `streamed` transformers, a pass takes at least as long as the copy of the weights to the GPU. Tiles of the VAE
+    overlap, so that it decodes more pixels.
     """
     copy = TRANSFORMER.parameters(video.stages[0].channels, meanflow=False) * HALF / speed.bus if streamed else 0.0
 
     def denoising(stage: Stage) -> float:
-        computed = speed.seconds(stage_work(stage, from_image=video.from_image))
-        return max(computed, stage.passes * copy)
+        return max(speed.seconds(stage_work(stage, from_image=video.from_image)), stage.passes * copy)
 
     base, *upscalers = video.stages
-    decoding = decode_work(video.stages[-1].latents)
+    again = tiles(video, tile) * tile_latents(video, tile) / tile_latents(video, WHOLE)
     return {
         "encoding_prompt": speed.seconds(prompt_work()),
         "denoising": denoising(base),
         "upscaling": sum(map(denoising, upscalers)),
-        "decoding": speed.seconds(decoding),
+        "decoding": speed.seconds(decode_work(video.stages[-1].latents)) * again,
     }
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The data sheet of the GPU with this name, as CUDA or a user says it: "NVIDIA GeForce RTX 4090", "h100"."""
+    plain = name.replace(" ", "").replace("-", "").upper()
+    return next((gpu for gpu in GPUS.values() if gpu.name in plain), None)

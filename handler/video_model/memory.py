@@ -92,16 +92,17 @@ class PlacementPlan:
         return f"text encoders {self.text_encoders}, transformers {self.transformers}, VAE {self.vae} with {tiles}"
 
 
-#: Fastest first. The text encoders run once per prompt, and smaller tiles cost less time than uncompiled blocks.
+#: Fastest first. To copy the text encoders once per prompt costs less time than tiles, whose overlap is decoded twice, and
+#: tiles cost less than blocks that cannot be compiled.
 PLANS: Final = tuple(
     PlacementPlan(text, transformers, vae, tile)
-    for text, transformers, vae in (
-        (Placement.RESIDENT, Placement.RESIDENT, Placement.RESIDENT),
-        (Placement.STREAMED, Placement.RESIDENT, Placement.RESIDENT),
-        (Placement.STREAMED, Placement.STREAMED, Placement.RESIDENT),
-        (Placement.STREAMED, Placement.STREAMED, Placement.STREAMED),
+    for text, transformers, vae, sides in (
+        (Placement.RESIDENT, Placement.RESIDENT, Placement.RESIDENT, (WHOLE,)),
+        (Placement.STREAMED, Placement.RESIDENT, Placement.RESIDENT, TILES),
+        (Placement.STREAMED, Placement.STREAMED, Placement.RESIDENT, TILES),
+        (Placement.STREAMED, Placement.STREAMED, Placement.STREAMED, TILES),
     )
-    for tile in TILES
+    for tile in sides
 )
 #: The plan that takes the least GPU memory for every video.
 SMALLEST: Final = PLANS[-1]
@@ -138,7 +139,7 @@ def image_bytes(stage: Stage) -> int:
 
 def decoding_bytes(video: Workload, tile: int) -> int:
     """Tensors of a streaming decode: the larger of its two parts, for one tile. Only the first grows with the duration."""
-    pixels = _tile_latents(video, tile)
+    pixels = tile_latents(video, tile)
     widest = VAE.channels[0]
     # 1. The stem, for the whole duration in the resolution of the latents: input, norm, query, key, value and one copy.
     stem = 6 * widest * video.latent_frames * pixels * HALF
@@ -161,7 +162,7 @@ def history_bytes(pixels: int) -> int:
     return 2 * channels * pixels * HALF
 
 
-def _tile_latents(video: Workload, tile: int) -> int:
+def tile_latents(video: Workload, tile: int) -> int:
     """Latent pixels of the largest tile."""
     _, height, width = video.stages[-1].latents
     side = tile // VAE.spatial or max(height, width)
@@ -169,9 +170,10 @@ def _tile_latents(video: Workload, tile: int) -> int:
 
 
 def tiles(video: Workload, tile: int) -> int:
-    """Tiles of the picture."""
+    """Tiles of the picture. Those at the right and at the lower edge may be smaller."""
     _, height, width = video.stages[-1].latents
-    if tile == WHOLE:
+    side = tile // VAE.spatial
+    if tile == WHOLE or (height <= side and width <= side):
         return 1
     step = int(tile * (1 - _SEAM)) // VAE.spatial
     return math.ceil(height / step) * math.ceil(width / step)
@@ -252,7 +254,7 @@ def host_memory(plan: PlacementPlan, weights: Weights, video: Workload) -> HostM
         (weights.vae_encoder, plan.vae),
     )
     pinned = [part for part, where in placed if where is Placement.STREAMED]
-    pixels, count = _tile_latents(video, plan.tile), tiles(video, plan.tile)
+    pixels, count = tile_latents(video, plan.tile), tiles(video, plan.tile)
     stems = VAE.channels[0] * video.latent_frames * pixels * HALF * count
     parked = stems + (history_bytes(pixels) * count if count > 1 else 0)
     decoder = weights.vae_decoder.bytes if plan.vae is Placement.STREAMED else 0

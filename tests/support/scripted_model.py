@@ -9,7 +9,7 @@ from threading import Event
 import numpy as np
 from PIL import Image
 
-from contract.job import DEFAULT_MODEL, JobInput, num_frames
+from contract.job import DEFAULT_MODEL, JobInput, SamplingLimits, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, OnProgress, RenderCancelledError
@@ -28,8 +28,10 @@ class ScriptedModel:
     models = (DEFAULT_MODEL,)
     attention = "none"
     takes_images = True
+    limits: Sequence[SamplingLimits] = ()
     approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
+    seconds_by_duration: Mapping[int, float] = {}
 
     def __init__(self, before_step: Callable[[int], object] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step
@@ -65,6 +67,9 @@ class ScriptedModel:
             self.before_frames(left)
             yield np.repeat(picture[None], min(left, 8), axis=0)
             left -= 8
+
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        return self.seconds_by_duration.get(job_input.duration)
 
     def gpu(self) -> Gpu | None:
         return None
