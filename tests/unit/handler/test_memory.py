@@ -98,7 +98,7 @@ def test_streamed_weights_are_pinned_in_host_memory_and_rounding_takes_more() ->
 
 
 def test_a_host_with_too_little_memory_is_refused_with_a_sentence() -> None:
-    with pytest.raises(DoesNotFitError, match=r"it takes 7\d\.\d GB of host memory .* may use 41\.0 GB; give"):
+    with pytest.raises(DoesNotFitError, match=r"it takes 6\d\.\d GB of host memory .* may use 41\.0 GB; give"):
         budget(24 * GB, FAST, [video(P720, 5)], host=41 * GB)
     assert budget(80 * GB, FAST, [video(P720, 5)], host=41 * GB).plan == PLANS[0], "nothing is streamed"
 
