@@ -44,7 +44,9 @@ def meta_parts(profile: Profile, layers: int = 1) -> Parts:
     for scheduler in (*(base.pipeline.scheduler for base in parts.bases.values()), *(s.scheduler for s in stages)):
         scheduler.index_for_timestep = lambda *_: 0  # it would look for the timestep's value
     upscalers = {
-        name: replace(upscaler, stage=replace(upscaler.stage, sampling=replace(upscaler.stage.sampling, num_inference_steps=1)))
+        name: replace(
+            upscaler, stage=replace(upscaler.stage, sampling=replace(upscaler.stage.sampling, num_inference_steps=1))
+        )
         for name, upscaler in parts.upscalers.items()
     }
     return replace(parts, upscalers=upscalers)

@@ -117,7 +117,10 @@ class RandomModels:
                 "tokenizer_2": ByT5Tokenizer(),
             }
         if from_image:
-            components |= {"image_encoder": self._made(self._siglip), "feature_extractor": SiglipImageProcessorPil(size={"height": 384, "width": 384})}
+            components |= {
+                "image_encoder": self._made(self._siglip),
+                "feature_extractor": SiglipImageProcessorPil(size={"height": 384, "width": 384}),
+            }
         pipeline = (HunyuanVideo15ImageToVideoPipeline if from_image else HunyuanVideo15Pipeline)(**components)
         for name in ("system_message", "prompt_template_encode_start_idx"):
             setattr(pipeline, name, getattr(built, name))

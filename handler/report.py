@@ -110,7 +110,10 @@ class Reporter:
 def _estimates(model: VideoModel) -> tuple[RenderEstimate, ...]:
     """Of every kind of job that the model renders."""
     kinds = product(model.models, Resolution, range(MIN_DURATION, MAX_DURATION + 1))
-    jobs = (JobInput(prompt="A job of this kind", model=name, resolution=size, duration=length) for name, size, length in kinds)
+    jobs = (
+        JobInput(prompt="A job of this kind", model=name, resolution=size, duration=length)
+        for name, size, length in kinds
+    )
     return tuple(
         RenderEstimate(model=job.model, resolution=job.resolution, duration=job.duration, seconds=round(seconds, 1))
         for job in jobs

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -87,7 +87,9 @@ def weights_of(parts: Parts) -> Weights:
 
 def _by_layers(*modules: torch.nn.Module) -> Part:
     """Parts that are streamed layer by layer: two neighbouring ones are on the GPU at once."""
-    sizes = [[bytes_of(layer) for layer in module.modules() if next(layer.children(), None) is None] for module in modules]
+    sizes = [
+        [bytes_of(layer) for layer in module.modules() if next(layer.children(), None) is None] for module in modules
+    ]
     passing = max(sum(pair) for of_one in sizes for pair in pairwise([*of_one, 0]))
     return Part(sum(map(bytes_of, modules)), passing, sum(map(rounded_bytes_of, modules)))
 
@@ -101,18 +103,24 @@ def _by_blocks(transformers: Sequence[torch.nn.Module]) -> Part:
 def _placements(parts: Parts, plan: PlacementPlan) -> list[tuple[torch.nn.Module, Placement, Grouping]]:
     shared = parts.shared
     towers = [base.image_encoder for base in parts.bases.values() if base.image_encoder is not None]
-    placements: list[tuple[torch.nn.Module, Placement, Grouping]] = [
+    return [
         (shared.text_encoder, plan.text_encoders, "leaf_level"),
         (shared.text_encoder_2, plan.text_encoders, "leaf_level"),
         *((tower, plan.text_encoders, "leaf_level") for tower in towers),
         *((transformer, plan.transformers, "block_level") for transformer in parts.transformers),
         *((upscaler.stage.upsampler, Placement.RESIDENT, "leaf_level") for upscaler in parts.upscalers.values()),
+        *_vae_placements(shared.vae, plan.vae),
     ]
-    if shared.vae.encoder is not None:
-        placements.append((shared.vae.encoder, plan.vae, "leaf_level"))
-    if plan.vae is Placement.RESIDENT:  # `decode` copies the decoder to the GPU for as long as it decodes
-        placements.append((shared.vae.decoder, plan.vae, "leaf_level"))
-    return placements
+
+
+def _vae_placements(vae: Any, placement: Placement) -> list[tuple[torch.nn.Module, Placement, Grouping]]:
+    """A streamed decoder stays in host memory, because `decode` copies it: each latent frame needs all its weights.
+
+    The encoder is streamed by its own forward pass. The VAE's own `forward`, which encodes and decodes, never runs.
+    """
+    if placement is Placement.RESIDENT:
+        return [(vae, placement, "leaf_level")]
+    return [] if vae.encoder is None else [(vae.encoder, placement, "leaf_level")]
 
 
 def place_all(placements: Sequence[tuple[torch.nn.Module, Placement, Grouping]], device: torch.device) -> None:

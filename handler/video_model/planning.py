@@ -65,7 +65,9 @@ def published_weights(profile: Profile, *, images: bool) -> Weights:
     latent, bases = TRANSFORMER.latent_channels, len(names) - len(upscalers)
     base = HALF * TRANSFORMER.parameters(2 * latent + 1, meanflow=False)
     stage = HALF * TRANSFORMER.parameters(3 * latent + 2, meanflow=True)
-    outside = TRANSFORMER.outside_parameters(*((3 * latent + 2,) if upscalers else (2 * latent + 1,)), meanflow=bool(upscalers))
+    outside = TRANSFORMER.outside_parameters(
+        *((3 * latent + 2,) if upscalers else (2 * latent + 1,)), meanflow=bool(upscalers)
+    )
     decoder = HALF * VAE.decoder_parameters
     return Weights(
         text_encoders=_TEXT_ENCODERS,

@@ -82,9 +82,7 @@ def downgrade_queue(revision: str) -> None:
         main(revision)
 
 
-def plan(
-    gpu: str, *, vram: float | None, share: float | None, sage: bool, from_image: bool
-) -> list[dict[str, object]]:
+def plan(gpu: str, *, vram: float | None, share: float | None, sage: bool, from_image: bool) -> list[dict[str, object]]:
     """What every kind of job needs on a GPU. Loads no PyTorch.
 
     Raises:

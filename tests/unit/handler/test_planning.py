@@ -58,7 +58,9 @@ def test_the_vae_has_the_stated_parameters() -> None:
 def test_the_published_weights_are_those_of_the_modules(profile: Profile) -> None:
     found, stated = weights_of(meta_parts(profile, TRANSFORMER.layers)), published_weights(profile, images=True)
     for name in ("text_encoders", "transformers", "vae_decoder", "vae_encoder", "vision"):
-        for counted, said in zip(vars(getattr(found, name)).values(), vars(getattr(stated, name)).values(), strict=True):
+        for counted, said in zip(
+            vars(getattr(found, name)).values(), vars(getattr(stated, name)).values(), strict=True
+        ):
             assert counted == pytest.approx(said, rel=1e-3), name
     assert found.small == stated.small
 
