@@ -6,12 +6,9 @@ shows that more of them change no peak.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Event
-from typing import Any
 
 import diffusers
 from PIL import Image
@@ -27,7 +24,7 @@ from handler.video_model.parts import Parts
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that a part of a render has at its peak: between two calls of `on_progress`, of which the later names it."""
+    """Bytes alive at the peak between two calls of `on_progress`, of which the later names the stage."""
 
     stage: Stage
     alive: int

@@ -4,7 +4,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-#: Segments that grow fragment less over videos of many sizes. Pinned blocks above 1 MB get their exact size: without this,
+#: Segments that grow fragment less over videos of many sizes. Pinned blocks above 1 MB get their exact size: otherwise
 #: PyTorch rounds each up to a power of two, and a streamed profile takes a third more host memory.
 #: Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (Optimizing memory usage).
 CONFIGURATION: Final = "expandable_segments:True,pinned_max_round_threshold_mb:1"

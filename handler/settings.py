@@ -106,8 +106,8 @@ class WorkerSettings(LogOptions):
         gt=0,
         le=1,
         validation_alias="HUNYUAN_GPU_SHARE",
-        description="Share of its peak that the GPU reaches, for estimated times; `make bench-gpu` measures it. Default: "
-        "0.6, and 0.5 on an L40S or a B200.",
+        description="Share of its peak that the GPU reaches, for estimated times; `make bench-gpu` measures it. "
+        "Default: 0.6, and 0.5 on an L40S or a B200.",
     )
     work_dir: Path | None = Field(
         default=None,
@@ -133,7 +133,7 @@ class WorkerSettings(LogOptions):
         gt=0,
         validation_alias="HUNYUAN_RENDER_TIMEOUT",
         description="Seconds after which a render is stopped and its task is queued again, even if it makes progress. "
-        "Default: derived from resolution, duration and steps, so that the slowest supported GPU finishes.",
+        "Default: ten times what is calculated for this GPU, or what the slowest supported GPU needs.",
     )
     report_url: str | None = Field(
         default=None,

@@ -1,7 +1,7 @@
-"""How long a video takes on a GPU: operations of every stage, in closed form, over what the GPU reaches. Imports no torch.
+"""How long a video takes on a GPU: operations of every stage, in closed form, over what it reaches. Imports no torch.
 
-An operation is a floating-point addition or multiplication. `tests/unit/handler/test_cost.py` compares the operations of
-each stage with those that the modules themselves perform on the meta device. The seconds are calculated: the peaks are
+An operation is a floating-point addition or multiplication. `tests/unit/handler/test_planning.py` compares those of
+each stage with what the modules themselves perform on the meta device. The seconds are calculated: the peaks are
 from data sheets, and the share of them that a GPU reaches is an assumption until `make bench-gpu` has measured it.
 """
 
@@ -35,7 +35,7 @@ class Gpu:
 
 
 #: Dense bf16 with accumulation in 32 bits, from NVIDIA's data sheets, which state twice these numbers where they assume
-#: sparsity. PCIe 4.0 x16 reaches 25 GB/s, PCIe 5.0 x16 twice that. `share` is assumed: 0.6, or 0.5 where the power limit
+#: sparsity. PCIe 4.0 x16 reaches 25 GB/s, PCIe 5.0 x16 twice that. `share` is assumed: 0.6, or 0.5 where a power limit
 #: (L40S) or the age of its kernels (B200) lets us expect less.
 GPUS: Final[Mapping[str, Gpu]] = {
     gpu.name: gpu

@@ -19,7 +19,6 @@ from handler.video_model.catalog import known_name
 from handler.video_model.causal_decoder import use_frame_causal_attention
 from handler.video_model.checkpoints import read_checkpoints, single_parts
 from handler.video_model.compilation import compile_blocks, should_compile
-from handler.video_model.cost import Speed, gpu_named
 from handler.video_model.generate import PipelineModel
 from handler.video_model.memory import Budget
 from handler.video_model.parts import Parts

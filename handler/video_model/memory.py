@@ -1,11 +1,11 @@
 """Plans where each part of a model is kept, from the free GPU memory and the host memory. Pure arithmetic.
 
-A part is RESIDENT on the GPU, or STREAMED: kept in host memory and copied when it computes. Transformers and encoders are
-copied block by block or layer by layer, the next one while this one computes; the VAE's decoder is copied whole, because
-it is used once. At real size a transformer pass takes seconds, but the copy of its 17 GB takes less than a second over
-PCIe 4 x16, so the copy costs no time.
+A part is RESIDENT on the GPU, or STREAMED: kept in host memory and copied when it computes. Transformers and encoders
+are copied block by block or layer by layer, the next one while this one computes. The VAE's decoder is copied whole,
+because it is used once. At real size a transformer pass takes seconds, but the copy of its 17 GB takes less than a
+second over PCIe 4 x16, so the copy costs no time.
 
-Each `_bytes` function below counts the tensors that are alive at the peak of one part of a render, in uncompiled code; a
+Each `_bytes` function counts the tensors that are alive at the peak of one part of a render, in uncompiled code; a
 compiled block needs less. `tests/integration/handler/test_counted_memory.py` compares them with the real code at real
 dimensions, where every tensor is counted on the meta device: the plan is at least the count, and at most 1.15 times it.
 """
@@ -20,10 +20,10 @@ from handler.video_model.dimensions import HALF, SINGLE, TRANSFORMER, UPSAMPLERS
 from handler.video_model.workload import IMAGE_TOKENS, LONGEST_TEXT, Stage, Workload
 
 _GB: Final = 1e9
-#: GPU memory that no tensor of ours takes: CUDA's context (0.5 GB on an H100), workspaces of cuBLAS, cuDNN and attention
-#: kernels, and what PyTorch's allocator loses to fragmentation. Assumed.
+#: GPU memory that no tensor of ours takes: CUDA's context (0.5 GB on an H100), workspaces of cuBLAS, cuDNN and
+#: attention kernels, and what PyTorch's allocator loses to fragmentation. Assumed.
 OVERHEAD: Final = 1_200_000_000
-#: Host memory of a worker before any weights are pinned: Python, PyTorch, CUDA's libraries, ffmpeg and its frames. Assumed.
+#: Host memory of a worker before any weights are pinned: Python, PyTorch, CUDA's libraries, ffmpeg. Assumed.
 HOST_OVERHEAD: Final = 4_000_000_000
 #: The fraction of a tile that is blended with each neighbour.
 _SEAM: Final = 0.25
@@ -92,7 +92,7 @@ class PlacementPlan:
         return f"text encoders {self.text_encoders}, transformers {self.transformers}, VAE {self.vae} with {tiles}"
 
 
-#: Fastest first. To copy the text encoders once per prompt costs less time than tiles, whose overlap is decoded twice, and
+#: Fastest first. To copy the text encoders once per prompt costs less time than tiles, whose overlap is decoded twice;
 #: tiles cost less than blocks that cannot be compiled.
 PLANS: Final = tuple(
     PlacementPlan(text, transformers, vae, tile)
@@ -128,7 +128,8 @@ def _loop_bytes(stage: Stage) -> int:
 
 def upsampling_bytes(stage: Stage) -> int:
     """Tensors of the upsampler before a stage, in float32: five of its width."""
-    return stage.tokens * (5 * UPSAMPLERS[stage.checkpoint].width + 3 * TRANSFORMER.latent_channels) * SINGLE
+    published = UPSAMPLERS.get(stage.checkpoint, UPSAMPLERS["1080p_sr_distilled"])
+    return stage.tokens * (5 * published.width + 3 * TRANSFORMER.latent_channels) * SINGLE
 
 
 def image_bytes(stage: Stage) -> int:
@@ -138,7 +139,7 @@ def image_bytes(stage: Stage) -> int:
 
 
 def decoding_bytes(video: Workload, tile: int) -> int:
-    """Tensors of a streaming decode: the larger of its two parts, for one tile. Only the first grows with the duration."""
+    """Tensors of a streaming decode: the larger of its two parts, for one tile. Only the first grows with time."""
     pixels = tile_latents(video, tile)
     widest = VAE.channels[0]
     # 1. The stem, for the whole duration in the resolution of the latents: input, norm, query, key, value and one copy.
@@ -241,7 +242,7 @@ class HostMemory:
 
     @property
     def total(self) -> int:
-        """With pinned blocks of the exact size, which `handler.allocator` sets."""
+        """With pinned blocks of the exact size, which `handler.allocator` sets up."""
         return HOST_OVERHEAD + self.pinned + self.parked
 
 
@@ -297,7 +298,7 @@ def budget(
     if chosen is None:
         least = min(needed.values())
         raise DoesNotFitError(
-            f"it takes {least / _GB:.1f} GB of host memory for the weights that this GPU cannot hold, and the worker may "
-            f"use {(host or 0) / _GB:.1f} GB; give the machine or the container more, or offer fewer checkpoints"
+            f"it takes {least / _GB:.1f} GB of host memory for the weights that this GPU cannot hold, and the worker "
+            f"may use {(host or 0) / _GB:.1f} GB; give the machine or the container more, or offer fewer checkpoints"
         )
     return Budget(free, weights, chosen)

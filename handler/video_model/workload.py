@@ -11,7 +11,7 @@ from contract.job import JobInput, Resolution, num_frames
 from handler.video_model.catalog import Checkpoint, Route, trained_size
 from handler.video_model.dimensions import TRANSFORMER, VAE
 
-#: Tokens of the longest text that the pipeline passes on: 1000 of Qwen's, and 256 of ByT5's for words in quotation marks.
+#: Tokens of the longest text that the pipeline passes on: Qwen's, and ByT5's for words in quotation marks.
 LONGEST_TEXT: Final = 1000, 256
 #: Tokens of the vision tower's states of an image.
 IMAGE_TOKENS: Final = 729
@@ -82,20 +82,21 @@ def workload(job_input: JobInput, route: Route, checkpoints: Mapping[str, Checkp
     wide, high = map(int, job_input.aspect_ratio.split(":"))
     frames = num_frames(job_input.duration)
 
-    def stage(checkpoint: Checkpoint) -> Stage:
+    def stage(name: str) -> Stage:
+        checkpoint = checkpoints[name]
         width, height = trained_size(checkpoint.base_size, wide, high, VAE.spatial)
         latents = (frames - 1) // VAE.temporal + 1, height // VAE.spatial, width // VAE.spatial
         sampling = checkpoint.sampling
-        if checkpoint.is_super_resolution:
+        if name in route.super_resolution:
             windows = _windows(route, latents)
-            return Stage(checkpoint.name, latents, windows, sampling.num_inference_steps, False, True)
+            return Stage(name, latents, windows, sampling.num_inference_steps, False, True)
         steps = job_input.num_inference_steps or sampling.num_inference_steps
         # A checkpoint without a guidance scale of its own has that of its pipeline, which is above 1.
         guidance = job_input.guidance_scale or sampling.guidance_scale
         guided = guidance is None or guidance > 1
-        return Stage(checkpoint.name, latents, (latents[0] * latents[1] * latents[2],), steps, guided, False)
+        return Stage(name, latents, (latents[0] * latents[1] * latents[2],), steps, guided, False)
 
-    stages = tuple(stage(checkpoints[name]) for name in route.checkpoints)
+    stages = tuple(map(stage, route.checkpoints))
     return Workload(frames, stages, job_input.image is not None)
 
 

@@ -16,14 +16,10 @@ Without PYTORCH_ALLOC_CONF, which the worker sets, pinned memory takes the host 
 
 def plan(
     gpu: Annotated[str, typer.Option(help="RTX4090, L40S, A100, H100, H200 or B200.")] = "H100",
-    vram: Annotated[
-        float | None, typer.Option(help="GPU memory in GB, if not the GPU's own.", show_default=False)
-    ] = None,
+    vram: Annotated[float | None, typer.Option(help="GPU memory in GB, if not all of it.", show_default=False)] = None,
     share: Annotated[
         float | None,
-        typer.Option(
-            min=0.01, max=1.0, help="Share of its peak that the GPU reaches, as measured.", show_default=False
-        ),
+        typer.Option(min=0.01, max=1.0, help="Share of its peak that the GPU reaches.", show_default=False),
     ] = None,
     sage: Annotated[bool, typer.Option("--sage", help="Compute with 8-bit attention (sageattention).")] = False,
     image: Annotated[bool, typer.Option("--image", help="Of videos that start from an image.")] = False,
