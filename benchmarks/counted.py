@@ -6,6 +6,7 @@ shows that more of them change no peak.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Event
@@ -15,11 +16,13 @@ from PIL import Image
 
 from benchmarks.gpu_models import REAL, RandomModels
 from benchmarks.live import Count, counting
-from contract.job import JobInput, Profile
+from contract.job import JobInput, Profile, Resolution
 from contract.result import Stage
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.generate import PipelineModel
+from handler.video_model.memory import denoising_bytes
 from handler.video_model.parts import Parts
+from handler.video_model.workload import kind_of_job
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,20 @@ def count_latents(job_input: JobInput, parts: Parts) -> tuple[list[Peak], Count]
         except _DecodingError:
             pass
     return peaks, count
+
+
+def dry_run(kinds: Iterable[tuple[Profile, Resolution, int]]) -> Iterator[str]:
+    """A line for each kind of job: what its render makes up to the latents, counted, beside what the plan says."""
+    yield "| profile | video | counted GB | planned GB | PFLOP of one step and one block a stage, counted |"
+    yield "|---|---|---|---|---|"
+    for profile, resolution, duration in kinds:
+        job_input = kind_of_job(resolution, duration).model_copy(update={"num_inference_steps": 1})
+        parts = meta_parts(profile)
+        seen, count = count_latents(job_input, parts)
+        video = PipelineModel(parts).workload(job_input)
+        planned = max(denoising_bytes(stage, from_image=False) for stage in video.stages)
+        counted = max(peak.alive for peak in seen)
+        yield (
+            f"| {profile} | {resolution} {duration} s | {counted / 1e9:.1f} | {planned / 1e9:.1f} "
+            f"| {count.operations / 1e15:.3f} |"
+        )

@@ -74,10 +74,10 @@ def test_what_ready_workers_expect_applies_before_the_first_render() -> None:
         "silent": report(WorkerState.READY),
         "loading": report(WorkerState.LOADING, 5000.0),
     }
-    expected = Workers(reports_by_id=reports).estimates
+    expected = Workers(3, 1, 0, reports).estimates
     assert render_seconds(job(), expected) == 90, "of several workers, the slowest"
     assert render_seconds(job(), {**expected, render_kind(job()): 80.0}) == 80
-    assert Workers(reports_by_id={}).estimates == {}
+    assert Workers(0, 0, 0).estimates == {}
 
 
 def test_the_jobs_ahead_are_added() -> None:
