@@ -323,7 +323,8 @@ def _table(facts: dict[str, Any], cells: Sequence[Cell]) -> str:
         note = cell.problem or f"{cell.steps_timed} base steps timed"
         lines.append(
             f"| {cell.profile} | {cell.resolution} {cell.duration} s | {passes} "
-            f"| {cell.total:.1f}, {cell.calculated:.1f} | {cell.reference} | {cell.peak_gb:.1f}, {cell.planned_gb:.1f} | {note} |"
+            f"| {cell.total:.1f}, {cell.calculated:.1f} | {cell.reference} "
+            f"| {cell.peak_gb:.1f}, {cell.planned_gb:.1f} | {note} |"
         )
     gpu = gpu_named(str(facts["device"]))
     shares = [each.tflops / gpu.tflops for cell in cells for each in cell.passes] if gpu is not None else []

@@ -9,9 +9,10 @@ from hunyuan.cli import launch
 from hunyuan.cli.exits import AsJson, ExitCode, fail
 
 _NOTES: Final = """\
-Calculated: seconds are operations over the share of the GPU's peak that is assumed or given by --share;
-VRAM and host RAM are the worker's at its peak. Parts that are not resident are copied while they compute.
-Without PYTORCH_ALLOC_CONF, which the worker sets, pinned memory takes the host RAM in brackets."""
+Calculated: seconds are operations over the share of the GPU's peak that is assumed or given by
+--share; VRAM and host RAM are the worker's at its peak. Parts that are not resident are copied
+while they compute. Without PYTORCH_ALLOC_CONF, which the worker sets, pinned memory takes the
+host RAM in brackets."""
 
 
 def plan(
