@@ -24,6 +24,7 @@ KNOWN_VARIABLES: Final = frozenset(
         "HUNYUAN_DATA_DIR",
         "HUNYUAN_ENABLE_FLASH_ATTN",
         "HUNYUAN_ENABLE_SAGE_ATTN",
+        "HUNYUAN_GPU_SHARE",
         "HUNYUAN_HISTORY_TTL",
         "HUNYUAN_HOST",
         "HUNYUAN_LOG_FORMAT",

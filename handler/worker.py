@@ -33,16 +33,15 @@ from storage.videos import Videos
 
 #: How long a finished video is kept and stored again, unless HUNYUAN_STORE_PATIENCE says otherwise.
 _STORE_RETRIES: Final = RetryPolicy(first=1.0, longest=30.0, total=600.0)
-#: Percent at which each stage begins and ends. DENOISING and UPSCALING share one span. DECODING has two: the model
-#: decodes before the first frame is encoded, see _ENCODING_SPAN.
+#: Percent at which each stage begins and ends. DENOISING and UPSCALING share one span. DECODING covers the encoder,
+#: which takes frames while the model decodes the next ones.
 _SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
     Stage.ENCODING_PROMPT: (0, 2),
     Stage.DENOISING: (2, 80),
     Stage.UPSCALING: (2, 80),
-    Stage.DECODING: (80, 90),
+    Stage.DECODING: (80, 97),
     Stage.STORING: (97, 99),
 }
-_ENCODING_SPAN: Final = (90, 97)
 #: Seconds between two reports in the same stage: while the percentage rises, and while it does not. The second kind
 #: shows that the worker is alive.
 _REPORT_INTERVAL: Final = 1.0
@@ -125,7 +124,8 @@ class Worker:
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         job_input = parse_input(job.input)
-        check_offered(job_input, self._model.models, takes_images=self._model.takes_images)
+        model = self._model
+        check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits)
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
 
@@ -151,7 +151,9 @@ class Worker:
         with job_directory(self._work_dir) as directory:
             frames = num_frames(job_input.duration)
             target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
-            with watch.rendering(self._watchdog.limits(job_input, is_demo=self._model.name == DEMO_MODEL)):
+            expected = self._model.expected_seconds(job_input)
+            is_demo = self._model.name == DEMO_MODEL
+            with watch.rendering(self._watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
                 rendered = self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()
@@ -186,6 +188,8 @@ class Worker:
                 raise RenderCancelledError("cancelled while ffmpeg encoded") from exc
             log.error("ffmpeg failed to encode the frames: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
+        finally:
+            frames.close()  # a render that is not finished holds GPU memory
 
     def _manifest(
         self,
@@ -295,7 +299,7 @@ class _Meter:
     def encoded(self, fraction: float) -> None:
         """This fraction of the video is encoded."""
         self._watch.advance()
-        self._advance(Stage.DECODING, _ENCODING_SPAN, fraction)
+        self._advance(Stage.DECODING, _SPANS[Stage.DECODING], fraction)
 
     def keep_alive(self) -> None:
         """Nothing has changed. Reports the same again from time to time."""

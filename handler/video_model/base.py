@@ -1,6 +1,6 @@
 """The protocol between the worker and a model. Imports nothing heavy."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from contract.job import JobInput
+from contract.job import JobInput, SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
 
@@ -51,6 +51,10 @@ class VideoModel(Protocol):
         """Whether a video may start from an image."""
 
     @property
+    def limits(self) -> Sequence[SamplingLimits]:
+        """What a request may not change, because a checkpoint is distilled."""
+
+    @property
     def approximations(self) -> Sequence[str]:
         """Names of the approximations in use."""
 
@@ -62,6 +66,9 @@ class VideoModel(Protocol):
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
 
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        """Seconds that the render should take, calculated; None if the speed of this machine is unknown."""
+
     def render(
         self,
         job_input: JobInput,
@@ -70,17 +77,18 @@ class VideoModel(Protocol):
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
-    ) -> Iterator[Frames]:
-        """Yields the `num_frames(job_input.duration)` frames of the video in order, a few at a time.
+    ) -> Generator[Frames, None, None]:
+        """Yields the `num_frames(job_input.duration)` frames of the video in order, a few at a time, as they are ready.
 
         `image` (RGB, any size) becomes the first frame; pass it only if the model `takes_images`.
 
         The model chooses the size of the frames; the encoder scales them to `job_input.size`. The same `seed` gives the
         same frames on the same machine. Calls `on_progress` for the stages up to DECODING. DENOISING and UPSCALING
-        share one fraction, which covers the steps of both.
+        share one fraction, which covers the steps of both. Close the generator if not all frames are taken: it holds
+        memory.
 
         Raises:
-            RenderCancelledError: within one denoising step, or one decoded tile, after `cancelled` is set.
+            RenderCancelledError: within one denoising step, or one decoded latent frame, after `cancelled` is set.
             ModelOutOfMemoryError: call `release_memory` before the next render.
         """
 

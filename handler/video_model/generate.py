@@ -1,17 +1,14 @@
 """A prompt to frames: diffusers' HunyuanVideo15Pipeline, super-resolution in latents, decode to uint8.
 
-The pipeline has no step callback and no argument for the guidance scale. This module therefore wraps its scheduler's
-`step` and replaces its guider. Source: diffusers, pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py.
+`pipeline.py` has what is changed about the pipeline.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Any, Final
 
@@ -24,14 +21,16 @@ from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, trained_size
+from handler.video_model.cost import Speed, render_seconds
 from handler.video_model.decode import decode
-from handler.video_model.memory import Budget, DoesNotFitError, Workload
+from handler.video_model.memory import Budget, DoesNotFitError, Placement
 from handler.video_model.parts import Base, Parts, Upscaler
+from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
+from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
 from handler.video_model.windows import SuperResolutionTiling, Window, windows
+from handler.video_model.workload import Workload, workload
 
-#: Frames that `render` yields at once: 8 of 1280x720 are 22 MB.
-_FRAMES_PER_CHUNK: Final = 8
 #: Encoded prompts that stay in memory, about 10 MB each at real size.
 _CACHED_PROMPTS: Final = 16
 #: Channels of the real transformers' hidden states.
@@ -50,6 +49,7 @@ class PipelineModel:
         *,
         attention: str = "",
         memory: Budget | None = None,
+        speed: Speed | None = None,
         approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
     ) -> None:
@@ -57,13 +57,15 @@ class PipelineModel:
         self.name = parts.name
         self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in parts.routes))
         self.takes_images = bool(parts.image_routes)
+        self.limits = parts.limits
         self.attention = attention
         self.approximations = approximations
         self.load_seconds = load_seconds or {}
         self._memory = memory
-        self._prompts: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._speed = speed
+        self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
-            _configure(base)
+            configure(base)
 
     def render(
         self,
@@ -73,16 +75,12 @@ class PipelineModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
-    ) -> Iterator[Frames]:
+    ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
         self._check_memory(job_input)
         try:
             latents = self._latents(job_input, image, seed, on_progress, cancelled)
-            video = self._decode(latents, on_progress, cancelled)
-            del latents
-            for first in range(0, len(video), _FRAMES_PER_CHUNK):
-                _raise_if(cancelled)
-                yield video[first : first + _FRAMES_PER_CHUNK]
+            yield from self._decode(latents, on_progress, cancelled)
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
                 raise
@@ -107,11 +105,17 @@ class PipelineModel:
             torch.cuda.empty_cache()
 
     def workload(self, job_input: JobInput) -> Workload:
-        """The job's frames and the size of its largest stage."""
-        base, upscalers, _ = self._route(job_input, from_image=False)
-        checkpoints = [base.checkpoint, *(upscaler.checkpoint for upscaler in upscalers)]
-        sizes = [_render_size(checkpoint, job_input, self.parts.shared) for checkpoint in checkpoints]
-        return Workload(num_frames(job_input.duration), max(sizes, key=math.prod))
+        """The job's stages, with their sizes and passes."""
+        routes = self.parts.routes if job_input.image is None else self.parts.image_routes
+        return workload(job_input, routes[job_input.model, job_input.resolution], self.parts.checkpoints)
+
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        """See `VideoModel.expected_seconds`."""
+        if self._speed is None or self._memory is None:
+            return None
+        plan = self._memory.plan
+        streamed = plan.transformers is Placement.STREAMED
+        return sum(render_seconds(self.workload(job_input), self._speed, streamed=streamed, tile=plan.tile).values())
 
     def _route(
         self, job_input: JobInput, *, from_image: bool
@@ -171,48 +175,55 @@ class PipelineModel:
     ) -> torch.Tensor:
         """The base model's latents (1, C, T, h, w)."""
         pipeline = base.pipeline
-        with _guidance(pipeline, job_input.guidance_scale):
+        with guided(pipeline, job_input.guidance_scale):
             arguments: dict[str, Any] = dict(prompt)
             if pipeline.guider.num_conditions > 1:
-                negative = self._encode(job_input.negative_prompt or "")
+                negative = self._encode(job_input.negative_prompt or "", negative=True)
                 arguments |= {f"negative_{name}": state for name, state in negative.items()}
             size = _render_size(base.checkpoint, job_input, pipeline)
             if image is not None:
                 arguments["image"] = _fit(image, size)  # the pipeline takes its size from the image
             else:
                 arguments["width"], arguments["height"] = size
+            steps = _steps(base, job_input)
+            note_steps(pipeline.transformer, steps)
             progress.start()
-            with _step_callback(pipeline.scheduler, progress.after_denoising):
+            with step_callback(pipeline.scheduler, progress.after_denoising), untiled(pipeline.vae):
                 latents: torch.Tensor = pipeline(
                     num_frames=num_frames(job_input.duration),
-                    num_inference_steps=_steps(base, job_input),
+                    num_inference_steps=steps,
                     generator=generator,
                     output_type="latent",
                     **arguments,
                 ).frames
         return latents
 
-    def _encode(self, text: str) -> EncodedPrompt:
-        """The text's states. They depend on the text alone, so the last `_CACHED_PROMPTS` stay in memory."""
-        if text not in self._prompts:
+    def _encode(self, text: str, *, negative: bool = False) -> EncodedPrompt:
+        """The text's states. They depend on these arguments alone, so the last `_CACHED_PROMPTS` stay in memory.
+
+        ByT5 encodes the words in quotation marks, which the video is to show. Of a negative prompt it encodes none.
+        Source: https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5, hyvideo/pipelines/hunyuan_video_pipeline.py.
+        """
+        key = (text, negative)
+        if key not in self._prompts:
             pipeline = self.parts.shared
             names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
             with torch.no_grad():
-                states = pipeline.encode_prompt(prompt=text, dtype=pipeline.transformer.dtype)
-            self._prompts[text] = dict(zip(names, states, strict=True))
+                arguments = dict(zip(names[2:], encode_no_words(pipeline), strict=True)) if negative else {}
+                states = pipeline.encode_prompt(prompt=text, dtype=pipeline.transformer.dtype, **arguments)
+            self._prompts[key] = dict(zip(names, states, strict=True))
             if len(self._prompts) > _CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
-        self._prompts.move_to_end(text)
-        return self._prompts[text]
+        self._prompts.move_to_end(key)
+        return self._prompts[key]
 
-    def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Frames:
-        def on_tile(done: float) -> None:
+    def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
+        def on_step(done: float) -> None:
             _raise_if(cancelled)
             on_progress(Stage.DECODING, done)
 
-        video = decode(self.parts.shared.vae, latents, on_tile)
-        on_tile(1.0)
-        return video
+        yield from decode(self.parts.shared.vae, latents, on_step)
+        on_step(1.0)
 
 
 class _DenoisingProgress:
@@ -267,21 +278,6 @@ class _DenoisingProgress:
         self._on_progress(stage, self._done / self._total)
 
 
-def _configure(base: Base) -> None:
-    """Sets what the checkpoint's numbers say, once."""
-    pipeline, sampling = base.pipeline, base.checkpoint.sampling
-    pipeline.set_progress_bar_config(disable=True)
-    if base.image_encoder is not None:
-        # Images come in the size of the video. diffusers would choose a size again, for some ratios another one.
-        pipeline.video_processor.calculate_default_height_width = _own_size
-    else:
-        pipeline.vision_num_semantic_tokens = 0  # text-to-video has no image: leaves out 729 masked tokens
-    if sampling.shift is not None:
-        pipeline.scheduler.set_shift(sampling.shift)
-    if sampling.guidance_scale is not None:
-        pipeline.guider = pipeline.guider.new(guidance_scale=sampling.guidance_scale)
-
-
 def _steps(base: Base, job_input: JobInput) -> int:
     return job_input.num_inference_steps or base.checkpoint.sampling.num_inference_steps
 
@@ -313,10 +309,6 @@ def _pass_cost(box: Window) -> float:
     return float(box.tokens * (box.tokens + 6 * _WIDTH))
 
 
-def _own_size(height: int, width: int, target_size: int) -> tuple[int, int]:  # noqa: ARG001 - diffusers passes it
-    return height, width
-
-
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image, cropped around its centre and resampled once, to (width, height)."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
@@ -327,41 +319,14 @@ def _encode_image(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: i
     """The image at the size of a super-resolution stage, encoded as the base pipeline does at its own size."""
     device, dtype = pipeline._execution_device, pipeline.transformer.dtype
     sized = _fit(image, (width, height))
-    return ImageCondition(
-        latents=pipeline._get_image_latents(
+    with untiled(pipeline.vae):
+        latents = pipeline._get_image_latents(
             pipeline.vae, pipeline.video_processor, sized, height=height, width=width, device=device
-        ).float(),
+        )
+    return ImageCondition(
+        latents=latents.float(),
         states=pipeline.encode_image(image=sized, batch_size=1, device=device, dtype=dtype),
     )
-
-
-@contextmanager
-def _guidance(pipeline: HunyuanVideo15Pipeline, scale: float | None) -> Iterator[None]:
-    """Replaces the pipeline's guidance scale inside the block; None leaves it."""
-    guider = pipeline.guider
-    if scale is not None:
-        pipeline.guider = guider.new(guidance_scale=scale)
-    try:
-        yield
-    finally:
-        pipeline.guider = guider
-
-
-@contextmanager
-def _step_callback(scheduler: Any, after_step: Callable[[], None]) -> Iterator[None]:
-    """Calls `after_step` after each step of the scheduler. An exception from it ends the pipeline's loop."""
-    step = scheduler.step
-
-    def step_and_call(*arguments: Any, **named: Any) -> Any:
-        result = step(*arguments, **named)
-        after_step()
-        return result
-
-    scheduler.step = step_and_call
-    try:
-        yield
-    finally:
-        del scheduler.step
 
 
 def _raise_if(cancelled: Event) -> None:

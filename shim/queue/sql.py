@@ -64,9 +64,10 @@ class SqlQueue:
             alive = await _read_workers(connection, self._database.is_alive())
             waiting, running = await _read_waiting(connection), await _read_running(connection)
             backlog = _backlog(waiting, running, alive.ready)
-            times = await _read_render_times(connection)
+            times = {**alive.estimates, **await _read_render_times(connection)}
             # 3. Check the weights; return the job of an earlier request with this key; check the rest.
-            check_offered(job_input, alive.models or KNOWN_MODELS, takes_images=alive.takes_images)
+            models = alive.models or KNOWN_MODELS
+            check_offered(job_input, models, takes_images=alive.takes_images, limits=alive.limits)
             if idempotency is not None and (earlier := await self._find_submitted(connection, idempotency)) is not None:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)

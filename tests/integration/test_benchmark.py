@@ -20,7 +20,7 @@ def test_the_benchmark_measures_passes_stages_and_the_stock_pipeline(tmp_path: P
     (cell,) = measured["cells"]
     assert cell["problem"] == ""
     assert (cell["profile"], cell["resolution"], cell["duration"]) == ("fast", "1080p", 5)
-    assert [(each["width"], each["height"]) for each in cell["passes"]] == [(40, 24), (56, 32), (88, 56)]
+    assert [(each["width"], each["height"]) for each in cell["passes"]] == [(40, 24), (56, 32), (88, 48)]
     for each in cell["passes"]:
         assert each["seconds"] > 0
         assert each["stock_seconds"] > 0
@@ -29,6 +29,14 @@ def test_the_benchmark_measures_passes_stages_and_the_stock_pipeline(tmp_path: P
     assert set(cell["stages"]) == {"encoding_prompt", "denoising", "upscaling", "decoding"}
     assert cell["steps_timed"] == "1 of 4"
     assert "| fast | 1080p 5 s |" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_a_dry_run_counts_at_the_real_size_and_computes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--dry-run", "--profiles", "fast", "--resolutions", "720p", "--durations", "5"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| fast | 720p 5 s |")]
+    counted, planned, operations = (float(cell) for cell in row.split("|")[3:6])
+    assert 0 < counted <= planned
+    assert operations > 0.13, "a block at 480p and one at 720p"
 
 
 def test_without_a_gpu_the_benchmark_names_the_tiny_option() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from threading import Event
 
 import numpy as np
 from PIL import Image
 
-from contract.job import DEFAULT_MODEL, JobInput, num_frames
+from contract.job import DEFAULT_MODEL, JobInput, SamplingLimits, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, OnProgress, RenderCancelledError
@@ -28,8 +28,10 @@ class ScriptedModel:
     models = (DEFAULT_MODEL,)
     attention = "none"
     takes_images = True
+    limits: Sequence[SamplingLimits] = ()
     approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
+    seconds_by_duration: Mapping[int, float] = {}
 
     def __init__(self, before_step: Callable[[int], object] = lambda _: None, missing_frames: int = 0) -> None:
         self.before_step = before_step
@@ -47,7 +49,7 @@ class ScriptedModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
-    ) -> Iterator[Frames]:
+    ) -> Generator[Frames, None, None]:
         self.images.append(image)
         self.rendered.append((job_input, seed))
         on_progress(Stage.ENCODING_PROMPT, 0.0)
@@ -56,15 +58,18 @@ class ScriptedModel:
             if cancelled.is_set():
                 raise RenderCancelledError("cancelled")
             on_progress(Stage.DENOISING, (step + 1) / STEPS)
-        on_progress(Stage.DECODING, 1.0)
-        left = num_frames(job_input.duration) - self.missing_frames
+        frames = left = num_frames(job_input.duration) - self.missing_frames
         # A picture of its own for each render: bytes of two attempts must never pass for each other.
         tiles = np.frombuffer(os.urandom(4 * 4 * 3), dtype=np.uint8).reshape(4, 4, 3)
         picture = tiles.repeat(9, axis=0).repeat(16, axis=1)
         while left > 0:
+            on_progress(Stage.DECODING, 1 - left / frames)
             self.before_frames(left)
             yield np.repeat(picture[None], min(left, 8), axis=0)
             left -= 8
+
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        return self.seconds_by_duration.get(job_input.duration)
 
     def gpu(self) -> Gpu | None:
         return None

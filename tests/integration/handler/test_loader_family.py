@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
+from PIL import Image
 from pydantic import ValidationError
 
+from contract.errors import ErrorCode
 from contract.job import JobInput, Profile, Resolution
 from contract.result import Stage
 from handler.settings import Approximation, WorkerSettings
@@ -21,11 +23,22 @@ from handler.video_model import demo
 from handler.video_model.approximations import Fp8Linear, approximate
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
 from handler.video_model.catalog import ROUTES
+from handler.video_model.checkpoints import read_checkpoints
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
-from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
-from handler.video_model.placement import bytes_of, place, place_all
-from tests.support.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
+from handler.video_model.memory import SMALLEST, Budget, Part, Placement, PlacementPlan, Weights
+from handler.video_model.placement import _placements, bytes_of, place_all
+from handler.worker import Job, JobError, Worker
+from storage.bucket import Bucket
+from tests.support.queues import NOWHERE
+from tests.support.small_models import (
+    image_family,
+    image_pipeline,
+    single,
+    sr_transformer,
+    upsampler_720p,
+    upsampler_1080p,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +112,55 @@ def test_image_weights_are_used_if_present(weights: Path, tmp_path: Path) -> Non
     assert (base.scheduler.shift, base.vision_num_semantic_tokens) == (5.0, 729)
 
 
+@pytest.mark.parametrize(
+    ("model", "fields", "says"),
+    [
+        ("HunyuanVideo-1.5", {"guidance_scale": 6.0}, "guidance_scale must be 1 "),
+        ("HunyuanVideo-1.5", {"num_inference_steps": 8}, "num_inference_steps must be 4 "),
+        ("HunyuanVideo-1.5-balanced", {"num_inference_steps": 20}, "num_inference_steps must be 50 "),
+    ],
+)
+def test_a_request_that_a_distilled_base_can_not_render_fails_before_the_render(
+    weights: Path, model: str, fields: dict[str, float], says: str
+) -> None:
+    loaded = load(weights)
+    told: list[object] = []
+    job = Job("task-1", {"prompt": "A paper boat on a rainy street", "model": model, **fields})
+    with pytest.raises(JobError, match=says) as caught:
+        Worker(loaded, Bucket(NOWHERE), version="1").run(job, told.append, Event())
+    assert caught.value.failure.error_code is ErrorCode.INVALID_REQUEST
+    assert told == []
+
+
+def test_what_the_checkpoints_fix_is_the_same_for_every_resolution(weights: Path) -> None:
+    limits = {(limit.model, limit.from_image): limit for limit in load(weights).limits}
+    assert len(limits) == len(load(weights).limits) == 3
+    assert limits["HunyuanVideo-1.5", False].num_inference_steps == 4
+    assert limits["HunyuanVideo-1.5-balanced", False].num_inference_steps == 50
+    assert {limit.guidance_scale for limit in limits.values()} == {1.0}
+
+
+def test_the_vae_has_more_precise_numbers_than_the_transformers(weights: Path) -> None:
+    """bfloat16 has 8 bits for a number and float16 11. The source decodes in float16."""
+    one = weights / "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled"
+    for path in (weights, one):
+        parts = read_checkpoints(WorkerSettings(model_path=str(path)), torch.bfloat16)
+        assert parts.shared.vae.dtype is torch.float16
+        assert {transformer.dtype for transformer in parts.transformers} == {torch.bfloat16}
+        assert parts.shared.text_encoder.dtype is torch.bfloat16
+
+
+def test_float16_decodes_closer_to_float32_than_bfloat16() -> None:
+    latents = torch.randn(1, 8, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    decoded = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        vae = demo.build_pipeline().vae.to(dtype)
+        with torch.no_grad():
+            decoded[dtype] = vae.decode(latents.to(dtype)).sample.float()
+    errors = {dtype: float((video - decoded[torch.float32]).norm()) for dtype, video in decoded.items()}
+    assert errors[torch.float16] < 0.3 * errors[torch.bfloat16]
+
+
 def test_without_super_resolution_the_one_base_serves_alone(weights: Path, tmp_path: Path) -> None:
     name = "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled"
     shutil.copytree(weights / name, tmp_path / name)
@@ -118,17 +180,31 @@ def test_a_checkpoint_that_is_cut_short_is_named(weights: Path, tmp_path: Path) 
 def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
     """A CPU has no device to stream to, but every hook runs."""
     job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    image = Image.new("RGB", (112, 64), (200, 80, 20))
     videos = []
     for placement in Placement:
-        pipeline = demo.build_pipeline()
-        cpu = torch.device("cpu")
-        place(pipeline.text_encoder, placement, "leaf_level", cpu)
-        place(pipeline.transformer, placement, "block_level", cpu)
-        place(pipeline.vae, placement, "leaf_level", cpu)
-        chunks = single(pipeline).render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())
+        model = image_family()
+        place_all(_placements(model.parts, PlacementPlan(placement, placement, placement, 256)), torch.device("cpu"))
+        chunks = model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event(), image=image)
         videos.append(np.concatenate(list(chunks)))
     resident, streamed = videos
     assert np.array_equal(resident, streamed)
+
+
+def test_every_streamed_part_runs_through_its_own_forward_which_has_the_hooks() -> None:
+    """diffusers' hook that copies the next layer ahead sits on the forward pass of the module that was given to it."""
+    model = image_family()
+    streamed = [
+        module for module, placement, _ in _placements(model.parts, SMALLEST) if placement is Placement.STREAMED
+    ]
+    ran: set[torch.nn.Module] = set()
+    for module in streamed:
+        module.register_forward_pre_hook(lambda module, _: ran.add(module))
+    job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    image = Image.new("RGB", (112, 64), (200, 80, 20))
+    for _ in model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event(), image=image):
+        pass
+    assert [type(module).__name__ for module in streamed if module not in ran] == []
 
 
 class Meeting(torch.nn.Linear):
@@ -184,7 +260,7 @@ def video(model: PipelineModel) -> Frames:
 
 
 @pytest.mark.parametrize(
-    "approximation", [each for each in Approximation if each is not Approximation.SR_WINDOW_ATTENTION]
+    "approximation", [Approximation.FP8_WEIGHTS, Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER]
 )
 def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
@@ -240,9 +316,10 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
 
 
-def test_the_two_step_caches_exclude_each_other() -> None:
+@pytest.mark.parametrize("other", [Approximation.TAYLORSEER, Approximation.MAGCACHE, Approximation.TEACACHE])
+def test_the_step_caches_exclude_each_other(other: Approximation) -> None:
     with pytest.raises(ValidationError, match="name one of them"):
-        WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER))
+        WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, other))
 
 
 def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
@@ -275,7 +352,7 @@ def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_job_that_can_not_fit_fails_at_once() -> None:
-    weights = Weights(text_encoders=1, transformers=[1], vae=1, block=1)
+    weights = Weights(text_encoders=Part(1), transformers=Part(1), vae_decoder=Part(1))
     model = PipelineModel(single().parts, memory=Budget(10**9, weights, SMALLEST))
     told: list[object] = []
     job = JobInput(prompt="A paper boat on a rainy street", duration=10)
