@@ -139,6 +139,7 @@ class Worker:
             cancelled=cancelled,
             keep_alive=meter.keep_alive,
             on_progress=watch.advance,
+            is_stalled=lambda: watch.reason is not None,
         )
         verdict = store.find()
         if verdict is not None:
