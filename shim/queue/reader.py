@@ -5,7 +5,6 @@ shim.queue.sqlite_reader and shim.queue.postgres_reader run the statements.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -97,19 +96,14 @@ def compiled(statement: Select[Any], dialect: Dialect) -> str:
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def count_row(rows: Sequence[Sequence[Any]], decode: Callable[[Any], Any]) -> CountRow:
-    """What the rows of `select_counts` say; `decode` decodes JSON."""
+def count_row(rows: Sequence[Sequence[Any]]) -> CountRow:
+    """What the rows of `select_counts` say."""
     alive = [
-        WorkerRow(worker_id, WorkerState(state), decode(report))
+        WorkerRow(worker_id, WorkerState(state), report)
         for _, _, worker_id, state, report in rows
         if worker_id is not None
     ]
-    return CountRow(int(rows[0][0]), int(rows[0][1]), alive)
-
-
-def decode_json(column: str | bytes | None) -> Any:
-    """A JSON column's value."""
-    return json.loads(column) if column is not None else None
+    return CountRow(rows[0][0], rows[0][1], alive)
 
 
 class Batched(Generic[K, V]):
