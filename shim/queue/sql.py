@@ -170,19 +170,8 @@ class SqlQueue:
             )
         return result.rowcount > 0
 
-    async def backlog(self) -> Backlog:
-        """The waiting jobs in the order in which they are taken, and the running ones."""
-        async with self._database.read() as connection:
-            alive = await _read_workers(connection, self._database.is_alive())
-            waiting, running = await _read_waiting(connection), await _read_running(connection)
-            return _backlog(waiting, running, alive.ready)
-
     async def check_ready(self) -> None:
-        _check_ready(await self.workers())
-
-    async def workers(self) -> Workers:
-        async with self._database.read() as connection:
-            return await _read_workers(connection, self._database.is_alive())
+        _check_ready((await self.summary()).workers)
 
     async def summary(self) -> QueueSummary:
         counts = await self._database.reader.counts(self._database.alive_since())
