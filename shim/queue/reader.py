@@ -8,11 +8,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, Dialect, Select, case, func, null, select, tuple_
+from sqlalchemy import ColumnElement, Dialect, Row, Select, case, func, null, select, tuple_
 from sqlalchemy.sql.elements import TextClause
 
+from contract.errors import JobFailure
+from contract.result import Stage
 from contract.worker import WorkerState
-from shim.queue.base import JobState, QueueUnavailableError
+from shim.queue.base import NO_VIDEO, JobSnapshot, JobState, QueueUnavailableError, valid_manifest
 from shim.queue.fair_order import ORDER
 from shim.queue.schema import jobs, workers
 
@@ -77,6 +79,25 @@ def select_job(which: ColumnElement[bool]) -> Select[Any]:
     columns = [jobs.c[name] for name in JobRow._fields[:-1]]
     queue_position = case((jobs.c.state == JobState.QUEUED, position), else_=null()).label("queue_position")
     return select(*columns, queue_position).where(which)
+
+
+def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
+    """The job whose columns `select_job` has selected."""
+    state = JobState(row.state)
+    result = valid_manifest(row.output) if state is JobState.COMPLETED else None
+    failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
+    if state is JobState.COMPLETED and result is None:
+        failure = failure or NO_VIDEO
+    return JobSnapshot(
+        task_id=row.task_id,
+        state=state,
+        progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
+        stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
+        elapsed_time=max((row.finished_at or now) - row.created_at, 0.0),
+        queue_position=row.queue_position,
+        result=result,
+        failure=failure,
+    )
 
 
 def select_counts(alive_since: TextClause) -> Select[Any]:

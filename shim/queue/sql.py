@@ -10,11 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
-from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
     CANCELLED,
-    NO_VIDEO,
     Backlog,
     Idempotency,
     JobObserver,
@@ -26,12 +24,11 @@ from shim.queue.base import (
     RenderTimes,
     Submission,
     Workers,
-    valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.fair_order import FRONT, ORDER, next_turn
 from shim.queue.outbox import put_in_outbox
-from shim.queue.reader import JobRow, WorkerRow, select_job
+from shim.queue.reader import WorkerRow, select_job, snapshot
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -100,7 +97,7 @@ class SqlQueue:
 
     async def get(self, task_id: str) -> JobSnapshot | None:
         row = await self._database.reader.job(task_id)
-        return self._snapshot(row) if row is not None else None
+        return snapshot(row, self._database.clock()) if row is not None else None
 
     async def output(self, task_id: str) -> Any:
         """What the worker returned for the job, unchanged; None before that."""
@@ -193,7 +190,7 @@ class SqlQueue:
 
     async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
         row = await fetch_one(connection, select_job(which))
-        return self._snapshot(JobRow._make(row)) if row is not None else None
+        return snapshot(row, self._database.clock()) if row is not None else None
 
     async def _insert(
         self,
@@ -223,23 +220,6 @@ class SqlQueue:
         if own >= self._max_queue_size:
             of_whom = " of this API key" if client else ""
             raise QueueFullError(f"The queue is full: {own} tasks{of_whom} are waiting")
-
-    def _snapshot(self, row: JobRow) -> JobSnapshot:
-        state = JobState(row.state)
-        result = valid_manifest(row.output) if state is JobState.COMPLETED else None
-        failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
-        if state is JobState.COMPLETED and result is None:
-            failure = failure or NO_VIDEO
-        return JobSnapshot(
-            task_id=row.task_id,
-            state=state,
-            progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
-            stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
-            elapsed_time=max((row.finished_at or self._database.clock()) - row.created_at, 0.0),
-            queue_position=row.queue_position,
-            result=result,
-            failure=failure,
-        )
 
 
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
