@@ -18,9 +18,9 @@ from psycopg.waiting import wait_async
 from sqlalchemy import URL, func, text
 from sqlalchemy.dialects import postgresql
 
-from shim.queue.base import QueueUnavailableError
+from shim.queue.base import QueueSummary, QueueUnavailableError
 from shim.queue.engine import libpq_parameters
-from shim.queue.reader import Batched, CountRow, JobRow, compiled, count_row, select_counts, select_job
+from shim.queue.reader import Batched, JobRow, compiled, select_counts, select_job, summary
 from shim.queue.schema import jobs
 
 _DIALECT: Final = postgresql.dialect()  # type: ignore[no-untyped-call] # as in SQLAlchemy
@@ -45,7 +45,7 @@ class PostgresReader:
             return None
         return await self._jobs.get(task_id)
 
-    async def counts(self, alive_since: float) -> CountRow:
+    async def counts(self, alive_since: float) -> QueueSummary:
         counts = await self._counts.get(alive_since)
         assert counts is not None  # noqa: S101 - `_load_counts` returns every key
         return counts
@@ -58,9 +58,9 @@ class PostgresReader:
         rows = [JobRow._make(row) for row in await self._job_statement.rows(_array(task_ids))]
         return {row.task_id: row for row in rows}
 
-    async def _load_counts(self, alive_since: Sequence[float]) -> Mapping[float, CountRow]:
+    async def _load_counts(self, alive_since: Sequence[float]) -> Mapping[float, QueueSummary]:
         """The moments differ by less than the length of one read, so the last one stands for all."""
-        counts = count_row(await self._count_statement.rows(repr(max(alive_since)).encode()))
+        counts = summary(await self._count_statement.rows(repr(max(alive_since)).encode()))
         return dict.fromkeys(alive_since, counts)
 
 

@@ -13,8 +13,16 @@ from sqlalchemy.sql.elements import TextClause
 
 from contract.errors import JobFailure
 from contract.result import Stage
-from contract.worker import WorkerState
-from shim.queue.base import NO_VIDEO, JobSnapshot, JobState, QueueUnavailableError, valid_manifest
+from contract.worker import WorkerReport, WorkerState
+from shim.queue.base import (
+    NO_VIDEO,
+    JobSnapshot,
+    JobState,
+    QueueSummary,
+    QueueUnavailableError,
+    Workers,
+    valid_manifest,
+)
 from shim.queue.fair_order import ORDER
 from shim.queue.schema import jobs, workers
 
@@ -36,22 +44,6 @@ class JobRow(NamedTuple):
     queue_position: int | None
 
 
-class WorkerRow(NamedTuple):
-    """A worker that is alive, and its last report."""
-
-    worker_id: str
-    state: WorkerState
-    report: Any
-
-
-class CountRow(NamedTuple):
-    """The number of waiting and running jobs, and the workers that are alive."""
-
-    waiting: int
-    running: int
-    workers: Sequence[WorkerRow]
-
-
 class Reader(Protocol):
     """Each method raises QueueUnavailableError if the database does not answer."""
 
@@ -59,7 +51,7 @@ class Reader(Protocol):
         """The job's row; None for an unknown job."""
         ...
 
-    async def counts(self, alive_since: float) -> CountRow:
+    async def counts(self, alive_since: float) -> QueueSummary:
         """The counts; workers are alive that were seen after `alive_since`, by the database's clock."""
         ...
 
@@ -117,14 +109,21 @@ def compiled(statement: Select[Any], dialect: Dialect) -> str:
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def count_row(rows: Sequence[Sequence[Any]]) -> CountRow:
+def summary(rows: Sequence[Sequence[Any]]) -> QueueSummary:
     """What the rows of `select_counts` say."""
-    alive = [
-        WorkerRow(worker_id, WorkerState(state), report)
-        for _, _, worker_id, state, report in rows
-        if worker_id is not None
-    ]
-    return CountRow(rows[0][0], rows[0][1], alive)
+    waiting, running = rows[0][:2]
+    return QueueSummary(waiting, running, workers_of([row[2:] for row in rows if row[2] is not None]))
+
+
+def workers_of(rows: Sequence[Sequence[Any]]) -> Workers:
+    """The workers that are alive, from their ids, states and reports."""
+    states = [state for _, state, _ in rows]
+    return Workers(
+        ready=states.count(WorkerState.READY),
+        loading=states.count(WorkerState.LOADING),
+        failed=states.count(WorkerState.FAILED),
+        reports_by_id={worker_id: WorkerReport.model_validate(report) for worker_id, _, report in rows if report},
+    )
 
 
 class Batched(Generic[K, V]):

@@ -10,7 +10,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
-from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
     CANCELLED,
     Backlog,
@@ -28,7 +27,7 @@ from shim.queue.base import (
 from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.fair_order import FRONT, ORDER, next_turn
 from shim.queue.outbox import put_in_outbox
-from shim.queue.reader import WorkerRow, select_job, snapshot
+from shim.queue.reader import select_job, snapshot, workers_of
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -171,8 +170,7 @@ class SqlQueue:
         _check_ready((await self.summary()).workers)
 
     async def summary(self) -> QueueSummary:
-        counts = await self._database.reader.counts(self._database.alive_since())
-        return QueueSummary(counts.waiting, counts.running, _workers_of(counts.workers))
+        return await self._database.reader.counts(self._database.alive_since())
 
     async def ended(self) -> Mapping[JobState, int]:
         """How many jobs have reached each terminal state."""
@@ -225,17 +223,7 @@ class SqlQueue:
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
     columns = workers.c.worker_id, workers.c.state, workers.c.report
     rows = await fetch_all(connection, select(*columns).where(is_alive).order_by(workers.c.worker_id))
-    return _workers_of([WorkerRow._make(row) for row in rows])
-
-
-def _workers_of(rows: Sequence[WorkerRow]) -> Workers:
-    states = [row.state for row in rows]
-    return Workers(
-        ready=states.count(WorkerState.READY),
-        loading=states.count(WorkerState.LOADING),
-        failed=states.count(WorkerState.FAILED),
-        reports_by_id={row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report},
-    )
+    return workers_of(rows)
 
 
 async def _read_waiting(connection: AsyncConnection) -> list[Row[Any]]:

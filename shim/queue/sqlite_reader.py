@@ -18,8 +18,8 @@ from typing import Any, Final
 from sqlalchemy import text
 from sqlalchemy.dialects import sqlite
 
-from shim.queue.base import QueueUnavailableError
-from shim.queue.reader import Batched, CountRow, JobRow, compiled, count_row, select_counts, select_job
+from shim.queue.base import QueueSummary, QueueUnavailableError
+from shim.queue.reader import Batched, JobRow, compiled, select_counts, select_job, summary
 from shim.queue.schema import jobs
 
 #: Seconds. A lookup that takes longer has waited for the disk; the lookups of the next `_SLOW_SECONDS` use a thread.
@@ -55,8 +55,8 @@ class SqliteReader:
         rows = await self._rows(_JOB, task_id)
         return JobRow._make(rows[0]) if rows else None
 
-    async def counts(self, alive_since: float) -> CountRow:
-        return count_row(await self._rows(_COUNTS, alive_since))
+    async def counts(self, alive_since: float) -> QueueSummary:
+        return summary(await self._rows(_COUNTS, alive_since))
 
     async def close(self) -> None:
         await self._in_thread.close()
