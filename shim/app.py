@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
-from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
+from shim.access import OPEN_TO_ALL, Access, RateLimit
 from shim.api import documented, page, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
@@ -106,19 +106,16 @@ class _GuardedApp(FastAPI):
             **options,
         )
         self._metrics = metrics
-        self._keys = ApiKeys(access.api_keys)
-        self._cors_origins = access.cors_origins
-        self._allowed_hosts = access.allowed_hosts
+        self._access = access
 
     def build_middleware_stack(self) -> ASGIApp:
         """The access log is outermost, so that it has the 500 that FastAPI makes of an unexpected error."""
-        stack = super().build_middleware_stack()
-        stack = guarded(stack, self._keys, OPEN_PATHS, self._cors_origins, self._allowed_hosts)
+        stack = guarded(super().build_middleware_stack(), self._access, OPEN_PATHS)
         return AccessLog(stack, self._metrics)
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document. On a server with keys it says which paths need one."""
-        if self.openapi_schema is None and self._keys:
+        if self.openapi_schema is None and self._access.api_keys:
             document = super().openapi()
             document["components"]["securitySchemes"] = {
                 "bearer": {"type": "http", "scheme": "bearer"},
