@@ -86,8 +86,10 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    for router in (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers):
+    routers = (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers)
+    for router in routers:
         app.include_router(router)
+    app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]
     for error in _HANDLED:
         app.add_exception_handler(error, _on_error)
     return app
@@ -130,7 +132,7 @@ class _GuardedApp(FastAPI):
 
 def _methods_of(request: Request) -> list[str]:
     """The methods of the path. Starlette's own Allow header has those of the first route only."""
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    routes = [route for route in request.app.state.routes if isinstance(route, Route)]
     found = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return sorted(set().union(*found))
 
