@@ -38,7 +38,7 @@ HISTORY = 8 * 24 * 3600.0
 pytestmark = [pytest.mark.xdist_group("late_workers"), pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", params=["juicefs", "moto"])
+@pytest.fixture(scope="module", params=["juicefs", pytest.param("moto", marks=pytest.mark.full)])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
     server = {"juicefs": juicefs, "moto": moto}[request.param]
     with server(tmp_path_factory.mktemp("store")) as settings:
@@ -222,6 +222,7 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
 
+@pytest.mark.parametrize("store", ["juicefs", "moto"], indirect=True)
 async def test_a_manifest_that_is_written_although_another_worker_completed_the_task_is_replaced(
     scene: Scene,
 ) -> None:

@@ -363,7 +363,12 @@ def test_the_queue_does_what_its_model_does(database_url: str) -> None:
         try:
             run_state_machine_as_test(
                 Machine,
-                settings=settings(stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)),
+                settings=settings(
+                    max_examples=settings.default.max_examples // 2,
+                    stateful_step_count=50,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
             )
         finally:
             runner.run(database.close())
