@@ -294,6 +294,23 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
 
 
+def test_magcache_applies_to_the_undistilled_image_base_and_to_nothing_else(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    image_pipeline().save_pretrained(tmp_path / "weights" / "480p_i2v")
+    with caplog.at_level(logging.WARNING, logger="handler"):
+        model = load_model(
+            WorkerSettings(model_path=str(tmp_path / "weights"), approximations=(Approximation.MAGCACHE,))
+        )
+    assert isinstance(model, PipelineModel)
+    assert model.parts.image_routes["HunyuanVideo-1.5-balanced", Resolution.P720].base == "480p_i2v"
+    assert list(model.approximations) == ["magcache"]
+    assert "every step of 480p_t2v_4step, 480p_t2v_distilled is computed" in caplog.text
+    cached = {name: hasattr(base.pipeline.transformer, "_diffusers_hook") for name, base in model.parts.bases.items()}
+    assert [name for name, is_cached in cached.items() if is_cached] == ["480p_i2v"]
+
+
 @pytest.mark.parametrize("other", [Approximation.TAYLORSEER, Approximation.MAGCACHE, Approximation.TEACACHE])
 def test_the_step_caches_exclude_each_other(other: Approximation) -> None:
     with pytest.raises(ValidationError, match="name one of them"):
