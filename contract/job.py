@@ -155,7 +155,7 @@ class JobInput(BaseModel):
         ge=1,
         le=100,
         title="Steps",
-        description="Denoising steps; the default depends on the profile.",
+        description="Denoising steps; the default depends on the profile. Distilled models take only their own number.",
     )
     guidance_scale: Annotated[float | None, Takes("a number from 1 to 20")] = Field(
         default=None,
@@ -164,7 +164,8 @@ class JobInput(BaseModel):
         le=20,
         allow_inf_nan=False,
         title="Guidance",
-        description="How closely to follow the prompt; 1 turns guidance off, the default depends on the profile.",
+        description="How closely to follow the prompt; 1 turns guidance off, the default depends on the profile. "
+        "Distilled models take only 1.",
     )
     image: Annotated[str | None, Takes("an http(s) URL or a data:image/...;base64 URL")] = Field(
         default=None,
@@ -235,13 +236,46 @@ def _as_json(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_offered(job_input: JobInput, models: Collection[str], *, takes_images: bool) -> None:
+class SamplingLimits(BaseModel):
+    """What a request for `model` may not change, because the checkpoint behind it is distilled. None: it may.
+
+    `from_image` tells whether this is about videos from an image: they have a checkpoint of their own.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    from_image: bool
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+
+    def failure(self, job_input: JobInput) -> JobFailure | None:
+        """Why this job breaks the limits; None if it keeps them, or if they are those of other jobs."""
+        if (self.model, self.from_image) != (job_input.model, job_input.image is not None):
+            return None
+        for name, fixed, asked in (
+            ("guidance_scale", self.guidance_scale, job_input.guidance_scale),
+            ("num_inference_steps", self.num_inference_steps, job_input.num_inference_steps),
+        ):
+            if fixed is not None and asked is not None and asked != fixed:
+                text = (
+                    f'{name} must be {fixed:g} for the model "{self.model}", because its weights are distilled; '
+                    f"got {asked:g}. Leave it out, or use another model"
+                )
+                return JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST)
+        return None
+
+
+def check_offered(
+    job_input: JobInput, models: Collection[str], *, takes_images: bool, limits: Iterable[SamplingLimits] = ()
+) -> None:
     """Check that a worker has weights for the job. The server checks before it queues, the worker before it renders.
 
-    `models` are the `model` values that can be rendered.
+    `models` are the `model` values that can be rendered, `limits` what their checkpoints fix.
 
     Raises:
-        InvalidInputError: INVALID_MODEL naming `models`, or INVALID_REQUEST for an image that no weights support.
+        InvalidInputError: INVALID_MODEL naming `models`; INVALID_REQUEST for an image that no weights support, or for a
+            number that differs from a limit.
     """
     if job_input.model not in models:
         known = ", ".join(f'"{name}"' for name in models)
@@ -250,3 +284,6 @@ def check_offered(job_input: JobInput, models: Collection[str], *, takes_images:
     if job_input.image is not None and not takes_images:
         text = "image: this server has no image-to-video weights"
         raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))
+    for limit in limits:
+        if (failure := limit.failure(job_input)) is not None:
+            raise InvalidInputError(failure)

@@ -5,6 +5,8 @@ from enum import IntEnum, StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from contract.job import SamplingLimits
+
 
 class WorkerExit(IntEnum):
     """Exit codes of `python -m handler`.
@@ -54,6 +56,7 @@ class WorkerReport(BaseModel):
     gpu: Gpu | None = None
     models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty means any.")
     takes_images: bool = Field(default=True, description="Whether the worker has image-to-video weights.")
+    limits: tuple[SamplingLimits, ...] = Field(default=(), description="What requests may not change.")
     attention: str | None = None
     error: str | None = None
     load_seconds: Mapping[str, float] | None = Field(default=None, description="Seconds of each phase of a cold start.")

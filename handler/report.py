@@ -57,6 +57,7 @@ class Reporter:
             model=model.name,
             models=tuple(model.models),
             takes_images=model.takes_images,
+            limits=tuple(model.limits),
             attention=model.attention,
             load_seconds={phase: round(seconds, 3) for phase, seconds in load_seconds.items()},
         )

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
@@ -17,6 +17,8 @@ class Approximation(StrEnum):
     FP8_WEIGHTS = "fp8-weights"
     FIRST_BLOCK_CACHE = "first-block-cache"
     TAYLORSEER = "taylorseer"
+    MAGCACHE = "magcache"
+    TEACACHE = "teacache"
     SR_WINDOW_ATTENTION = "sr-window-attention"
 
 
@@ -24,9 +26,19 @@ def _listed(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+#: Approximations that skip steps. Each replaces the others.
+_STEP_CACHES: Final = (
+    Approximation.FIRST_BLOCK_CACHE,
+    Approximation.TAYLORSEER,
+    Approximation.MAGCACHE,
+    Approximation.TEACACHE,
+)
+
+
 def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ...]:
-    if {Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER} <= set(value):
-        raise ValueError("first-block-cache and taylorseer exclude each other; name one of them")
+    named = [each for each in _STEP_CACHES if each in value]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} exclude each other; name one of them")
     return value
 
 
@@ -56,12 +68,13 @@ class WorkerSettings(LogOptions):
     enable_flash_attn: bool = Field(
         default=True,
         validation_alias="HUNYUAN_ENABLE_FLASH_ATTN",
-        description="Use flash-attn if it is installed, otherwise PyTorch's fastest attention kernel.",
+        description="Use flash-attn if a trial call works on this GPU, otherwise PyTorch's fastest attention kernel.",
     )
     enable_sage_attn: bool = Field(
         default=False,
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
-        description="Use sageattention (8-bit, approximate) if it is installed, in preference to flash-attn.",
+        description="Use sageattention (8-bit, approximate; 2.1.1 or newer) in preference to flash-attn, if a trial "
+        "call works on this GPU.",
     )
     compile: bool | None = Field(
         default=None,
@@ -73,9 +86,9 @@ class WorkerSettings(LogOptions):
     ] = Field(
         default=(),
         validation_alias="HUNYUAN_APPROXIMATIONS",
-        description="Any of `fp8-weights` (half the memory), `first-block-cache` (skips steps that change little) or "
-        "`taylorseer` (extrapolates four steps of five), `sr-window-attention` (super-resolution looks 4 latent frames "
-        "back and ahead), separated by commas. Manifests name them.",
+        description="Any of `fp8-weights` (half the memory), `sr-window-attention` (super-resolution looks 4 latent "
+        "frames back and ahead), and one that skips steps: `first-block-cache`, `taylorseer`, `magcache` (480p_i2v "
+        "only) or `teacache` (checkpoints that are not distilled only), separated by commas. Manifests name them.",
     )
     offload_cpu: bool = Field(
         default=False,

@@ -116,7 +116,8 @@ class Worker:
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         job_input = parse_input(job.input)
-        check_offered(job_input, self.model.models, takes_images=self.model.takes_images)
+        model = self.model
+        check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits)
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
 

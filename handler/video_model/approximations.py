@@ -1,6 +1,7 @@
 """Approximations: faster or smaller renders with slightly different numbers. All are off by default."""
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 
 from handler.settings import Approximation
 from handler.video_model.attention import use_window_attention
+from handler.video_model.step_cache import MAGCACHE, TEACACHE, Rule, cache_steps
+
+log = logging.getLogger(__name__)
 
 #: A step reuses the other blocks' output if the first block's output changed by less than this, on average.
 CACHE_THRESHOLD: Final = 0.05
@@ -19,6 +23,11 @@ CACHE_THRESHOLD: Final = 0.05
 #: of the first steps. diffusers' defaults, not tuned for this model.
 TAYLORSEER_INTERVAL: Final = 5
 TAYLORSEER_FIRST_STEPS: Final = 3
+#: Caches whose numbers are measured on a checkpoint, by its name.
+_PUBLISHED_CACHES: Final[Mapping[Approximation, Mapping[str, Rule]]] = {
+    Approximation.MAGCACHE: MAGCACHE,
+    Approximation.TEACACHE: TEACACHE,
+}
 #: Latent frames before and after its own that a latent token of super-resolution attends to. A second has six frames.
 WINDOW_RADIUS: Final = 4
 
@@ -57,13 +66,15 @@ def approximate(
     enabled: Collection[Approximation],
     *,
     many_steps: Sequence[HunyuanVideo15Transformer3DModel] = (),
+    bases: Mapping[str, HunyuanVideo15Transformer3DModel] | None = None,
     upscalers: Sequence[HunyuanVideo15Transformer3DModel] = (),
     cache_threshold: float = CACHE_THRESHOLD,
-) -> None:
-    """Applies the enabled approximations to `transformers`, before they are moved to their device.
+) -> list[Approximation]:
+    """Applies the enabled approximations to `transformers`, before they are moved. Returns those that have an effect.
 
-    Step caching applies only to `many_steps`: with few steps, no two are alike. Window attention applies only to
-    `upscalers`. Source: https://huggingface.co/docs/diffusers/optimization/cache
+    Step caching applies only to `many_steps`: with few steps, no two are alike. MagCache and TeaCache apply only to the
+    checkpoints of `bases`, by name, for which numbers are published. Window attention applies only to `upscalers`.
+    Source: https://huggingface.co/docs/diffusers/optimization/cache
     """
     if Approximation.FP8_WEIGHTS in enabled:
         for transformer in transformers:
@@ -85,6 +96,26 @@ def approximate(
                     use_lite_mode=True,  # caches the transformer's output, not each block's, which takes 50 GB at 720p
                 )
             )
+    for cache, published in _PUBLISHED_CACHES.items():
+        if cache in enabled:
+            _cache_published(cache, published, bases or {})
     if Approximation.SR_WINDOW_ATTENTION in enabled:
         for transformer in upscalers:
             use_window_attention(transformer, WINDOW_RADIUS)
+    without_effect = {cache for cache, published in _PUBLISHED_CACHES.items() if not published.keys() & (bases or {})}
+    return [each for each in enabled if each not in without_effect]
+
+
+def _cache_published(
+    cache: Approximation, published: Mapping[str, Rule], bases: Mapping[str, HunyuanVideo15Transformer3DModel]
+) -> None:
+    exact = [name for name in bases if name not in published]
+    for name in bases.keys() - set(exact):
+        cache_steps(bases[name], published[name])
+    if exact or not bases:
+        log.warning(
+            "HUNYUAN_APPROXIMATIONS: %s has published numbers for %s only; every step of %s is computed",
+            cache,
+            ", ".join(published),
+            ", ".join(exact) or "this model",
+        )

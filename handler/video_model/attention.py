@@ -8,13 +8,18 @@ Source of the stock processor: diffusers, models/transformers/transformer_hunyua
 """
 
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 
 from handler.video_model.blocks import CHUNK, Attend, chunked_blocks, use_chunks
@@ -129,6 +134,57 @@ def _trim_text(
     return arguments, trimmed
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """An attention kernel of a package: diffusers' name for it, and the GPU architectures that it is written for.
+
+    `majors` are the major numbers of their compute capabilities: 8 for Ampere and Ada, 9 for Hopper, 10 and 12 for
+    Blackwell.
+    """
+
+    backend: str
+    majors: range
+
+    def problem(self, device: torch.device, capability: tuple[int, int]) -> str | None:
+        """Why the kernel cannot be used; None if it can. Calls it once.
+
+        `capability` is the GPU's compute capability: (9, 0) for an H100.
+        """
+        # 1. The GPU's architecture.
+        major, minor = capability
+        if major not in self.majors:
+            return f"{self.backend} is not written for GPUs of compute capability {major}.{minor}"
+        # 2. The package and its version.
+        try:
+            _check_attention_backend_requirements(AttentionBackendName(self.backend))
+        except RuntimeError as exc:
+            return str(exc)
+        # 3. A call: a package may be built for other GPUs or for another version of PyTorch.
+        try:
+            error = trial_error(self.backend, device)
+        except Exception as exc:  # noqa: BLE001 - a kernel may raise anything; the caller logs it
+            return f"a trial call of {self.backend} failed: {type(exc).__name__}: {exc}".partition("\n")[0]
+        if not error <= _TRIAL_ERROR:  # nan is no number at most this
+            return f"a trial call of {self.backend} differs from PyTorch's attention by {error:.2g}"
+        return None
+
+
+#: SageAttention 2: 8 bits, from Ampere on. PyPI has only version 1, which diffusers does not call. The trial call finds
+#: the GPUs that a build leaves out. Source: https://github.com/thu-ml/SageAttention (README).
+_SAGE: Final = Kernel("sage", range(8, 13))
+#: In order of preference. FlashAttention 3 is written for Hopper, and FlashAttention 2 runs from Ampere on. Source:
+#: https://github.com/Dao-AILab/flash-attention (README).
+_FLASH: Final = (
+    Kernel("_flash_3", range(9, 10)),
+    Kernel("flash", range(8, 13)),
+)
+#: Tokens, heads and head size of the trial call.
+_TRIAL: Final = (512, 2, 128)
+#: The largest relative difference (L2) of a trial that counts as right. On these inputs an 8-bit kernel is expected to
+#: differ by a few percent, and one that reads wrong memory by about one.
+_TRIAL_ERROR: Final = 0.2
+
+
 def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
     """The kernel for these settings on this device, in diffusers' names. Logs a warning if a setting cannot be met.
 
@@ -140,14 +196,44 @@ def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
                 "HUNYUAN_ENABLE_SAGE_ATTN has no effect: sageattention needs a CUDA GPU; using PyTorch's attention"
             )
         return NATIVE
+    gpu, capability = torch.device(device), torch.cuda.get_device_capability()
     if sage:
-        if find_spec("sageattention"):
-            return "sage"
-        log.warning("HUNYUAN_ENABLE_SAGE_ATTN has no effect: install the package sageattention, or set it to false")
+        kernel, problems = first_usable([_SAGE], gpu, capability)
+        if kernel is not None:
+            return kernel.backend
+        log.warning("HUNYUAN_ENABLE_SAGE_ATTN has no effect, set it to false or act on the reason: %s", *problems)
     if not flash:
         return "_native_efficient"
-    for module, backend in (("flash_attn_interface", "_flash_3"), ("flash_attn", "flash")):
-        if find_spec(module):
-            return backend
-    log.warning("HUNYUAN_ENABLE_FLASH_ATTN: flash-attn is not installed; using PyTorch's own flash attention")
+    kernel, problems = first_usable(_FLASH, gpu, capability)
+    if kernel is not None:
+        return kernel.backend
+    log.warning("HUNYUAN_ENABLE_FLASH_ATTN: using PyTorch's own flash attention; %s", "; ".join(problems))
     return NATIVE
+
+
+def first_usable(
+    kernels: Iterable[Kernel], device: torch.device, capability: tuple[int, int]
+) -> tuple[Kernel | None, list[str]]:
+    """The first kernel without a problem, and the problems of those before it."""
+    problems: list[str] = []
+    for kernel in kernels:
+        problem = kernel.problem(device, capability)
+        if problem is None:
+            return kernel, problems
+        problems.append(problem)
+    return None, problems
+
+
+@torch.no_grad()
+def trial_error(backend: str, device: torch.device) -> float:
+    """The relative difference (L2) between a kernel and PyTorch's attention on a few random tokens in bfloat16.
+
+    Raises:
+        Exception: what the kernel raises.
+    """
+    tokens, heads, head_size = _TRIAL
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, tokens, heads, head_size, generator=generator).to(device, torch.bfloat16)
+    # Sharper than random attention, whose result is close to zero.
+    found, expected = (FullAttention(name)(2 * query, key, value, text=0).float() for name in (backend, NATIVE))
+    return float((found - expected).norm() / expected.norm())

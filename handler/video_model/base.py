@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from contract.job import JobInput
+from contract.job import JobInput, SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
 
@@ -49,6 +49,10 @@ class VideoModel(Protocol):
     @property
     def takes_images(self) -> bool:
         """Whether a video may start from an image."""
+
+    @property
+    def limits(self) -> Sequence[SamplingLimits]:
+        """What a request may not change, because a checkpoint is distilled."""
 
     @property
     def approximations(self) -> Sequence[str]:

@@ -15,11 +15,15 @@ from contract.job import DEFAULT_MODEL, Profile, Resolution
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a checkpoint is sampled. None stands for the value of the checkpoint's own scheduler or guider."""
+    """How a checkpoint is sampled. None stands for the value of the checkpoint's own scheduler or guider.
+
+    `fixed` names the fields of a request that must not differ from these numbers, because distillation fixed them.
+    """
 
     num_inference_steps: int = 50
     shift: float | None = None
     guidance_scale: float | None = None
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,28 @@ class Checkpoint:
         return "_sr_" in self.name
 
 
+#: What a request may not change. Every distilled checkpoint has guidance in its weights, and applying it again breaks
+#: the video. A CFG-distilled checkpoint must use 50 steps (the repository's README), and the four-step base was trained
+#: at four timesteps only. The step-distilled image base takes 8 or 12 steps, and 12 by default in the repository.
+_GUIDANCE: Final = ("guidance_scale",)
+_GUIDANCE_AND_STEPS: Final = ("guidance_scale", "num_inference_steps")
+
 CHECKPOINTS: Final[Mapping[str, Checkpoint]] = {
     checkpoint.name: checkpoint
     for checkpoint in (
-        Checkpoint("480p_t2v_4step", 640, Sampling(4, shift=9.0, guidance_scale=1.0)),
-        Checkpoint("480p_t2v_distilled", 640, Sampling(50, shift=5.0, guidance_scale=1.0)),
+        # Shift 9 is in LightX2V's example for these weights (examples/hunyuan_video/hunyuan_t2v_distill.py, commit
+        # 4a4f5417), which is newer than its configuration with shift 5 (configs/hunyuan_video_15/
+        # hunyuan_video_t2v_480p_distill.json, commit 753a494c) and names the published file. Both render 81 frames at
+        # 16 fps; for 121 frames at 24 fps neither is published.
+        Checkpoint("480p_t2v_4step", 640, Sampling(4, shift=9.0, guidance_scale=1.0, fixed=_GUIDANCE_AND_STEPS)),
+        Checkpoint("480p_t2v_distilled", 640, Sampling(50, shift=5.0, guidance_scale=1.0, fixed=_GUIDANCE_AND_STEPS)),
         Checkpoint("480p_t2v", 640, Sampling(50, shift=5.0, guidance_scale=6.0)),
-        Checkpoint("720p_t2v_distilled", 960, Sampling(50, shift=9.0, guidance_scale=1.0)),
+        Checkpoint("720p_t2v_distilled", 960, Sampling(50, shift=9.0, guidance_scale=1.0, fixed=_GUIDANCE_AND_STEPS)),
         Checkpoint("720p_t2v", 960, Sampling(50, shift=9.0, guidance_scale=6.0)),
-        Checkpoint("480p_i2v_step_distilled", 640, Sampling(12, shift=7.0, guidance_scale=1.0)),
-        Checkpoint("480p_i2v_distilled", 640, Sampling(50, shift=5.0, guidance_scale=1.0)),
+        Checkpoint("480p_i2v_step_distilled", 640, Sampling(12, shift=7.0, guidance_scale=1.0, fixed=_GUIDANCE)),
+        Checkpoint("480p_i2v_distilled", 640, Sampling(50, shift=5.0, guidance_scale=1.0, fixed=_GUIDANCE_AND_STEPS)),
         Checkpoint("480p_i2v", 640, Sampling(50, shift=5.0, guidance_scale=6.0)),
-        Checkpoint("720p_i2v_distilled", 960, Sampling(50, shift=7.0, guidance_scale=1.0)),
+        Checkpoint("720p_i2v_distilled", 960, Sampling(50, shift=7.0, guidance_scale=1.0, fixed=_GUIDANCE_AND_STEPS)),
         Checkpoint("720p_i2v", 960, Sampling(50, shift=7.0, guidance_scale=6.0)),
         Checkpoint("720p_sr_distilled", 960, Sampling(6, shift=2.0, guidance_scale=1.0)),
         Checkpoint("1080p_sr_distilled", 1440, Sampling(8, shift=2.0, guidance_scale=1.0)),
@@ -91,6 +105,10 @@ IMAGE_BASES: Final[Mapping[Profile, str]] = {
 }
 
 
+#: A base that is not distilled, for a profile whose own image base is absent: with guidance, it takes twice the time.
+_UNDISTILLED_IMAGE_BASES: Final[Mapping[Profile, str]] = {Profile.BALANCED: "480p_i2v"}
+
+
 def needed(profile: Profile) -> frozenset[str]:
     """The checkpoints that a profile needs for all resolutions."""
     return frozenset(name for (of, _), route in ROUTES.items() if of is profile for name in route.checkpoints)
@@ -114,13 +132,17 @@ def text_routes(models: Mapping[str, Profile]) -> Routes:
 def image_routes(models: Mapping[str, Profile], present: Collection[str]) -> Routes:
     """The routes of videos from an image; none if no image-to-video base is present.
 
-    A profile whose own base is absent takes the fastest profile that has one.
+    A profile without a base takes the fastest profile that has one.
     """
-    able = [profile for profile in Profile if profile in models.values() and IMAGE_BASES[profile] in present]
+    candidates = [
+        (profile, name) for bases in (_UNDISTILLED_IMAGE_BASES, IMAGE_BASES) for profile, name in bases.items()
+    ]
+    bases = {profile: name for profile, name in candidates if name in present}
+    able = [profile for profile in Profile if profile in models.values() and profile in bases]
     if not able:
         return {}
     taken = {model: profile if profile in able else able[0] for model, profile in models.items()}
-    return {key: replace(route, base=IMAGE_BASES[taken[key[0]]]) for key, route in text_routes(taken).items()}
+    return {key: replace(route, base=bases[taken[key[0]]]) for key, route in text_routes(taken).items()}
 
 
 def single_routes(checkpoint: str) -> Routes:
@@ -137,8 +159,8 @@ def trained_size(base_size: int, width: int, height: int, patch: int = 16) -> tu
     """(width, height) in pixels, multiples of `patch`, that a model of `base_size` renders for an aspect ratio.
 
     The models were trained on these sizes: at most as many patches as a square of `base_size` has, in sides of up to
-    4:1. Of them this is the nearest aspect ratio, or the nearest towards the square if none is exact. Source:
-    hyvideo/utils/data_utils.py in the repository above.
+    4:1. Of them this is the one with the nearest ratio of height to width. Source: hyvideo/utils/data_utils.py in the
+    repository above. diffusers' rule differs: its nearest ratio lies on the square's side of the wanted one.
     """
     # 1. All sizes, from the widest to the highest.
     patches = round((base_size / patch) ** 2)
@@ -151,9 +173,6 @@ def trained_size(base_size: int, width: int, height: int, patch: int = 16) -> tu
             high += 1
         else:
             wide -= 1
-    # 2. Those towards the square. As the source does, round ratios to five digits.
-    ratio = height / width
-    side = [size for size in sizes if (round(size[1] / size[0], 5) - ratio) * (1 if ratio < 1 else -1) >= 0]
-    # 3. The nearest.
-    wide, high = min(side, key=lambda size: abs(round(size[1] / size[0], 5) - ratio))
+    # 2. The nearest. As the source does, round ratios to five digits; the first of two equally near ones wins.
+    wide, high = min(sizes, key=lambda size: abs(round(size[1] / size[0], 5) - height / width))
     return patch * wide, patch * high

@@ -1,7 +1,6 @@
 """A prompt to frames: diffusers' HunyuanVideo15Pipeline, super-resolution in latents, decode to uint8.
 
-The pipeline has no step callback and no argument for the guidance scale. This module therefore wraps its scheduler's
-`step` and replaces its guider. Source: diffusers, pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py.
+`pipeline.py` has what is changed about the pipeline.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Event
 from typing import Any, Final
 
@@ -26,6 +24,8 @@ from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.decode import decode
 from handler.video_model.memory import Budget, DoesNotFitError, Workload
 from handler.video_model.parts import Base, Parts, Upscaler
+from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
+from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
 
 #: Frames that `render` yields at once: 8 of 1280x720 are 22 MB.
@@ -53,13 +53,14 @@ class PipelineModel:
         self.name = parts.name
         self.models: Sequence[str] = list(dict.fromkeys(model for model, _ in parts.routes))
         self.takes_images = bool(parts.image_routes)
+        self.limits = parts.limits
         self.attention = attention
         self.approximations = approximations
         self.load_seconds = load_seconds or {}
         self._memory = memory
-        self._prompts: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
-            _configure(base)
+            configure(base)
 
     def render(
         self,
@@ -165,38 +166,46 @@ class PipelineModel:
     ) -> torch.Tensor:
         """The base model's latents (1, C, T, h, w)."""
         pipeline = base.pipeline
-        with _guidance(pipeline, job_input.guidance_scale):
+        with guided(pipeline, job_input.guidance_scale):
             arguments: dict[str, Any] = dict(prompt)
             if pipeline.guider.num_conditions > 1:
-                negative = self._encode(job_input.negative_prompt or "")
+                negative = self._encode(job_input.negative_prompt or "", negative=True)
                 arguments |= {f"negative_{name}": state for name, state in negative.items()}
             if image is not None:
                 arguments["image"] = image  # the pipeline takes its size from the image
             else:
                 arguments["width"], arguments["height"] = _render_size(base.checkpoint, job_input, pipeline)
+            steps = _steps(base, job_input)
+            note_steps(pipeline.transformer, steps)
             progress.start()
-            with _step_callback(pipeline.scheduler, progress.after_denoising):
+            with step_callback(pipeline.scheduler, progress.after_denoising), untiled(pipeline.vae):
                 latents: torch.Tensor = pipeline(
                     num_frames=num_frames(job_input.duration),
-                    num_inference_steps=_steps(base, job_input),
+                    num_inference_steps=steps,
                     generator=generator,
                     output_type="latent",
                     **arguments,
                 ).frames
         return latents
 
-    def _encode(self, text: str) -> EncodedPrompt:
-        """The text's states. They depend on the text alone, so the last `_CACHED_PROMPTS` stay in memory."""
-        if text not in self._prompts:
+    def _encode(self, text: str, *, negative: bool = False) -> EncodedPrompt:
+        """The text's states. They depend on these arguments alone, so the last `_CACHED_PROMPTS` stay in memory.
+
+        ByT5 encodes the words in quotation marks, which the video is to show. Of a negative prompt it encodes none.
+        Source: https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5, hyvideo/pipelines/hunyuan_video_pipeline.py.
+        """
+        key = (text, negative)
+        if key not in self._prompts:
             pipeline = self.parts.shared
             names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
             with torch.no_grad():
-                states = pipeline.encode_prompt(prompt=text, dtype=pipeline.transformer.dtype)
-            self._prompts[text] = dict(zip(names, states, strict=True))
+                arguments = dict(zip(names[2:], encode_no_words(pipeline), strict=True)) if negative else {}
+                states = pipeline.encode_prompt(prompt=text, dtype=pipeline.transformer.dtype, **arguments)
+            self._prompts[key] = dict(zip(names, states, strict=True))
             if len(self._prompts) > _CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
-        self._prompts.move_to_end(text)
-        return self._prompts[text]
+        self._prompts.move_to_end(key)
+        return self._prompts[key]
 
     def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Frames:
         def on_tile(done: float) -> None:
@@ -255,20 +264,6 @@ class _DenoisingProgress:
         self._on_progress(stage, self._done / self._total)
 
 
-def _configure(base: Base) -> None:
-    """Sets what the checkpoint's numbers say, once."""
-    pipeline, sampling = base.pipeline, base.checkpoint.sampling
-    pipeline.set_progress_bar_config(disable=True)
-    if base.image_encoder is not None:
-        pipeline.target_size = base.checkpoint.base_size
-    else:
-        pipeline.vision_num_semantic_tokens = 0  # text-to-video has no image: leaves out 729 masked tokens
-    if sampling.shift is not None:
-        pipeline.scheduler.set_shift(sampling.shift)
-    if sampling.guidance_scale is not None:
-        pipeline.guider = pipeline.guider.new(guidance_scale=sampling.guidance_scale)
-
-
 def _steps(base: Base, job_input: JobInput) -> int:
     return job_input.num_inference_steps or base.checkpoint.sampling.num_inference_steps
 
@@ -296,41 +291,14 @@ def _encode_image(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: i
     """The image at the size of a super-resolution stage, encoded as the base pipeline does at its own size."""
     device, dtype = pipeline._execution_device, pipeline.transformer.dtype
     sized = pipeline.video_processor.resize(image, height=height, width=width, resize_mode="crop")
-    return ImageCondition(
-        latents=pipeline._get_image_latents(
+    with untiled(pipeline.vae):
+        latents = pipeline._get_image_latents(
             pipeline.vae, pipeline.video_processor, sized, height=height, width=width, device=device
-        ).to(dtype),
+        )
+    return ImageCondition(
+        latents=latents.to(dtype),
         states=pipeline.encode_image(image=sized, batch_size=1, device=device, dtype=dtype),
     )
-
-
-@contextmanager
-def _guidance(pipeline: HunyuanVideo15Pipeline, scale: float | None) -> Iterator[None]:
-    """Replaces the pipeline's guidance scale inside the block; None leaves it."""
-    guider = pipeline.guider
-    if scale is not None:
-        pipeline.guider = guider.new(guidance_scale=scale)
-    try:
-        yield
-    finally:
-        pipeline.guider = guider
-
-
-@contextmanager
-def _step_callback(scheduler: Any, after_step: Callable[[], None]) -> Iterator[None]:
-    """Calls `after_step` after each step of the scheduler. An exception from it ends the pipeline's loop."""
-    step = scheduler.step
-
-    def step_and_call(*arguments: Any, **named: Any) -> Any:
-        result = step(*arguments, **named)
-        after_step()
-        return result
-
-    scheduler.step = step_and_call
-    try:
-        yield
-    finally:
-        del scheduler.step
 
 
 def _raise_if(cancelled: Event) -> None:

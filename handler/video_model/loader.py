@@ -10,11 +10,12 @@ import transformers
 from safetensors import SafetensorError
 
 from contract.job import DEMO_MODEL
-from handler.settings import WorkerSettings
+from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate
 from handler.video_model.attention import choose_backend, use_fast_causal_mask, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
+from handler.video_model.catalog import known_name
 from handler.video_model.checkpoints import read_checkpoints, single_parts
 from handler.video_model.compilation import compile_blocks, should_compile
 from handler.video_model.generate import PipelineModel
@@ -49,7 +50,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     parts = _read(settings, device)
     read = time.monotonic()
     # 2. Replace what is slow or large, and put each part where the memory plan says.
-    attention = _adapt(parts, settings, device)
+    attention, approximations = _adapt(parts, settings, device)
     memory = _place(parts, settings, device)
     placed = time.monotonic()
     seconds = {"checkpoints": read - started, "placement": placed - read}
@@ -58,9 +59,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         compile_blocks(parts.transformers, settings.cache_dir)
         seconds["compilation"] = time.monotonic() - placed
     log.info("loaded model %s on %s with attention kernel %s", parts.name, device, attention)
-    return PipelineModel(
-        parts, attention=attention, memory=memory, approximations=settings.approximations, load_seconds=seconds
-    )
+    return PipelineModel(parts, attention=attention, memory=memory, approximations=approximations, load_seconds=seconds)
 
 
 def _read(settings: WorkerSettings, device: str) -> Parts:
@@ -76,21 +75,22 @@ def _read(settings: WorkerSettings, device: str) -> Parts:
         raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {settings.model_path} can't be loaded: {first_line}") from exc
 
 
-def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> str:
-    """Returns the name of the attention kernel."""
+def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, list[Approximation]]:
+    """Returns the name of the attention kernel, and the approximations in use."""
     if not parts.image_routes:
         parts.shared.vae.encoder = None  # only images need it; 0.8 GB at real size
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
-    approximate(
+    approximations = approximate(
         parts.transformers,
         settings.approximations,
         many_steps=parts.many_step_transformers,
+        bases={known_name(name) or name: base.pipeline.transformer for name, base in parts.bases.items()},
         upscalers=parts.upscaler_transformers,
     )
     use_fast_causal_mask(parts.shared.vae)
-    return backend
+    return backend, approximations
 
 
 def _place(parts: Parts, settings: WorkerSettings, device: str) -> Budget | None:

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 
-from contract.job import MAX_DURATION, MIN_DURATION, num_frames
+from contract.job import MAX_DURATION, MIN_DURATION, SamplingLimits, num_frames
 from handler.video_model.catalog import Checkpoint, Routes, trained_size
 from handler.video_model.memory import Workload
 from handler.video_model.super_resolution import SuperResolution
@@ -68,6 +68,22 @@ class Parts:
     def transformers(self) -> list[HunyuanVideo15Transformer3DModel]:
         """All of them, bases first."""
         return [base.pipeline.transformer for base in self.bases.values()] + self.upscaler_transformers
+
+    @property
+    def limits(self) -> list[SamplingLimits]:
+        """What a request may not change, for each `model` that ends at a distilled base."""
+        sampled = {
+            (model, from_image, self.bases[route.base].checkpoint.sampling)
+            for from_image, routes in ((False, self.routes), (True, self.image_routes))
+            for (model, _), route in routes.items()
+        }
+        return [
+            SamplingLimits(
+                model=model, from_image=from_image, **{field: getattr(sampling, field) for field in sampling.fixed}
+            )
+            for model, from_image, sampling in sorted(sampled, key=repr)
+            if sampling.fixed
+        ]
 
     def workloads(self) -> list[Workload]:
         """The 16:9 videos that a request may ask for, by size and duration."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol, Self
@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, Self
 from pydantic import ValidationError
 
 from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
-from contract.job import JobInput, Resolution
+from contract.job import JobInput, Resolution, SamplingLimits
 from contract.result import JobResult, Manifest, Stage, Verdict
 from contract.worker import WorkerReport, WorkerState
 from storage.bucket import ObjectInfo
@@ -169,6 +169,16 @@ class Workers:
     def takes_images(self) -> bool:
         """Whether a ready worker can start from an image; True if none reports."""
         return not self._ready_reports or any(report.takes_images for report in self._ready_reports)
+
+    @property
+    def limits(self) -> Collection[SamplingLimits]:
+        """The limits that all ready workers which offer their `model` share; workers may have different weights."""
+        ready = self._ready_reports
+        return [
+            limit
+            for limit in {limit for report in ready for limit in report.limits}
+            if all(limit in report.limits for report in ready if limit.model in (report.models or (limit.model,)))
+        ]
 
     @property
     def _ready_reports(self) -> Sequence[WorkerReport]:

@@ -62,7 +62,8 @@ class SqlQueue:
             backlog = _backlog(waiting, running, alive.ready)
             times = await _read_render_times(connection)
             # 3. Check the weights; return the job of an earlier request with this key; check the rest.
-            check_offered(job_input, alive.models or KNOWN_MODELS, takes_images=alive.takes_images)
+            models = alive.models or KNOWN_MODELS
+            check_offered(job_input, models, takes_images=alive.takes_images, limits=alive.limits)
             if idempotency is not None and (earlier := await self._find_submitted(connection, idempotency)) is not None:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)

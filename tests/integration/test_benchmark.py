@@ -20,7 +20,7 @@ def test_the_benchmark_measures_passes_stages_and_the_stock_pipeline(tmp_path: P
     (cell,) = measured["cells"]
     assert cell["problem"] == ""
     assert (cell["profile"], cell["resolution"], cell["duration"]) == ("fast", "1080p", 5)
-    assert [(each["width"], each["height"]) for each in cell["passes"]] == [(40, 24), (56, 32), (88, 56)]
+    assert [(each["width"], each["height"]) for each in cell["passes"]] == [(40, 24), (56, 32), (88, 48)]
     for each in cell["passes"]:
         assert each["seconds"] > 0
         assert each["stock_seconds"] > 0

@@ -9,7 +9,7 @@ from threading import Event
 import numpy as np
 from PIL import Image
 
-from contract.job import DEFAULT_MODEL, JobInput, num_frames
+from contract.job import DEFAULT_MODEL, JobInput, SamplingLimits, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, OnProgress, RenderCancelledError
@@ -28,6 +28,7 @@ class ScriptedModel:
     models = (DEFAULT_MODEL,)
     attention = "none"
     takes_images = True
+    limits: Sequence[SamplingLimits] = ()
     approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
 

@@ -93,7 +93,7 @@ def image_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
 
 
 def image_family() -> PipelineModel:
-    """From an image, at 56x32, and through one stage to 88x56."""
+    """From an image, at 56x32, and through one stage to 88x48."""
     pipeline = image_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     first = stage(upsampler_720p(), 2)
@@ -111,7 +111,7 @@ def image_family() -> PipelineModel:
 
 
 def family() -> PipelineModel:
-    """Small sizes for 480p, 720p and 1080p: 56x32, 88x56 and 136x80. 720p has one stage, 1080p has two."""
+    """Small sizes for 480p, 720p and 1080p: 56x32, 88x48 and 144x80. 720p has one stage, 1080p has two."""
     pipeline = demo.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     first, second = stage(upsampler_720p(), 2), stage(upsampler_1080p(), 2, seed=1)

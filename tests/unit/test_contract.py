@@ -2,11 +2,23 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import DEFAULT_MODEL, AspectRatio, InvalidInputError, JobInput, Resolution, num_frames, parse_input
+from contract.job import (
+    DEFAULT_MODEL,
+    KNOWN_MODELS,
+    AspectRatio,
+    InvalidInputError,
+    JobInput,
+    Resolution,
+    SamplingLimits,
+    check_offered,
+    num_frames,
+    parse_input,
+)
 from contract.result import Progress, Stage
 from tests.support.queues import result
 
@@ -101,6 +113,34 @@ def test_a_long_wrong_value_is_cut_in_the_error() -> None:
 @pytest.mark.parametrize("field", JobInput.model_fields)
 def test_a_wrong_value_of_any_field_is_refused_naming_the_field(field: str) -> None:
     assert refusal({"prompt": PROMPT, field: object()}).error.startswith(f"{field} must be ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({}, None),
+        ({"guidance_scale": 1.0, "num_inference_steps": 50}, None),
+        ({"guidance_scale": 1, "negative_prompt": "blurry"}, None),
+        ({"guidance_scale": 6.0}, "guidance_scale must be 1 "),
+        ({"num_inference_steps": 20}, "num_inference_steps must be 50 "),
+        ({"guidance_scale": 6.0, "image": "https://host/x.png"}, None),
+        ({"guidance_scale": 6.0, "model": "HunyuanVideo-1.5-quality"}, None),
+    ],
+)
+def test_a_distilled_checkpoint_limits_what_a_request_for_its_model_may_change(
+    fields: dict[str, Any], word: str | None
+) -> None:
+    limit = SamplingLimits(model=DEFAULT_MODEL, from_image=False, guidance_scale=1.0, num_inference_steps=50)
+    job_input = JobInput(prompt=PROMPT, **fields)
+    if word is None:
+        check_offered(job_input, KNOWN_MODELS, takes_images=True, limits=[limit])
+        return
+    with pytest.raises(InvalidInputError) as caught:
+        check_offered(job_input, KNOWN_MODELS, takes_images=True, limits=[limit])
+    failure = caught.value.failure
+    assert failure.error_code is ErrorCode.INVALID_REQUEST
+    assert failure.error.startswith(word)
+    assert f'"{DEFAULT_MODEL}"' in failure.error
 
 
 @pytest.mark.parametrize("resolution", Resolution)

@@ -92,7 +92,9 @@ def test_compilation_works_with_each_approximation(approximation: Approximation)
     results = []
     for compiled in (False, True):
         base, upscaler = transformers()
-        approximate([base, upscaler], {approximation}, many_steps=[base], upscalers=[upscaler])
+        approximate(
+            [base, upscaler], {approximation}, many_steps=[base], bases={"480p_i2v": base}, upscalers=[upscaler]
+        )
         if compiled:
             assert compile_blocks([base, upscaler], backend="aot_eager")
         with torch.compiler.set_stance("fail_on_recompile"):

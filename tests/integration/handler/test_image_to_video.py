@@ -99,13 +99,13 @@ def render(image: Image.Image) -> Frames:
 
 def test_the_image_goes_through_base_and_super_resolution_and_decides_what_is_seen() -> None:
     red = render(picture())
-    assert red.shape == (121, 56, 88, 3)
+    assert red.shape == (121, 48, 88, 3)
     assert np.array_equal(red, render(picture()))
     assert not np.array_equal(red, render(picture((40, 200, 40))))
 
 
 def test_an_image_of_another_shape_is_cropped() -> None:
-    assert render(picture(size=(300, 100))).shape == (121, 56, 88, 3)
+    assert render(picture(size=(300, 100))).shape == (121, 48, 88, 3)
 
 
 def data_url(image: Image.Image) -> str:

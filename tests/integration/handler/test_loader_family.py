@@ -14,6 +14,7 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 from pydantic import ValidationError
 
+from contract.errors import ErrorCode
 from contract.job import JobInput, Profile, Resolution
 from contract.result import Stage
 from handler.settings import Approximation, WorkerSettings
@@ -21,10 +22,14 @@ from handler.video_model import demo
 from handler.video_model.approximations import Fp8Linear, approximate
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
 from handler.video_model.catalog import ROUTES
+from handler.video_model.checkpoints import read_checkpoints
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
 from handler.video_model.placement import bytes_of, place, place_all
+from handler.worker import Job, JobError, Worker
+from storage.bucket import Bucket
+from tests.support.queues import NOWHERE
 from tests.support.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
 
 
@@ -97,6 +102,55 @@ def test_image_weights_are_used_if_present(weights: Path, tmp_path: Path) -> Non
     assert isinstance(base, HunyuanVideo15ImageToVideoPipeline)
     assert base.text_encoder is model.parts.bases["480p_t2v_4step"].pipeline.text_encoder
     assert (base.scheduler.shift, base.vision_num_semantic_tokens) == (5.0, 729)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "says"),
+    [
+        ("HunyuanVideo-1.5", {"guidance_scale": 6.0}, "guidance_scale must be 1 "),
+        ("HunyuanVideo-1.5", {"num_inference_steps": 8}, "num_inference_steps must be 4 "),
+        ("HunyuanVideo-1.5-balanced", {"num_inference_steps": 20}, "num_inference_steps must be 50 "),
+    ],
+)
+def test_a_request_that_a_distilled_base_can_not_render_fails_before_the_render(
+    weights: Path, model: str, fields: dict[str, float], says: str
+) -> None:
+    loaded = load(weights)
+    told: list[object] = []
+    job = Job("task-1", {"prompt": "A paper boat on a rainy street", "model": model, **fields})
+    with pytest.raises(JobError, match=says) as caught:
+        Worker(loaded, Bucket(NOWHERE), version="1").run(job, told.append, Event())
+    assert caught.value.failure.error_code is ErrorCode.INVALID_REQUEST
+    assert told == []
+
+
+def test_what_the_checkpoints_fix_is_the_same_for_every_resolution(weights: Path) -> None:
+    limits = {(limit.model, limit.from_image): limit for limit in load(weights).limits}
+    assert len(limits) == len(load(weights).limits) == 3
+    assert limits["HunyuanVideo-1.5", False].num_inference_steps == 4
+    assert limits["HunyuanVideo-1.5-balanced", False].num_inference_steps == 50
+    assert {limit.guidance_scale for limit in limits.values()} == {1.0}
+
+
+def test_the_vae_has_more_precise_numbers_than_the_transformers(weights: Path) -> None:
+    """bfloat16 has 8 bits for a number and float16 11. The source decodes in float16."""
+    one = weights / "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled"
+    for path in (weights, one):
+        parts = read_checkpoints(WorkerSettings(model_path=str(path)), torch.bfloat16)
+        assert parts.shared.vae.dtype is torch.float16
+        assert {transformer.dtype for transformer in parts.transformers} == {torch.bfloat16}
+        assert parts.shared.text_encoder.dtype is torch.bfloat16
+
+
+def test_float16_decodes_closer_to_float32_than_bfloat16() -> None:
+    latents = torch.randn(1, 8, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    decoded = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        vae = demo.build_pipeline().vae.to(dtype)
+        with torch.no_grad():
+            decoded[dtype] = vae.decode(latents.to(dtype)).sample.float()
+    errors = {dtype: float((video - decoded[torch.float32]).norm()) for dtype, video in decoded.items()}
+    assert errors[torch.float16] < 0.3 * errors[torch.bfloat16]
 
 
 def test_without_super_resolution_the_one_base_serves_alone(weights: Path, tmp_path: Path) -> None:
@@ -184,7 +238,7 @@ def video(model: PipelineModel) -> Frames:
 
 
 @pytest.mark.parametrize(
-    "approximation", [each for each in Approximation if each is not Approximation.SR_WINDOW_ATTENTION]
+    "approximation", [Approximation.FP8_WEIGHTS, Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER]
 )
 def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
@@ -240,9 +294,27 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
 
 
-def test_the_two_step_caches_exclude_each_other() -> None:
+def test_magcache_applies_to_the_undistilled_image_base_and_to_nothing_else(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    image_pipeline().save_pretrained(tmp_path / "weights" / "480p_i2v")
+    with caplog.at_level(logging.WARNING, logger="handler"):
+        model = load_model(
+            WorkerSettings(model_path=str(tmp_path / "weights"), approximations=(Approximation.MAGCACHE,))
+        )
+    assert isinstance(model, PipelineModel)
+    assert model.parts.image_routes["HunyuanVideo-1.5-balanced", Resolution.P720].base == "480p_i2v"
+    assert list(model.approximations) == ["magcache"]
+    assert "every step of 480p_t2v_4step, 480p_t2v_distilled is computed" in caplog.text
+    cached = {name: hasattr(base.pipeline.transformer, "_diffusers_hook") for name, base in model.parts.bases.items()}
+    assert [name for name, is_cached in cached.items() if is_cached] == ["480p_i2v"]
+
+
+@pytest.mark.parametrize("other", [Approximation.TAYLORSEER, Approximation.MAGCACHE, Approximation.TEACACHE])
+def test_the_step_caches_exclude_each_other(other: Approximation) -> None:
     with pytest.raises(ValidationError, match="name one of them"):
-        WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER))
+        WorkerSettings(approximations=(Approximation.FIRST_BLOCK_CACHE, other))
 
 
 def test_weights_in_8_bits_take_half_and_err_by_little() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import InvalidInputError
+from contract.job import InvalidInputError, SamplingLimits
 from contract.result import JobResult, Progress, Stage
 from contract.worker import WorkerState
 from shim.queue.base import (
@@ -100,6 +100,21 @@ async def test_a_job_without_weights_is_rejected_and_not_queued(bench: Bench) ->
     assert (await bench.queue.summary()).waiting == 0
     await bench.worker("w2", models=(model,))
     assert (await bench.queue.submit(JOB.model_copy(update={"model": model}))).job.queue_position == 1
+
+
+async def test_a_job_that_no_ready_workers_checkpoint_can_render_is_rejected_and_not_queued(bench: Bench) -> None:
+    """A worker with other weights for the same model may still take it."""
+    limit = SamplingLimits(model=JOB.model, from_image=False, guidance_scale=1.0, num_inference_steps=50)
+    job = JOB.model_copy(update={"guidance_scale": 6.0})
+    await bench.worker("w1", models=(JOB.model,), limits=(limit,))
+    await bench.worker("other", models=("HunyuanVideo-1.5-quality",))
+    with pytest.raises(InvalidInputError, match="guidance_scale must be 1") as caught:
+        await bench.queue.submit(job)
+    assert caught.value.failure.error_code is ErrorCode.INVALID_REQUEST
+    assert (await bench.queue.backlog()).waiting == []
+    await bench.queue.submit(JOB.model_copy(update={"guidance_scale": 1.0, "num_inference_steps": 50}))
+    await bench.worker("w2")
+    await bench.queue.submit(job)
 
 
 async def test_a_submission_is_one_transaction(bench: Bench) -> None:
