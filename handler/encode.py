@@ -1,11 +1,16 @@
-"""Encodes frames to an MP4 and a poster. Frames are streamed into one ffmpeg process, never held in memory together."""
+"""Encodes frames to an MP4 and a poster. Frames are streamed into one ffmpeg process, never held in memory together.
+
+A thread writes frames to ffmpeg while the model computes the next ones. All else happens in the thread of the caller.
+"""
 
 import contextlib
 import errno
 import itertools
 import os
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +26,8 @@ from handler.video_model.base import Frames
 _X264: Final = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 #: The same quality from the GPU's encoder, which many data-centre GPUs (A100, H100) lack.
 _NVENC: Final = ("-c:v", "h264_nvenc", "-preset", "p5", "-tune", "hq", "-rc", "vbr", "-cq", "19", "-b:v", "0")
+#: Chunks of frames that may wait for ffmpeg, or be on their way to it, while the model computes the next one.
+_AHEAD: Final = 2
 #: Seconds for the trial of NVENC.
 _TRIAL_TIMEOUT: Final = 30.0
 _MAX_ERROR_TEXT: Final = 2000
@@ -55,9 +62,10 @@ def encode(
 ) -> None:
     """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames that all have the same size.
 
-    Frames are scaled to cover the target's size and cropped evenly. After each chunk, `on_frames` gets the number of
-    frames that ffmpeg has read. `on_start` gets a function that kills ffmpeg, because a stopped ffmpeg blocks this
-    call. Errors of `chunks` are raised unchanged; the files are then incomplete.
+    Frames are scaled to cover the target's size and cropped evenly. For each chunk, `on_frames` gets the number of
+    frames that ffmpeg has read, and it is called again before a wait for ffmpeg. `on_start` gets a function that kills
+    ffmpeg, because a stopped ffmpeg blocks this call. Errors of `chunks` are raised unchanged; the files are then
+    incomplete. A chunk must not change after it was yielded.
 
     Raises:
         DiskFullError: the disk is full.
@@ -74,8 +82,9 @@ def encode(
         )
         assert process.stdin is not None  # noqa: S101 - tells the type checker about PIPE
         on_start(process.kill)
+        writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ffmpeg")
         try:
-            taken = _write(process.stdin, first, iterator, on_frames)
+            taken = _write(writer, process.stdin, itertools.chain([first], iterator), on_frames)
             process.stdin.close()
             process.wait()
         except BrokenPipeError as exc:
@@ -83,6 +92,7 @@ def encode(
             raise _error("ffmpeg stopped reading frames", errors) from exc
         finally:
             process.kill()
+            writer.shutdown(cancel_futures=True)  # after the kill, which ends a write that waits for ffmpeg
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.wait()
@@ -92,12 +102,28 @@ def encode(
         raise EncodeError(f"the model rendered {taken} frames instead of {target.num_frames}")
 
 
-def _write(stdin: IO[bytes], first: Frames, rest: Iterable[Frames], on_frames: Callable[[int], None]) -> int:
+def _write(
+    writer: ThreadPoolExecutor, stdin: IO[bytes], chunks: Iterable[Frames], on_frames: Callable[[int], None]
+) -> int:
+    """Writes the chunks in order and returns their number of frames. At most `_AHEAD` of them wait."""
+    under_way: deque[Future[int]] = deque()
     taken = 0
-    for chunk in itertools.chain([first], rest):
-        stdin.write(chunk.data)
-        taken += len(chunk)
+
+    def wait_until(left: int) -> None:
+        nonlocal taken
         on_frames(taken)
+        while len(under_way) > left:
+            taken += under_way.popleft().result()
+            on_frames(taken)
+
+    def write(chunk: Frames) -> int:
+        stdin.write(chunk.data)
+        return len(chunk)
+
+    for chunk in chunks:
+        under_way.append(writer.submit(write, chunk))
+        wait_until(_AHEAD)
+    wait_until(0)
     return taken
 
 

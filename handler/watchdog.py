@@ -1,8 +1,8 @@
 """Ends a render that makes no progress, and the worker if the render does not end.
 
-Progress is a step of the model, a decoded tile, frames that ffmpeg takes, bytes that the bucket takes, or the wait
-before a retry that the store policy allows. A thread beside the render compares the last progress with the limits,
-because the render itself may be blocked in a write to ffmpeg or in a call to the GPU.
+Progress is a step of the model, a decoded latent frame, frames that ffmpeg takes, bytes that the bucket takes, or the
+wait before a retry that the store policy allows. A thread beside the render compares the last progress with the limits,
+because the render itself may wait for ffmpeg or for the GPU.
 """
 
 import faulthandler

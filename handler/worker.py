@@ -33,16 +33,15 @@ from storage.videos import Videos
 
 #: How long a finished video is kept and stored again, unless HUNYUAN_STORE_PATIENCE says otherwise.
 _STORE_RETRIES: Final = RetryPolicy(first=1.0, longest=30.0, total=600.0)
-#: Percent at which each stage begins and ends. DENOISING and UPSCALING share one span. DECODING has two: the model
-#: decodes before the first frame is encoded, see _ENCODING_SPAN.
+#: Percent at which each stage begins and ends. DENOISING and UPSCALING share one span. DECODING covers the encoder,
+#: which takes frames while the model decodes the next ones.
 _SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
     Stage.ENCODING_PROMPT: (0, 2),
     Stage.DENOISING: (2, 80),
     Stage.UPSCALING: (2, 80),
-    Stage.DECODING: (80, 90),
+    Stage.DECODING: (80, 97),
     Stage.STORING: (97, 99),
 }
-_ENCODING_SPAN: Final = (90, 97)
 #: Seconds between two reports in the same stage: while the percentage rises, and while it does not. The second kind
 #: shows that the worker is alive.
 _REPORT_INTERVAL: Final = 1.0
@@ -174,6 +173,8 @@ class Worker:
                 raise RenderCancelledError("cancelled while ffmpeg encoded") from exc
             log.error("ffmpeg failed to encode the frames: %s", exc)
             raise JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be encoded") from exc
+        finally:
+            frames.close()  # a render that is not finished holds GPU memory
 
     def _manifest(self, store: JobStore, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
         return Manifest(
@@ -274,7 +275,7 @@ class _Meter:
     def encoded(self, fraction: float) -> None:
         """This fraction of the video is encoded."""
         self._watch.advance()
-        self._advance(Stage.DECODING, _ENCODING_SPAN, fraction)
+        self._advance(Stage.DECODING, _SPANS[Stage.DECODING], fraction)
 
     def keep_alive(self) -> None:
         """Nothing has changed. Reports the same again from time to time."""

@@ -10,17 +10,15 @@ Source of the stock processor: diffusers, models/transformers/transformer_hunyua
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
+from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
-from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
 
 from handler.video_model.blocks import CHUNK, Attend, chunked_blocks, use_chunks
 
@@ -99,27 +97,6 @@ def use_window_attention(transformer: HunyuanVideo15Transformer3DModel, radius: 
     transformer.register_forward_pre_hook(window.note_frames, with_kwargs=True)
     for block in blocks:
         block.attend = window
-
-
-def use_fast_causal_mask(vae: AutoencoderKLHunyuanVideo15) -> None:
-    """Makes the VAE build its frame-causal mask in one operation, once for all tiles. diffusers fills it row by row.
-
-    A tile of 256 pixels and 121 frames has 7,936 rows with a kernel launch each, and a 720p video has 28 tiles.
-    """
-    for module in vae.modules():
-        if isinstance(module, HunyuanVideo15AttnBlock):
-            module.prepare_causal_attention_mask = causal_mask
-
-
-@lru_cache(maxsize=1)
-def causal_mask(
-    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int | None = None
-) -> torch.Tensor:
-    """(S, S), or (batch, S, S): 0 where the key's frame is the query's or an earlier one, else -inf."""
-    frame = torch.arange(n_frame, device=device).repeat_interleave(n_hw)
-    mask = torch.zeros(len(frame), len(frame), dtype=dtype, device=device)
-    mask.masked_fill_(frame[None, :] > frame[:, None], float("-inf"))
-    return mask if batch_size is None else mask.expand(batch_size, -1, -1)
 
 
 def _trim_text(

@@ -1,6 +1,6 @@
 """The protocol between the worker and a model. Imports nothing heavy."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias
 
@@ -74,17 +74,18 @@ class VideoModel(Protocol):
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
-    ) -> Iterator[Frames]:
-        """Yields the `num_frames(job_input.duration)` frames of the video in order, a few at a time.
+    ) -> Generator[Frames, None, None]:
+        """Yields the `num_frames(job_input.duration)` frames of the video in order, a few at a time, as they are ready.
 
         `image` (RGB, any size) becomes the first frame; pass it only if the model `takes_images`.
 
         The model chooses the size of the frames; the encoder scales them to `job_input.size`. The same `seed` gives the
         same frames on the same machine. Calls `on_progress` for the stages up to DECODING. DENOISING and UPSCALING
-        share one fraction, which covers the steps of both.
+        share one fraction, which covers the steps of both. Close the generator if not all frames are taken: it holds
+        memory.
 
         Raises:
-            RenderCancelledError: within one denoising step, or one decoded tile, after `cancelled` is set.
+            RenderCancelledError: within one denoising step, or one decoded latent frame, after `cancelled` is set.
             ModelOutOfMemoryError: call `release_memory` before the next render.
         """
 

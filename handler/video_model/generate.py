@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Any, Final
 
@@ -28,8 +28,6 @@ from handler.video_model.pipeline import configure, encode_no_words, guided, ste
 from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
 
-#: Frames that `render` yields at once: 8 of 1280x720 are 22 MB.
-_FRAMES_PER_CHUNK: Final = 8
 #: Encoded prompts that stay in memory, about 10 MB each at real size.
 _CACHED_PROMPTS: Final = 16
 
@@ -70,16 +68,12 @@ class PipelineModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
-    ) -> Iterator[Frames]:
+    ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
         self._check_memory(job_input)
         try:
             latents = self._latents(job_input, image, seed, on_progress, cancelled)
-            video = self._decode(latents, on_progress, cancelled)
-            del latents
-            for first in range(0, len(video), _FRAMES_PER_CHUNK):
-                _raise_if(cancelled)
-                yield video[first : first + _FRAMES_PER_CHUNK]
+            yield from self._decode(latents, on_progress, cancelled)
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
                 raise
@@ -207,14 +201,13 @@ class PipelineModel:
         self._prompts.move_to_end(key)
         return self._prompts[key]
 
-    def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Frames:
-        def on_tile(done: float) -> None:
+    def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
+        def on_step(done: float) -> None:
             _raise_if(cancelled)
             on_progress(Stage.DECODING, done)
 
-        video = decode(self.parts.shared.vae, latents, on_tile)
-        on_tile(1.0)
-        return video
+        yield from decode(self.parts.shared.vae, latents, on_step)
+        on_step(1.0)
 
 
 class _DenoisingProgress:

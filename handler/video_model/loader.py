@@ -13,9 +13,10 @@ from contract.job import DEMO_MODEL
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate
-from handler.video_model.attention import choose_backend, use_fast_causal_mask, use_mask_free_attention
+from handler.video_model.attention import choose_backend, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
 from handler.video_model.catalog import known_name
+from handler.video_model.causal_decoder import use_frame_causal_attention
 from handler.video_model.checkpoints import read_checkpoints, single_parts
 from handler.video_model.compilation import compile_blocks, should_compile
 from handler.video_model.generate import PipelineModel
@@ -77,7 +78,9 @@ def _read(settings: WorkerSettings, device: str) -> Parts:
 
 def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, list[Approximation]]:
     """Returns the name of the attention kernel, and the approximations in use."""
-    if not parts.image_routes:
+    if parts.image_routes:
+        use_frame_causal_attention(parts.shared.vae.encoder)
+    else:
         parts.shared.vae.encoder = None  # only images need it; 0.8 GB at real size
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
     for transformer in parts.transformers:
@@ -89,7 +92,6 @@ def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, li
         bases={known_name(name) or name: base.pipeline.transformer for name, base in parts.bases.items()},
         upscalers=parts.upscaler_transformers,
     )
-    use_fast_causal_mask(parts.shared.vae)
     return backend, approximations
 
 

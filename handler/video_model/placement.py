@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -62,9 +62,19 @@ def _placements(parts: Parts, plan: PlacementPlan) -> list[tuple[torch.nn.Module
         (shared.text_encoder, plan.text_encoders, "leaf_level"),
         (shared.text_encoder_2, plan.text_encoders, "leaf_level"),
         *((transformer, plan.transformers, "block_level") for transformer in parts.transformers),
-        (shared.vae, plan.vae, "leaf_level"),
+        *_vae_placements(shared.vae, plan.vae),
         *((module, Placement.RESIDENT, "leaf_level") for module in small),
     ]
+
+
+def _vae_placements(vae: Any, placement: Placement) -> list[tuple[torch.nn.Module, Placement, Grouping]]:
+    """A streamed decoder stays in host memory, because `decode` copies it: each latent frame needs all its weights.
+
+    The encoder is streamed by its own forward pass. The VAE's own `forward`, which encodes and decodes, never runs.
+    """
+    if placement is Placement.RESIDENT:
+        return [(vae, placement, "leaf_level")]
+    return [] if vae.encoder is None else [(vae.encoder, placement, "leaf_level")]
 
 
 def place_all(placements: Sequence[tuple[torch.nn.Module, Placement, Grouping]], device: torch.device) -> None:

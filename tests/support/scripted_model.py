@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from threading import Event
 
 import numpy as np
@@ -48,7 +48,7 @@ class ScriptedModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
-    ) -> Iterator[Frames]:
+    ) -> Generator[Frames, None, None]:
         self.images.append(image)
         self.rendered.append((job_input, seed))
         on_progress(Stage.ENCODING_PROMPT, 0.0)
@@ -57,12 +57,12 @@ class ScriptedModel:
             if cancelled.is_set():
                 raise RenderCancelledError("cancelled")
             on_progress(Stage.DENOISING, (step + 1) / STEPS)
-        on_progress(Stage.DECODING, 1.0)
-        left = num_frames(job_input.duration) - self.missing_frames
+        frames = left = num_frames(job_input.duration) - self.missing_frames
         # A picture of its own for each render: bytes of two attempts must never pass for each other.
         tiles = np.frombuffer(os.urandom(4 * 4 * 3), dtype=np.uint8).reshape(4, 4, 3)
         picture = tiles.repeat(9, axis=0).repeat(16, axis=1)
         while left > 0:
+            on_progress(Stage.DECODING, 1 - left / frames)
             self.before_frames(left)
             yield np.repeat(picture[None], min(left, 8), axis=0)
             left -= 8

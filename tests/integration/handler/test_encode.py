@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def test_the_file_plays_everywhere(tmp_path: Path, size: tuple[int, int]) -> Non
     assert (video.codec, video.pixel_format, video.color) == ("h264", "yuv420p", "tv, bt709, progressive")
     assert (video.width, video.height, video.fps, video.num_frames) == (*size, 24.0, 25)
     assert video.is_faststart
-    assert seen == list(range(1, 26))
+    assert sorted(set(seen)) == list(range(26))
+    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize("color", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (90, 120, 200)])
@@ -111,6 +113,69 @@ def test_an_error_of_the_model_is_raised_and_ends_ffmpeg(tmp_path: Path) -> None
     def failing() -> Iterator[Frames]:
         yield from flat((0, 0, 0), 3)
         raise RuntimeError("in the model")
+
+    with pytest.raises(RuntimeError, match="in the model"):
+        encode(failing(), target(tmp_path), ignore)
+    assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
+
+
+def of_this_process() -> psutil.Process:
+    (process,) = (child for child in psutil.Process().children() if "ffmpeg" in child.name())
+    return process
+
+
+def large(frames: int) -> Iterator[Frames]:
+    """Each frame is larger than a pipe holds."""
+    yield from flat((0, 0, 0), frames, (640, 360))
+
+
+def test_the_model_computes_while_ffmpeg_encodes(tmp_path: Path) -> None:
+    """The next chunk is asked for although ffmpeg, which is stopped, has not read the one before."""
+    asked_while_stopped: list[int] = []
+
+    def frames() -> Iterator[Frames]:
+        for number, chunk in enumerate(large(25)):
+            if number == 10:
+                of_this_process().suspend()
+            if number == 12:
+                asked_while_stopped.append(number)
+                of_this_process().resume()
+            yield chunk
+
+    encode(frames(), target(tmp_path), ignore)
+    assert asked_while_stopped == [12]
+    assert probe(tmp_path / "video.mp4").num_frames == 25
+
+
+def test_only_a_few_chunks_wait_for_ffmpeg_and_it_can_be_killed_meanwhile(tmp_path: Path) -> None:
+    kill: list[Callable[[], None]] = []
+    asked: list[int] = []
+    seen: list[int] = []
+
+    def frames() -> Iterator[Frames]:
+        for number, chunk in enumerate(large(200)):
+            asked.append(number)
+            if number == 10:
+                of_this_process().suspend()
+                threading.Timer(1.0, kill[0]).start()
+            yield chunk
+
+    with pytest.raises(EncodeError, match="stopped reading"):
+        encode(frames(), target(tmp_path, num_frames=200), seen.append, kill.append)
+    assert asked[-1] <= 13, "one that is being written and two that wait, after those that ffmpeg has read"
+    assert seen[-1] >= 7
+    assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ffmpeg")]
+
+
+def test_an_error_of_the_model_does_not_wait_for_a_stopped_ffmpeg(tmp_path: Path) -> None:
+    def failing() -> Iterator[Frames]:
+        for number, chunk in enumerate(large(25)):
+            if number == 10:
+                of_this_process().suspend()
+            if number == 12:
+                raise RuntimeError("in the model")
+            yield chunk
 
     with pytest.raises(RuntimeError, match="in the model"):
         encode(failing(), target(tmp_path), ignore)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
+from PIL import Image
 from pydantic import ValidationError
 
 from contract.errors import ErrorCode
@@ -25,12 +26,19 @@ from handler.video_model.catalog import ROUTES
 from handler.video_model.checkpoints import read_checkpoints
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
-from handler.video_model.memory import SMALLEST, Budget, Placement, Weights
-from handler.video_model.placement import bytes_of, place, place_all
+from handler.video_model.memory import SMALLEST, Budget, Placement, PlacementPlan, Weights
+from handler.video_model.placement import _placements, bytes_of, place_all
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
 from tests.support.queues import NOWHERE
-from tests.support.small_models import image_pipeline, single, sr_transformer, upsampler_720p, upsampler_1080p
+from tests.support.small_models import (
+    image_family,
+    image_pipeline,
+    single,
+    sr_transformer,
+    upsampler_720p,
+    upsampler_1080p,
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,17 +180,31 @@ def test_a_checkpoint_that_is_cut_short_is_named(weights: Path, tmp_path: Path) 
 def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
     """A CPU has no device to stream to, but every hook runs."""
     job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    image = Image.new("RGB", (112, 64), (200, 80, 20))
     videos = []
     for placement in Placement:
-        pipeline = demo.build_pipeline()
-        cpu = torch.device("cpu")
-        place(pipeline.text_encoder, placement, "leaf_level", cpu)
-        place(pipeline.transformer, placement, "block_level", cpu)
-        place(pipeline.vae, placement, "leaf_level", cpu)
-        chunks = single(pipeline).render(job, seed=1, on_progress=lambda *_: None, cancelled=Event())
+        model = image_family()
+        place_all(_placements(model.parts, PlacementPlan(placement, placement, placement, 256)), torch.device("cpu"))
+        chunks = model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event(), image=image)
         videos.append(np.concatenate(list(chunks)))
     resident, streamed = videos
     assert np.array_equal(resident, streamed)
+
+
+def test_every_streamed_part_runs_through_its_own_forward_which_has_the_hooks() -> None:
+    """diffusers' hook that copies the next layer ahead sits on the forward pass of the module that was given to it."""
+    model = image_family()
+    streamed = [
+        module for module, placement, _ in _placements(model.parts, SMALLEST) if placement is Placement.STREAMED
+    ]
+    ran: set[torch.nn.Module] = set()
+    for module in streamed:
+        module.register_forward_pre_hook(lambda module, _: ran.add(module))
+    job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    image = Image.new("RGB", (112, 64), (200, 80, 20))
+    for _ in model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event(), image=image):
+        pass
+    assert [type(module).__name__ for module in streamed if module not in ran] == []
 
 
 class Meeting(torch.nn.Linear):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from threading import Event
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from contract.errors import ErrorCode
@@ -131,6 +133,37 @@ def test_progress_goes_through_the_stages_and_never_falls(bench: Bench) -> None:
     stages = list(dict.fromkeys(progress.stage for progress in bench.reports))
     assert stages == [Stage.ENCODING_PROMPT, Stage.DENOISING, Stage.DECODING, Stage.STORING]
     assert len(bench.reports) < 20, "one a second and one for each stage, not one for each frame"
+
+
+def test_progress_moves_through_decoding_with_the_frames(bench: Bench) -> None:
+    """Decoding and encoding share 80 to 97 percent."""
+    bench.model.before_frames = lambda left: time.sleep(1.1 if left in (89, 33) else 0)
+    bench.run()
+    decoding = [progress.progress for progress in bench.reports if progress.stage is Stage.DECODING]
+    assert decoding[0] == 80
+    done = [80 + 17 * (121 - left) / 121 for left in (89, 33)]
+    assert all(any(abs(percent - at) <= 2 for percent in decoding) for at in done), decoding
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ModelOutOfMemoryError("CUDA out of memory"), ErrorCode.OOM_ERROR),
+        (RuntimeError("in the decoder"), ErrorCode.GENERATION_FAILED),
+    ],
+)
+def test_an_error_after_some_frames_are_encoded_ends_ffmpeg_and_the_next_job_works(
+    bench: Bench, error: Exception, code: ErrorCode
+) -> None:
+    def fail(left: int) -> None:
+        if left < 60:
+            raise error
+
+    bench.model.before_frames = fail
+    assert bench.failure()[0] is code
+    assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
+    bench.model.before_frames = lambda _: None
+    assert bench.run().num_frames == 121
 
 
 def test_the_seed_depends_on_the_task_alone(bench: Bench) -> None:

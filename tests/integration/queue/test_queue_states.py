@@ -364,7 +364,7 @@ def test_the_queue_does_what_its_model_does(database_url: str) -> None:
             run_state_machine_as_test(
                 Machine,
                 settings=settings(
-                    max_examples=settings.default.max_examples // 2,
+                    max_examples=settings().max_examples // 2,
                     stateful_step_count=50,
                     deadline=None,
                     suppress_health_check=list(HealthCheck),
