@@ -92,6 +92,10 @@ api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 settings-page: $(VENV)/.dev ## Write the tables of docs/settings.md from the settings classes
 	$(BIN)/python -m tools.settings_page
 
+.PHONY: plan-page
+plan-page: $(VENV)/.dev ## Write the tables of the plan in docs/performance.md
+	$(BIN)/python -m tools.plan_page
+
 .PHONY: release
 release: $(VENV)/.dev ## Build the wheel and the source archive into dist/ and check them (RELEASE=--draft if the changelog has no date yet)
 	$(BIN)/python -m tools.release $(RELEASE)

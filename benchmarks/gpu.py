@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                      every profile, resolution and duration
     python -m benchmarks.gpu --vram-limit 12      the same in 12 GB
+    python -m benchmarks.gpu --dry-run            computes nothing: counts bytes and operations on the meta device
     python -m benchmarks.gpu --tiny               small models, also on a CPU: shows that the benchmark works
 
 For each kind of job: the seconds of one transformer pass at each of its sizes, its share of the matmul peak measured in
@@ -27,6 +28,7 @@ from typing import Any, Final
 import diffusers
 import torch
 
+from benchmarks.counted import dry_run
 from benchmarks.gpu_models import REAL, TINY, RandomModels, Scale
 from contract.job import DEFAULT_MODEL, JobInput, Profile, Resolution, num_frames
 from contract.result import Stage
@@ -34,9 +36,12 @@ from handler.settings import WorkerSettings
 from handler.video_model.attention import choose_backend, use_mask_free_attention
 from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.compilation import compile_blocks, should_compile
+from handler.video_model.cost import Speed, gpu_named
 from handler.video_model.generate import PipelineModel
+from handler.video_model.memory import Budget, peak
 from handler.video_model.parts import Parts
 from handler.video_model.placement import put_on_gpu
+from handler.video_model.workload import kind_of_job
 
 RESULTS: Final = Path(__file__).parent / "results"
 PROMPT: Final = "A paper boat drifts along a rainy street at night, neon signs mirrored in the puddles, cinematic"
@@ -71,11 +76,16 @@ class Cell:
     total: float
     reference: str
     peak_gb: float
+    planned_gb: float = 0.0
+    calculated: float = 0.0
     problem: str = ""
 
 
 def main(given: Sequence[str] | None = None) -> None:
     arguments = _arguments(given)
+    if arguments.dry_run:
+        print("\n".join(dry_run(_wanted(arguments))))
+        return
     diffusers.utils.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.tiny:
@@ -94,6 +104,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vram-limit", type=float, help="GPU memory in GB that may be used")
     parser.add_argument("--stock", action="store_true", help="also time a pass of diffusers' transformer")
     parser.add_argument("--no-compile", action="store_true", help="leave the blocks uncompiled")
+    parser.add_argument("--dry-run", action="store_true", help="count on the meta device, compute nothing")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(given)
@@ -117,6 +128,7 @@ class Bench:
         self.dtype = self.models.dtype
         self.peak = self._matmul_peak()
         self.compiled = False
+        self.memory: Budget | None = None
         self._profile: Profile | None = None
         self._model: PipelineModel | None = None
 
@@ -132,8 +144,11 @@ class Bench:
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as exc:
             self._release()
             return replace(empty, problem=str(exc).partition("\n")[0])
+        job_input = kind_of_job(resolution, duration)
         return replace(
             empty,
+            planned_gb=self._planned_gb(model, job_input),
+            calculated=model.expected_seconds(job_input) or 0.0,
             compiled=self.compiled,
             passes=passes,
             stages=stages,
@@ -141,6 +156,11 @@ class Bench:
             total=sum(stages.values()),
             peak_gb=self._peak_gb(),
         )
+
+    def _planned_gb(self, model: PipelineModel, job_input: JobInput) -> float:
+        if self.memory is None:
+            return 0.0
+        return peak(self.memory.plan, self.memory.weights, model.workload(job_input)) / 1e9
 
     def _loaded(self, profile: Profile) -> PipelineModel:
         if self._profile is not profile or self._model is None:
@@ -161,9 +181,12 @@ class Bench:
         settings = WorkerSettings(
             vram_limit=self.arguments.vram_limit, compile=False if self.arguments.no_compile else None
         )
-        memory = put_on_gpu(parts, settings) if self.device == "cuda" else None
-        self.compiled = should_compile(settings.compile, self.device, memory) and compile_blocks(parts.transformers)
-        return PipelineModel(parts, attention=backend, memory=memory)
+        self.memory = put_on_gpu(parts, settings) if self.device == "cuda" else None
+        compiles = should_compile(settings.compile, self.device, self.memory)
+        self.compiled = compiles and compile_blocks(parts.transformers)
+        gpu = gpu_named(torch.cuda.get_device_name()) if self.device == "cuda" else None
+        speed = Speed.of(gpu) if gpu is not None else None
+        return PipelineModel(parts, attention=backend, memory=self.memory, speed=speed)
 
     def _transformers(self, parts: Parts, resolution: Resolution) -> Iterator[tuple[Any, Checkpoint]]:
         route = parts.routes[DEFAULT_MODEL, resolution]
@@ -287,7 +310,8 @@ def _table(facts: dict[str, Any], cells: Sequence[Cell]) -> str:
         f"{facts['device']}, {facts['date']}, torch {facts['torch']}, "
         f"measured matmul peak {facts['matmul_tflops']:.1f} TFLOP/s",
         "",
-        "| profile | video | pass (s, share of peak; stock) | whole job (s) | reference (s) | peak GB | |",
+        "| profile | video | pass (s, share of peak; stock) | whole job (s), calculated | reference (s) "
+        "| peak GB, planned | |",
         "|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
@@ -298,9 +322,14 @@ def _table(facts: dict[str, Any], cells: Sequence[Cell]) -> str:
         )
         note = cell.problem or f"{cell.steps_timed} base steps timed"
         lines.append(
-            f"| {cell.profile} | {cell.resolution} {cell.duration} s | {passes} | {cell.total:.1f} | {cell.reference} "
-            f"| {cell.peak_gb:.1f} | {note} |"
+            f"| {cell.profile} | {cell.resolution} {cell.duration} s | {passes} "
+            f"| {cell.total:.1f}, {cell.calculated:.1f} | {cell.reference} "
+            f"| {cell.peak_gb:.1f}, {cell.planned_gb:.1f} | {note} |"
         )
+    gpu = gpu_named(str(facts["device"]))
+    shares = [each.tflops / gpu.tflops for cell in cells for each in cell.passes] if gpu is not None else []
+    if shares:
+        lines += ["", f"HUNYUAN_GPU_SHARE={sum(shares) / len(shares):.2f}: the mean share of the data sheet's peak"]
     return "\n".join(lines) + "\n"
 
 

@@ -11,15 +11,25 @@ from diffusers import (
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
 from torch import nn
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from contract.job import DEFAULT_MODEL, Profile
 from handler.video_model import demo
-from handler.video_model.catalog import CHECKPOINTS, Checkpoint, text_routes
+from handler.video_model.catalog import CHECKPOINTS, IMAGE_BASES, Checkpoint, image_routes, text_routes
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
 
@@ -54,19 +64,21 @@ class RandomModels:
     def __init__(self, scale: Scale, device: str) -> None:
         self.scale = scale
         self.device = device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
-    def parts(self, profile: Profile) -> Parts:
-        """The checkpoints of a profile."""
-        routes = text_routes({DEFAULT_MODEL: profile})
-        names = sorted({name for route in routes.values() for name in route.checkpoints})
+    def parts(self, profile: Profile, *, images: bool = False) -> Parts:
+        """The checkpoints of a profile; with `images` also those of videos that start from an image."""
+        models = {DEFAULT_MODEL: profile}
+        routes = text_routes(models)
+        from_image = image_routes(models, list(IMAGE_BASES.values())) if images else {}
         bases, upscalers = {}, {}
-        for checkpoint in map(self._scaled, names):
-            if checkpoint.is_super_resolution:
-                upscalers[checkpoint.name] = Upscaler(checkpoint, self._stage(checkpoint))
-            else:
-                bases[checkpoint.name] = Base(checkpoint, self._pipeline())
-        return Parts(f"random {profile}", bases, routes, upscalers)
+        for route in {*routes.values(), *from_image.values()}:
+            for checkpoint in map(self._scaled, route.checkpoints):
+                if checkpoint.is_super_resolution:
+                    upscalers[checkpoint.name] = Upscaler(checkpoint, self._stage(checkpoint))
+                else:
+                    bases[checkpoint.name] = Base(checkpoint, self._pipeline(from_image=route in from_image.values()))
+        return Parts(f"random {profile}", bases, routes, upscalers, from_image)
 
     def _scaled(self, name: str) -> Checkpoint:
         checkpoint = CHECKPOINTS[name]
@@ -89,7 +101,7 @@ class RandomModels:
             )
         )
 
-    def _pipeline(self) -> HunyuanVideo15Pipeline:
+    def _pipeline(self, *, from_image: bool) -> HunyuanVideo15Pipeline:
         built = demo.build_pipeline()
         components: dict[str, Any] = {
             **built.components,
@@ -97,18 +109,19 @@ class RandomModels:
             "scheduler": FlowMatchEulerDiscreteScheduler(),
             "guider": ClassifierFreeGuidance(),
         }
-        if self.scale is REAL:
+        if self.scale is not TINY:
             components |= {
                 "vae": self._made(AutoencoderKLHunyuanVideo15),
                 "text_encoder": self._made(self._qwen),
-                "text_encoder_2": self._made(
-                    lambda: T5EncoderModel(
-                        T5Config(vocab_size=384, d_model=1472, d_kv=64, d_ff=3584, num_layers=12, num_heads=6)
-                    )
-                ),
+                "text_encoder_2": self._made(self._byt5),
                 "tokenizer_2": ByT5Tokenizer(),
             }
-        pipeline = HunyuanVideo15Pipeline(**components)
+        if from_image:
+            components |= {
+                "image_encoder": self._made(self._siglip),
+                "feature_extractor": SiglipImageProcessorPil(size={"height": 384, "width": 384}),
+            }
+        pipeline = (HunyuanVideo15ImageToVideoPipeline if from_image else HunyuanVideo15Pipeline)(**components)
         for name in ("system_message", "prompt_template_encode_start_idx"):
             setattr(pipeline, name, getattr(built, name))
         return pipeline
@@ -127,12 +140,32 @@ class RandomModels:
         )
         return model
 
+    def _byt5(self) -> nn.Module:
+        model: nn.Module = T5EncoderModel(
+            T5Config(
+                vocab_size=1510,
+                d_model=1472,
+                d_kv=64,
+                d_ff=3584,
+                num_layers=12,
+                num_heads=6,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        return model
+
+    def _siglip(self) -> nn.Module:
+        sizes = {"image_size": 384, "patch_size": 14, "hidden_size": 1152, "intermediate_size": 4304}
+        model: nn.Module = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=27, num_attention_heads=16, **sizes))
+        return model
+
     def _stage(self, checkpoint: Checkpoint) -> SuperResolution:
         channels = self.scale.latent_channels
         small: nn.Module = (
             SRTo720pUpsampler(channels, channels, global_residual=True)
             if checkpoint.name == "720p_sr_distilled"
-            else SRTo1080pUpsampler(channels, channels, block_out_channels=(4 * channels, 2 * channels))
+            # Widths that agree with the size of the published file, 0.20 GB. Its configuration was not at hand.
+            else SRTo1080pUpsampler(channels, channels, block_out_channels=(8 * channels, 16 * channels))
         )
         return SuperResolution(
             transformer=self.transformer(3 * channels + 2, meanflow=True),
@@ -142,9 +175,14 @@ class RandomModels:
         )
 
     def _made(self, build: Callable[[], Any]) -> Any:
-        """A module with random weights in `dtype`, in host memory. A GPU, if there is one, makes the numbers."""
+        """A module with random weights in `dtype`, in host memory. A GPU, if there is one, makes the numbers.
+
+        On the device "meta" it has no numbers.
+        """
         with torch.device("meta"):
             module = build()
+        if self.device == "meta":
+            return module.to(self.dtype).eval()
         module = module.to(self.dtype).to_empty(device="cpu").eval()
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():

@@ -5,7 +5,7 @@ from enum import IntEnum, StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from contract.job import SamplingLimits
+from contract.job import Resolution, SamplingLimits
 
 
 class WorkerExit(IntEnum):
@@ -46,6 +46,17 @@ class Gpu(BaseModel):
     memory_free: int
 
 
+class RenderEstimate(BaseModel):
+    """Seconds that a worker expects one kind of job to take, before it has rendered any."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    resolution: Resolution
+    duration: int
+    seconds: float
+
+
 class WorkerReport(BaseModel):
     """What a worker reports to the server, which answers /health from it without seeing the GPU."""
 
@@ -57,6 +68,9 @@ class WorkerReport(BaseModel):
     models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty means any.")
     takes_images: bool = Field(default=True, description="Whether the worker has image-to-video weights.")
     limits: tuple[SamplingLimits, ...] = Field(default=(), description="What requests may not change.")
+    estimates: tuple[RenderEstimate, ...] = Field(
+        default=(), description="Calculated render seconds for the worker's GPU; empty if its speed is unknown."
+    )
     attention: str | None = None
     error: str | None = None
     load_seconds: Mapping[str, float] | None = Field(default=None, description="Seconds of each phase of a cold start.")

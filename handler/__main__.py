@@ -18,6 +18,7 @@ from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
+from handler.allocator import configure_allocator
 from handler.report import Reporter
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError, VideoModel
@@ -105,6 +106,7 @@ def _check(bucket: BucketSettings, reporter: Reporter) -> None:
 
 def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     started = time.monotonic()
+    configure_allocator()
     try:
         from handler.video_model.loader import load_model  # torch and diffusers take seconds to import
 

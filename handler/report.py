@@ -7,11 +7,13 @@ to load. RunPod itself sets no HUNYUAN_WORKER_REPORT_URL; then nothing is sent.
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Final, Self
 
 import httpx
 
-from contract.worker import Gpu, WorkerReport, WorkerState
+from contract.job import MAX_DURATION, MIN_DURATION, JobInput, Resolution
+from contract.worker import Gpu, RenderEstimate, WorkerReport, WorkerState
 from handler.video_model.base import VideoModel
 
 _INTERVAL: Final = 5.0
@@ -58,6 +60,7 @@ class Reporter:
             models=tuple(model.models),
             takes_images=model.takes_images,
             limits=tuple(model.limits),
+            estimates=_estimates(model),
             attention=model.attention,
             load_seconds={phase: round(seconds, 3) for phase, seconds in load_seconds.items()},
         )
@@ -102,3 +105,17 @@ class Reporter:
             self._warned = True
         else:
             self._warned = False
+
+
+def _estimates(model: VideoModel) -> tuple[RenderEstimate, ...]:
+    """Of every kind of job that the model renders."""
+    kinds = product(model.models, Resolution, range(MIN_DURATION, MAX_DURATION + 1))
+    jobs = (
+        JobInput(prompt="A job of this kind", model=name, resolution=size, duration=length)
+        for name, size, length in kinds
+    )
+    return tuple(
+        RenderEstimate(model=job.model, resolution=job.resolution, duration=job.duration, seconds=round(seconds, 1))
+        for job in jobs
+        if (seconds := model.expected_seconds(job)) is not None
+    )

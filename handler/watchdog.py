@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event, Thread
 from typing import Final
 
@@ -31,6 +31,8 @@ _BASE_STEPS: Final = 50
 _UPSCALING_STEPS: Final = 14
 #: Seconds of a whole render of the demo model.
 _DEMO_RENDER: Final = 3600.0
+#: A render may take so many times its calculated seconds: GPUs reach less of their peak than assumed, but not a tenth.
+_EXPECTED_TIMES: Final = 10.0
 #: Seconds that a render has to end after it was stopped: long enough to write a log line and to delete its files.
 _GRACE: Final = 5.0
 _POLL_INTERVAL: Final = 0.25
@@ -156,9 +158,11 @@ class Watchdog:
             if watch.reason is not None:
                 self.on_stall(None)
 
-    def limits(self, job_input: JobInput, *, is_demo: bool) -> Limits:
-        """The limits of this job."""
+    def limits(self, job_input: JobInput, *, is_demo: bool, expected: float | None = None) -> Limits:
+        """The limits of this job. `expected` seconds of its render, if they are known, replace those of a slow GPU."""
         derived = Limits.of(job_input, is_demo=is_demo)
+        if expected is not None:
+            derived = replace(derived, render=_EXPECTED_TIMES * expected + _STALL)
         return Limits(
             self.stall_timeout or derived.stall,
             self.stall_timeout or derived.step,

@@ -143,7 +143,9 @@ class Worker:
         with job_directory(self.work_dir) as directory:
             frames = num_frames(job_input.duration)
             target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
-            with watch.rendering(self.watchdog.limits(job_input, is_demo=self.model.name == DEMO_MODEL)):
+            expected = self.model.expected_seconds(job_input)
+            is_demo = self.model.name == DEMO_MODEL
+            with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
                 self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()

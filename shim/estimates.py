@@ -21,7 +21,10 @@ def documented_rate(resolution: str, pixels: int) -> float:
 
 
 def render_seconds(job_input: JobInput, observed: RenderTimes) -> float:
-    """Seconds that one render takes: the observed mean of its kind, or the documented figure before the first one."""
+    """Seconds that one render takes: the observed mean of its kind, or what a worker expects before the first one.
+
+    If no worker has said so, the documented figure.
+    """
     mean = observed.get(render_kind(job_input))
     if mean is not None:
         return mean

@@ -66,6 +66,9 @@ class VideoModel(Protocol):
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
 
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        """Seconds that the render should take, calculated; None if the speed of this machine is unknown."""
+
     def render(
         self,
         job_input: JobInput,

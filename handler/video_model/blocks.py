@@ -16,8 +16,8 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.embeddings import apply_rotary_emb
 
-#: Tokens computed at once: enough to fill a GPU; a temporary takes 256 MB at the model's width.
-CHUNK: Final = 65_536
+#: Tokens computed at once: enough to fill a GPU; a temporary takes 64 MB at the model's width.
+CHUNK: Final = 16_384
 
 #: Cosines and sines of the positions, each (tokens, head size).
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -53,7 +53,6 @@ class ChunkedBlock:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns latent and text tokens in the shapes of the inputs."""
         block, attn = self._block, self._block.attn
-        hidden_states = hidden_states.contiguous()  # the first block gets a transposed view
         tokens, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
         chunks = [slice(begin, min(begin + self._chunk, tokens)) for begin in range(0, tokens, self._chunk)]
         # 1. Query, key and value of all tokens: (1, latent + text tokens, heads, head size) each.
@@ -125,6 +124,8 @@ def after_attention(
 
 def use_chunks(transformer: HunyuanVideo15Transformer3DModel, attend: Attend, chunk: int = CHUNK) -> None:
     """Makes each block of `transformer` compute in chunks, with `attend` as its attention."""
+    # The embedder gives a transposed view. A copy in the first block would keep both alive for as long as it computes.
+    transformer.x_embedder.register_forward_hook(lambda _, __, tokens: tokens.contiguous())
     for block in transformer.transformer_blocks:
         block.forward = ChunkedBlock(block, attend, chunk)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -21,12 +20,14 @@ from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, trained_size
+from handler.video_model.cost import Speed, render_seconds
 from handler.video_model.decode import decode
-from handler.video_model.memory import Budget, DoesNotFitError, Workload
+from handler.video_model.memory import Budget, DoesNotFitError, Placement
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
 from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
+from handler.video_model.workload import Workload, workload
 
 #: Encoded prompts that stay in memory, about 10 MB each at real size.
 _CACHED_PROMPTS: Final = 16
@@ -44,6 +45,7 @@ class PipelineModel:
         *,
         attention: str = "",
         memory: Budget | None = None,
+        speed: Speed | None = None,
         approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
     ) -> None:
@@ -56,6 +58,7 @@ class PipelineModel:
         self.approximations = approximations
         self.load_seconds = load_seconds or {}
         self._memory = memory
+        self._speed = speed
         self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
             configure(base)
@@ -98,11 +101,17 @@ class PipelineModel:
             torch.cuda.empty_cache()
 
     def workload(self, job_input: JobInput) -> Workload:
-        """The job's frames and the size of its largest stage."""
-        base, upscalers = self._route(job_input, from_image=False)
-        checkpoints = [base.checkpoint, *(upscaler.checkpoint for upscaler in upscalers)]
-        sizes = [_render_size(checkpoint, job_input, self.parts.shared) for checkpoint in checkpoints]
-        return Workload(num_frames(job_input.duration), max(sizes, key=math.prod))
+        """The job's stages, with their sizes and passes."""
+        routes = self.parts.routes if job_input.image is None else self.parts.image_routes
+        return workload(job_input, routes[job_input.model, job_input.resolution], self.parts.checkpoints)
+
+    def expected_seconds(self, job_input: JobInput) -> float | None:
+        """See `VideoModel.expected_seconds`."""
+        if self._speed is None or self._memory is None:
+            return None
+        plan = self._memory.plan
+        streamed = plan.transformers is Placement.STREAMED
+        return sum(render_seconds(self.workload(job_input), self._speed, streamed=streamed, tile=plan.tile).values())
 
     def _route(self, job_input: JobInput, *, from_image: bool) -> tuple[Base, list[Upscaler]]:
         routes = self.parts.image_routes if from_image else self.parts.routes

@@ -7,10 +7,10 @@ from typing import Final
 import torch
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 
-from contract.job import MAX_DURATION, MIN_DURATION, SamplingLimits, num_frames
-from handler.video_model.catalog import Checkpoint, Routes, trained_size
-from handler.video_model.memory import Workload
+from contract.job import MAX_DURATION, MIN_DURATION, SamplingLimits
+from handler.video_model.catalog import Checkpoint, Routes
 from handler.video_model.super_resolution import SuperResolution
+from handler.video_model.workload import Workload, kind_of_job, workload
 
 #: From this number of steps on, neighbouring steps are alike. Step-distilled checkpoints take up to 12.
 _MANY_STEPS: Final = 16
@@ -86,12 +86,17 @@ class Parts:
         ]
 
     def workloads(self) -> list[Workload]:
-        """The 16:9 videos that a request may ask for, by size and duration."""
-        parts: Mapping[str, Base | Upscaler] = {**self.bases, **self.upscalers}
-        routes = set(self.routes.values())
-        sizes = {max(parts[name].checkpoint.base_size for name in route.checkpoints) for route in routes}
+        """The 16:9 videos that a request may ask for."""
+        checkpoints = self.checkpoints
         return [
-            Workload(num_frames(duration), trained_size(size, 16, 9))
-            for size in sizes
+            workload(kind_of_job(resolution, duration, from_image=from_image), route, checkpoints)
+            for from_image, routes in ((False, self.routes), (True, self.image_routes))
+            for (_, resolution), route in dict.fromkeys(routes.items())
             for duration in range(MIN_DURATION, MAX_DURATION + 1)
         ]
+
+    @property
+    def checkpoints(self) -> Mapping[str, Checkpoint]:
+        """Those of all bases and upscalers, by name."""
+        parts: Mapping[str, Base | Upscaler] = {**self.bases, **self.upscalers}
+        return {name: part.checkpoint for name, part in parts.items()}

@@ -1,20 +1,26 @@
 """Puts each part of a model where the memory plan says."""
 
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeAlias
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from diffusers.hooks import apply_group_offloading
 
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError
-from handler.video_model.memory import Budget, DoesNotFitError, Placement, PlacementPlan, Weights, budget
+from handler.video_model.memory import WHOLE, Budget, DoesNotFitError, Part, Placement, PlacementPlan, Weights, budget
 from handler.video_model.parts import Parts
 
 #: What is streamed at once: a transformer block, or a single layer.
 Grouping: TypeAlias = Literal["block_level", "leaf_level"]
+
+#: The memory limit of this process's control group, in either version.
+CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 log = logging.getLogger(__name__)
 
@@ -31,39 +37,79 @@ def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
         free = min(free, int(settings.vram_limit * 1e9))
         torch.cuda.set_per_process_memory_fraction(min(free / total, 1.0))
     # 2. Plan.
+    host = available_host_memory()
     try:
-        made = budget(free, weights_of(parts), parts.workloads(), offload=settings.offload_cpu)
+        made = budget(free, weights_of(parts), parts.workloads(), offload=settings.offload_cpu, host=host)
     except DoesNotFitError as exc:
-        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {parts.name} does not fit into GPU memory: {exc}") from exc
+        raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {parts.name} does not fit into memory: {exc}") from exc
     log.info("memory plan: %s", made.plan)
     # 3. Place.
     place_all(_placements(parts, made.plan), torch.device("cuda"))
     tile, vae = made.plan.tile, parts.shared.vae
-    vae.enable_tiling(tile, tile, *[tile // parts.shared.vae_scale_factor_spatial] * 2)
+    if tile == WHOLE:
+        vae.disable_tiling()
+    else:
+        vae.enable_tiling(tile, tile, *[tile // parts.shared.vae_scale_factor_spatial] * 2)
     return made
+
+
+def available_host_memory() -> int:
+    """Bytes of host memory that this process may use: the machine's, or the limit of its cgroup if that is lower.
+
+    Source of the files: https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.max), and cgroup-v1/memory.html.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [int(text) for text in map(_read, CGROUP_LIMITS) if text.isdecimal()]  # "max" stands for no limit
+    return min([machine, *limits])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def weights_of(parts: Parts) -> Weights:
     """Bytes of the parts that the plan distinguishes."""
     shared = parts.shared
+    encoders = [base.image_encoder for base in parts.bases.values() if base.image_encoder is not None]
+    encoder = shared.vae.encoder
     return Weights(
-        text_encoders=bytes_of(shared.text_encoder) + bytes_of(shared.text_encoder_2),
-        transformers=[bytes_of(transformer) for transformer in parts.transformers],
-        vae=bytes_of(shared.vae),
-        block=max(bytes_of(transformer.transformer_blocks[0]) for transformer in parts.transformers),
+        text_encoders=_by_layers(shared.text_encoder, shared.text_encoder_2),
+        transformers=_by_blocks(parts.transformers),
+        vae_decoder=Part(bytes_of(shared.vae.decoder), bytes_of(shared.vae.decoder)),
+        vae_encoder=_by_layers(encoder) if encoder is not None else Part(),
+        vision=_by_layers(*encoders) if encoders else Part(),
+        small=sum(bytes_of(upscaler.stage.upsampler) for upscaler in parts.upscalers.values()),
     )
+
+
+def _by_layers(*modules: torch.nn.Module) -> Part:
+    """Parts that are streamed layer by layer: two neighbouring ones are on the GPU at once."""
+    sizes = [
+        [bytes_of(layer) for layer in module.modules() if next(layer.children(), None) is None] for module in modules
+    ]
+    passing = max(sum(pair) for of_one in sizes for pair in pairwise([*of_one, 0]))
+    return Part(sum(map(bytes_of, modules)), passing, sum(map(rounded_bytes_of, modules)))
+
+
+def _by_blocks(transformers: Sequence[torch.nn.Module]) -> Part:
+    """Transformers, of which one computes at a time: two of its blocks, and all of it that is outside the blocks."""
+    passing = [bytes_of(each) - sum(map(bytes_of, each.transformer_blocks[2:])) for each in transformers]
+    return Part(sum(map(bytes_of, transformers)), max(passing), sum(map(rounded_bytes_of, transformers)))
 
 
 def _placements(parts: Parts, plan: PlacementPlan) -> list[tuple[torch.nn.Module, Placement, Grouping]]:
     shared = parts.shared
-    small: list[torch.nn.Module] = [upscaler.stage.upsampler for upscaler in parts.upscalers.values()]
-    small += [base.image_encoder for base in parts.bases.values() if base.image_encoder is not None]
+    towers = [base.image_encoder for base in parts.bases.values() if base.image_encoder is not None]
     return [
         (shared.text_encoder, plan.text_encoders, "leaf_level"),
         (shared.text_encoder_2, plan.text_encoders, "leaf_level"),
+        *((tower, plan.text_encoders, "leaf_level") for tower in towers),
         *((transformer, plan.transformers, "block_level") for transformer in parts.transformers),
+        *((upscaler.stage.upsampler, Placement.RESIDENT, "leaf_level") for upscaler in parts.upscalers.values()),
         *_vae_placements(shared.vae, plan.vae),
-        *((module, Placement.RESIDENT, "leaf_level") for module in small),
     ]
 
 
@@ -104,3 +150,9 @@ def place(module: torch.nn.Module, placement: Placement, grouping: Grouping, dev
 def bytes_of(module: torch.nn.Module) -> int:
     """Of its parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def rounded_bytes_of(module: torch.nn.Module) -> int:
+    """The same, with each tensor rounded up to a power of two, as PyTorch rounds pinned blocks by default."""
+    sizes = (tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)

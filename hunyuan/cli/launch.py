@@ -6,6 +6,7 @@ An error of theirs ends the command: with exit code 2 if a setting or an argumen
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,20 @@ def downgrade_queue(revision: str) -> None:
         from shim.host.downgrade import main
 
         main(revision)
+
+
+def plan(gpu: str, *, vram: float | None, share: float | None, sage: bool, from_image: bool) -> list[dict[str, object]]:
+    """What every kind of job needs on a GPU. Loads no PyTorch.
+
+    Raises:
+        LaunchError: there is no data sheet for this GPU.
+    """
+    from handler.video_model.planning import GPUS, gpu_named, rows
+
+    found = gpu_named(gpu)
+    if found is None:
+        raise LaunchError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu}", exit_code=2)
+    return [asdict(row) for row in rows(found, vram=vram, share=share, sage=sage, from_image=from_image)]
 
 
 def _given(overrides: dict[str, object]) -> dict[str, object]:

@@ -4,7 +4,7 @@ import logging
 
 import typer
 
-from hunyuan.cli import deploy, server, tasks, weights
+from hunyuan.cli import deploy, plan, server, tasks, weights
 
 app = typer.Typer(
     name="hunyuan",
@@ -16,7 +16,7 @@ app = typer.Typer(
 for command in (
     *(server.serve, server.worker, server.downgrade_queue),
     *(tasks.generate, tasks.status, tasks.cancel, tasks.download, tasks.health),
-    *(server.prune, server.demo, weights.download_weights, weights.convert_weights),
+    *(server.prune, server.demo, weights.download_weights, weights.convert_weights, plan.plan),
 ):
     app.command()(command)
 

@@ -28,7 +28,7 @@ FindResult = Callable[[str], Awaitable[JobResult | None]]
 #: Jobs of one kind take about the same time to render: model, resolution, duration in seconds.
 RenderKind = tuple[str, Resolution, int]
 
-#: Mean render seconds of each kind.
+#: Render seconds of each kind: the mean of those observed, else what a worker expects.
 RenderTimes = Mapping[RenderKind, float]
 
 
@@ -179,6 +179,16 @@ class Workers:
             for limit in {limit for report in ready for limit in report.limits}
             if all(limit in report.limits for report in ready if limit.model in (report.models or (limit.model,)))
         ]
+
+    @property
+    def estimates(self) -> RenderTimes:
+        """What ready workers expect a kind of job to take; of several workers, the slowest."""
+        found: dict[RenderKind, float] = {}
+        for report in self._ready_reports:
+            for one in report.estimates:
+                kind = (one.model, one.resolution, one.duration)
+                found[kind] = max(one.seconds, found.get(kind, 0.0))
+        return found
 
     @property
     def _ready_reports(self) -> Sequence[WorkerReport]:

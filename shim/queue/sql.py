@@ -60,7 +60,7 @@ class SqlQueue:
             alive = await _read_workers(connection, self._database.is_alive())
             waiting, running = await _read_waiting(connection), await _read_running(connection)
             backlog = _backlog(waiting, running, alive.ready)
-            times = await _read_render_times(connection)
+            times = {**alive.estimates, **await _read_render_times(connection)}
             # 3. Check the weights; return the job of an earlier request with this key; check the rest.
             models = alive.models or KNOWN_MODELS
             check_offered(job_input, models, takes_images=alive.takes_images, limits=alive.limits)

@@ -31,6 +31,14 @@ def test_the_benchmark_measures_passes_stages_and_the_stock_pipeline(tmp_path: P
     assert "| fast | 1080p 5 s |" in next(tmp_path.glob("*.md")).read_text()
 
 
+def test_a_dry_run_counts_at_the_real_size_and_computes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--dry-run", "--profiles", "fast", "--resolutions", "720p", "--durations", "5"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| fast | 720p 5 s |")]
+    counted, planned, operations = (float(cell) for cell in row.split("|")[3:6])
+    assert 0 < counted <= planned
+    assert operations > 0.13, "a block at 480p and one at 720p"
+
+
 def test_without_a_gpu_the_benchmark_names_the_tiny_option() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--tiny"):

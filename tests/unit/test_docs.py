@@ -12,7 +12,7 @@ from contract.errors import ErrorCode
 from contract.settings import KNOWN_VARIABLES
 from shim.errors import STATUS, ServerErrorCode
 from tests.faults.forms import KINDS
-from tools import api_page, settings_page
+from tools import api_page, plan_page, settings_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -61,6 +61,12 @@ def test_every_setting_is_in_its_table(heading: str) -> None:
 def test_the_page_of_the_settings_matches_the_settings_classes() -> None:
     text = settings_page.PAGE.read_text()
     assert text == settings_page.page(text), "python -m tools.settings_page writes the tables"
+
+
+def test_the_tables_of_the_plan_match_the_plan() -> None:
+    text = plan_page.PAGE.read_text()
+    assert text == plan_page.page(text), "python -m tools.plan_page writes the tables"
+    assert "| fast | 1080p 10 s | 20 GB |" in text
 
 
 def test_no_program_warns_of_a_variable_that_is_a_setting() -> None:

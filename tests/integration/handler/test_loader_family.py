@@ -26,7 +26,7 @@ from handler.video_model.catalog import ROUTES
 from handler.video_model.checkpoints import read_checkpoints
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
-from handler.video_model.memory import SMALLEST, Budget, Placement, PlacementPlan, Weights
+from handler.video_model.memory import SMALLEST, Budget, Part, Placement, PlacementPlan, Weights
 from handler.video_model.placement import _placements, bytes_of, place_all
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
@@ -369,7 +369,7 @@ def test_approximations_are_read_as_a_list(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_job_that_can_not_fit_fails_at_once() -> None:
-    weights = Weights(text_encoders=1, transformers=[1], vae=1, block=1)
+    weights = Weights(text_encoders=Part(1), transformers=Part(1), vae_decoder=Part(1))
     model = PipelineModel(single().parts, memory=Budget(10**9, weights, SMALLEST))
     told: list[object] = []
     job = JobInput(prompt="A paper boat on a rainy street", duration=10)

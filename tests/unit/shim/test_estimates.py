@@ -3,8 +3,9 @@
 import pytest
 
 from contract.job import AspectRatio, JobInput, Resolution
+from contract.worker import RenderEstimate, WorkerReport, WorkerState
 from shim.estimates import documented_rate, estimated_time, render_seconds
-from shim.queue.base import Backlog, render_kind
+from shim.queue.base import Backlog, Workers, render_kind
 
 NOTHING_AHEAD = Backlog(waiting=(), running=(), workers=1)
 
@@ -56,6 +57,27 @@ def test_a_slower_profile_takes_longer_until_it_has_been_observed() -> None:
 
 def test_observed_times_replace_the_documented_ones() -> None:
     assert render_seconds(job(), {render_kind(job()): 12.5}) == 12.5
+
+
+def report(state: WorkerState, *seconds: float) -> WorkerReport:
+    estimates = [
+        RenderEstimate(model=job().model, resolution=job().resolution, duration=job().duration, seconds=each)
+        for each in seconds
+    ]
+    return WorkerReport(state=state, model="any", estimates=tuple(estimates))
+
+
+def test_what_ready_workers_expect_applies_before_the_first_render() -> None:
+    reports = {
+        "fast": report(WorkerState.READY, 70.0),
+        "slow": report(WorkerState.READY, 90.0),
+        "silent": report(WorkerState.READY),
+        "loading": report(WorkerState.LOADING, 5000.0),
+    }
+    expected = Workers(3, 1, 0, reports).estimates
+    assert render_seconds(job(), expected) == 90, "of several workers, the slowest"
+    assert render_seconds(job(), {**expected, render_kind(job()): 80.0}) == 80
+    assert Workers(0, 0, 0).estimates == {}
 
 
 def test_the_jobs_ahead_are_added() -> None:
