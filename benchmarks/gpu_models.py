@@ -31,7 +31,8 @@ from contract.job import DEFAULT_MODEL, Profile
 from handler.video_model import demo
 from handler.video_model.catalog import CHECKPOINTS, IMAGE_BASES, Checkpoint, image_routes, text_routes
 from handler.video_model.parts import Base, Parts, Upscaler
-from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
+from handler.video_model.super_resolution import SuperResolution
+from handler.video_model.upsamplers import SRTo720pUpsampler, SRTo1080pUpsampler
 
 
 @dataclass(frozen=True)

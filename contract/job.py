@@ -35,8 +35,9 @@ DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
 
 
 class Profile(StrEnum):
-    """A trade-off between render time and quality. A worker offers the profiles whose weights it has."""
+    """A trade-off between render time and quality, fastest first. A worker offers the profiles whose weights it has."""
 
+    TURBO = "turbo"
     FAST = "fast"
     BALANCED = "balanced"
     QUALITY = "quality"

@@ -51,13 +51,13 @@ def _no(row: Row) -> str:
 
 def _seconds() -> Iterator[str]:
     """Every video on every GPU, with the GPU's own memory."""
-    plans = [list(rows(gpu)) for gpu in GPUS.values()]
     yield f"| profile | video | {' | '.join(GPUS)} |"
     yield "|---|---|" + "---|" * len(GPUS)
-    for of_one in zip(*plans, strict=True):
-        kind = of_one[0]
-        seconds = " | ".join(f"{row.seconds:,.0f}{_no(row)}" for row in of_one)
-        yield f"| {kind.profile} | {kind.resolution} {kind.duration} s | {seconds} |"
+    for sage, attention in ((False, ""), (True, ", 8-bit attention")):
+        for of_one in zip(*(rows(gpu, sage=sage) for gpu in GPUS.values()), strict=True):
+            kind = of_one[0]
+            seconds = " | ".join(f"{row.seconds:,.0f}{_no(row)}" for row in of_one)
+            yield f"| {kind.profile}{attention} | {kind.resolution} {kind.duration} s | {seconds} |"
 
 
 _TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {"memory plan": _memory, "seconds": _seconds}

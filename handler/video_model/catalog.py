@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from contract.job import DEFAULT_MODEL, Profile, Resolution
+from handler.video_model.windows import SuperResolutionTiling
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,14 @@ CHECKPOINTS: Final[Mapping[str, Checkpoint]] = {
 
 @dataclass(frozen=True)
 class Route:
-    """Names of the checkpoints that render a video: a base model, then super-resolution stages in order."""
+    """Names of the checkpoints that render a video: a base model, then super-resolution stages in order.
+
+    With a `tiling` each stage computes a video window by window, without one the whole video at once.
+    """
 
     base: str
     super_resolution: tuple[str, ...] = ()
+    tiling: SuperResolutionTiling | None = None
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -88,7 +93,13 @@ Routes = Mapping[tuple[str, Resolution], Route]
 _SR_720P: Final = "720p_sr_distilled"
 _SR_1080P: Final = "1080p_sr_distilled"
 
+#: Chosen by its error and its cost: docs/performance.md has both.
+TURBO_TILING: Final = SuperResolutionTiling(tile=(45, 42), overlap=4, window=12, stride=10)
+
 ROUTES: Final[Mapping[tuple[Profile, Resolution], Route]] = {
+    # The encoder scales 720p to 1080p.
+    (Profile.TURBO, Resolution.P720): Route("480p_t2v_4step", (_SR_720P,), TURBO_TILING),
+    (Profile.TURBO, Resolution.P1080): Route("480p_t2v_4step", (_SR_720P,), TURBO_TILING),
     (Profile.FAST, Resolution.P720): Route("480p_t2v_4step", (_SR_720P,)),
     (Profile.FAST, Resolution.P1080): Route("480p_t2v_4step", (_SR_720P, _SR_1080P)),
     (Profile.BALANCED, Resolution.P720): Route("480p_t2v_distilled", (_SR_720P,)),
@@ -99,6 +110,7 @@ ROUTES: Final[Mapping[tuple[Profile, Resolution], Route]] = {
 
 #: The base model of a route whose video starts from an image.
 IMAGE_BASES: Final[Mapping[Profile, str]] = {
+    Profile.TURBO: "480p_i2v_step_distilled",
     Profile.FAST: "480p_i2v_step_distilled",
     Profile.BALANCED: "480p_i2v_distilled",
     Profile.QUALITY: "720p_i2v",

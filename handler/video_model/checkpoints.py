@@ -21,7 +21,8 @@ from handler.video_model import catalog
 from handler.video_model.base import ModelLoadError
 from handler.video_model.catalog import CHECKPOINTS, Checkpoint, Sampling, known_name, missing
 from handler.video_model.parts import Base, Parts, Upscaler
-from handler.video_model.super_resolution import SuperResolution, load_upsampler
+from handler.video_model.super_resolution import SuperResolution
+from handler.video_model.upsamplers import load_upsampler
 
 _INDEX: Final = "model_index.json"
 _PIPELINE_CLASS: Final = "HunyuanVideo15Pipeline"

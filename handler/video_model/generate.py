@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 import traceback
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -27,10 +28,13 @@ from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
 from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
+from handler.video_model.windows import SuperResolutionTiling, Window, windows
 from handler.video_model.workload import Workload, workload
 
 #: Encoded prompts that stay in memory, about 10 MB each at real size.
 _CACHED_PROMPTS: Final = 16
+#: Channels of the real transformers' hidden states.
+_WIDTH: Final = 2048
 
 #: Both text encoders' states of a text and their masks, under the names of the pipeline's arguments.
 EncodedPrompt = Mapping[str, torch.Tensor]
@@ -113,10 +117,13 @@ class PipelineModel:
         streamed = plan.transformers is Placement.STREAMED
         return sum(render_seconds(self.workload(job_input), self._speed, streamed=streamed, tile=plan.tile).values())
 
-    def _route(self, job_input: JobInput, *, from_image: bool) -> tuple[Base, list[Upscaler]]:
+    def _route(
+        self, job_input: JobInput, *, from_image: bool
+    ) -> tuple[Base, list[Upscaler], SuperResolutionTiling | None]:
         routes = self.parts.image_routes if from_image else self.parts.routes
         route = routes[job_input.model, job_input.resolution]
-        return self.parts.bases[route.base], [self.parts.upscalers[name] for name in route.super_resolution]
+        upscalers = [self.parts.upscalers[name] for name in route.super_resolution]
+        return self.parts.bases[route.base], upscalers, route.tiling
 
     def _check_memory(self, job_input: JobInput) -> None:
         if self._memory is None:
@@ -131,16 +138,14 @@ class PipelineModel:
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
         # 1. Choose the route.
-        base, upscalers = self._route(job_input, from_image=image is not None)
-        progress = _DenoisingProgress(job_input, base, upscalers, on_progress, cancelled)
+        base, upscalers, tiling = self._route(job_input, from_image=image is not None)
+        progress = _DenoisingProgress(job_input, base, upscalers, tiling, on_progress, cancelled)
         # 2. Encode the prompt.
         on_progress(Stage.ENCODING_PROMPT, 0.0)
         _raise_if(cancelled)
         prompt = self._encode(job_input.prompt)
         # 3. Denoise with the base model. The noise comes from the CPU: there a seed gives the same on every machine.
         generator = torch.Generator("cpu").manual_seed(seed)
-        if image is not None:
-            image = _crop(image, job_input)
         latents = self._denoise(job_input, image, base, prompt, generator, progress)
         # 4. Upscale the latents, stage by stage.
         ratio = base.pipeline.vae_scale_factor_spatial
@@ -153,6 +158,7 @@ class PipelineModel:
                 generator,
                 progress.after_upscaling,
                 _encode_image(base.pipeline, image, width, height) if image is not None else None,
+                tiling,
             )
             progress.next_upscaler()
         scaled: torch.Tensor = latents / base.pipeline.vae.config.scaling_factor
@@ -174,10 +180,11 @@ class PipelineModel:
             if pipeline.guider.num_conditions > 1:
                 negative = self._encode(job_input.negative_prompt or "", negative=True)
                 arguments |= {f"negative_{name}": state for name, state in negative.items()}
+            size = _render_size(base.checkpoint, job_input, pipeline)
             if image is not None:
-                arguments["image"] = image  # the pipeline takes its size from the image
+                arguments["image"] = _fit(image, size)  # the pipeline takes its size from the image
             else:
-                arguments["width"], arguments["height"] = _render_size(base.checkpoint, job_input, pipeline)
+                arguments["width"], arguments["height"] = size
             steps = _steps(base, job_input)
             note_steps(pipeline.transformer, steps)
             progress.start()
@@ -220,25 +227,30 @@ class PipelineModel:
 
 
 class _DenoisingProgress:
-    """The fraction of all denoising that is done, over the base model and its upscalers.
-
-    A step counts with the square of its tokens, as attention does: a step at 1080p counts as 25 at 480p.
-    """
+    """The fraction of all denoising that is done, over the base model and its upscalers."""
 
     def __init__(
-        self, job_input: JobInput, base: Base, upscalers: Sequence[Upscaler], on_progress: OnProgress, cancelled: Event
+        self,
+        job_input: JobInput,
+        base: Base,
+        upscalers: Sequence[Upscaler],
+        tiling: SuperResolutionTiling | None,
+        on_progress: OnProgress,
+        cancelled: Event,
     ) -> None:
-        def cost(checkpoint: Checkpoint) -> float:
-            width, height = _render_size(checkpoint, job_input, base.pipeline)
-            return float((width * height) ** 2)
+        def boxes(checkpoint: Checkpoint, tiling: SuperResolutionTiling | None) -> list[Window]:
+            return windows(tiling, *_latent_size(checkpoint, job_input, base.pipeline))
 
         guidance = job_input.guidance_scale or base.pipeline.guider.guidance_scale
-        passes = 2 if guidance > 1 else 1
-        self._base_step = passes * cost(base.checkpoint)
-        self._upscaler_steps = [cost(upscaler.checkpoint) for upscaler in upscalers]
-        counts = [upscaler.stage.sampling.num_inference_steps for upscaler in upscalers]
-        upscaling = sum(count * step for count, step in zip(counts, self._upscaler_steps, strict=True))
-        self._total = _steps(base, job_input) * self._base_step + upscaling
+        (whole,) = boxes(base.checkpoint, None)
+        self._base_step = _pass_cost(whole) * (2 if guidance > 1 else 1)
+        upscaling = [boxes(upscaler.checkpoint, tiling) for upscaler in upscalers]
+        self._upscaler_passes = [_pass_cost(of[0]) for of in upscaling]
+        counts = [
+            len(of) * upscaler.stage.sampling.num_inference_steps
+            for of, upscaler in zip(upscaling, upscalers, strict=True)
+        ]
+        self._total = _steps(base, job_input) * self._base_step + sum(map(operator.mul, counts, self._upscaler_passes))
         self._done = 0.0
         self._on_progress = on_progress
         self._cancelled = cancelled
@@ -253,12 +265,12 @@ class _DenoisingProgress:
         self._advance(Stage.DENOISING, self._base_step)
 
     def after_upscaling(self) -> None:
-        """Call after each step of the current upscaler."""
-        self._advance(Stage.UPSCALING, self._upscaler_steps[0])
+        """Call after each pass of the current upscaler."""
+        self._advance(Stage.UPSCALING, self._upscaler_passes[0])
 
     def next_upscaler(self) -> None:
-        """Call after the last step of an upscaler."""
-        self._upscaler_steps.pop(0)
+        """Call after the last pass of an upscaler."""
+        self._upscaler_passes.pop(0)
 
     def _advance(self, stage: Stage, cost: float) -> None:
         _raise_if(self._cancelled)
@@ -281,24 +293,38 @@ def _render_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanV
     return trained_size(checkpoint.base_size, *_ratio(job_input), pipeline.vae_scale_factor_spatial)
 
 
-def _crop(image: Image.Image, job_input: JobInput) -> Image.Image:
-    """The image, cropped around its centre to the video's aspect ratio."""
-    width, height = _ratio(job_input)
-    scale = max(job_input.size) // max(width, height)
-    return ImageOps.fit(image, (width * scale, height * scale), Image.Resampling.LANCZOS)
+def _latent_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanVideo15Pipeline) -> tuple[int, int, int]:
+    """(frames, height, width) in latents that the checkpoint renders for this job."""
+    width, height = _render_size(checkpoint, job_input, pipeline)
+    ratio = pipeline.vae_scale_factor_spatial
+    frames = (num_frames(job_input.duration) - 1) // pipeline.vae_scale_factor_temporal + 1
+    return frames, height // ratio, width // ratio
+
+
+def _pass_cost(box: Window) -> float:
+    """The operations of a pass, but for a factor: linear layers grow with the tokens, attention with their square.
+
+    A block has 24 D^2 operations for each token and 4 D for each pair of tokens, so that both are equal at 6 D tokens.
+    """
+    return float(box.tokens * (box.tokens + 6 * _WIDTH))
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image, cropped around its centre and resampled once, to (width, height)."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
 def _encode_image(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: int, height: int) -> ImageCondition:
     """The image at the size of a super-resolution stage, encoded as the base pipeline does at its own size."""
     device, dtype = pipeline._execution_device, pipeline.transformer.dtype
-    sized = pipeline.video_processor.resize(image, height=height, width=width, resize_mode="crop")
+    sized = _fit(image, (width, height))
     with untiled(pipeline.vae):
         latents = pipeline._get_image_latents(
             pipeline.vae, pipeline.video_processor, sized, height=height, width=width, device=device
         )
     return ImageCondition(
-        latents=latents.to(dtype),
+        latents=latents.float(),
         states=pipeline.encode_image(image=sized, batch_size=1, device=device, dtype=dtype),
     )
 

@@ -10,6 +10,7 @@ from typing import Final
 from contract.job import JobInput, Resolution, num_frames
 from handler.video_model.catalog import Checkpoint, Route, trained_size
 from handler.video_model.dimensions import TRANSFORMER, VAE
+from handler.video_model.windows import windows
 
 #: Tokens of the longest text that the pipeline passes on: Qwen's, and ByT5's for words in quotation marks.
 LONGEST_TEXT: Final = 1000, 256
@@ -88,8 +89,8 @@ def workload(job_input: JobInput, route: Route, checkpoints: Mapping[str, Checkp
         latents = (frames - 1) // VAE.temporal + 1, height // VAE.spatial, width // VAE.spatial
         sampling = checkpoint.sampling
         if name in route.super_resolution:
-            windows = _windows(route, latents)
-            return Stage(name, latents, windows, sampling.num_inference_steps, False, True)
+            passes = tuple(window.tokens for window in windows(route.tiling, *latents))
+            return Stage(name, latents, passes, sampling.num_inference_steps, False, True)
         steps = job_input.num_inference_steps or sampling.num_inference_steps
         # A checkpoint without a guidance scale of its own has that of its pipeline, which is above 1.
         guidance = job_input.guidance_scale or sampling.guidance_scale
@@ -98,9 +99,3 @@ def workload(job_input: JobInput, route: Route, checkpoints: Mapping[str, Checkp
 
     stages = tuple(map(stage, route.checkpoints))
     return Workload(frames, stages, job_input.image is not None)
-
-
-def _windows(_: Route, latents: tuple[int, int, int]) -> tuple[int, ...]:
-    """Latent tokens of each window of a super-resolution step."""
-    frames, height, width = latents
-    return (frames * height * width,)

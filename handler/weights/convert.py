@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from handler.video_model.catalog import CHECKPOINTS, Checkpoint, known_name
-from handler.video_model.super_resolution import load_upsampler
+from handler.video_model.upsamplers import load_upsampler
 from handler.weights.errors import ConvertError, UnknownNameError, one_line
 from handler.weights.layout import CONFIG_FILE, INDEX_FILES, TRANSFORMER, UPSAMPLER, shards
 

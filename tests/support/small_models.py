@@ -19,7 +19,8 @@ from handler.video_model.catalog import Checkpoint, Route, Sampling
 from handler.video_model.checkpoints import single_parts
 from handler.video_model.generate import PipelineModel
 from handler.video_model.parts import Base, Parts, Upscaler
-from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, SuperResolution
+from handler.video_model.super_resolution import SuperResolution
+from handler.video_model.upsamplers import SRTo720pUpsampler, SRTo1080pUpsampler
 
 LATENTS = 8
 

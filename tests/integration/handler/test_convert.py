@@ -30,7 +30,7 @@ from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.catalog import needed
 from handler.video_model.loader import load_model
-from handler.video_model.super_resolution import load_upsampler
+from handler.video_model.upsamplers import load_upsampler
 from handler.weights.convert import convert_checkpoint, convert_transformer, transformer_config
 from handler.weights.download import download
 from handler.weights.errors import ConvertError, WeightsError

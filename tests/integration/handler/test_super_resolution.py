@@ -27,7 +27,8 @@ from handler.video_model.attention import (
 from handler.video_model.base import RenderCancelledError
 from handler.video_model.catalog import trained_size
 from handler.video_model.generate import PipelineModel
-from handler.video_model.super_resolution import SRTo720pUpsampler, SRTo1080pUpsampler, load_upsampler, stage_arguments
+from handler.video_model.super_resolution import stage_arguments
+from handler.video_model.upsamplers import SRTo720pUpsampler, SRTo1080pUpsampler, load_upsampler
 from handler.worker import Job, Worker
 from storage.bucket import Bucket
 from tests.support.mp4 import probe
@@ -121,6 +122,18 @@ def test_an_upsampler_loads_strictly_from_the_published_layout(tmp_path: Path, k
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(RuntimeError, match="Missing key"):
         load_upsampler(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["720p", "1080p"])
+def test_the_parameters_tell_which_upsampler_it_is_and_not_the_name_of_its_class(tmp_path: Path, kind: str) -> None:
+    """LightX2V and FastVideo name the classes differently, and add entries of their own."""
+    upsampler = upsampler_720p(3) if kind == "720p" else upsampler_1080p(3)
+    upsampler.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for named in ({"_class_name": "SRUpsampler"}, {"_class_name": "SRTo720pUpsampler", "prefix": "Hunyuan"}, {}):
+        own = {key: value for key, value in config.items() if key != "_class_name"}
+        (tmp_path / "config.json").write_text(json.dumps(own | named))
+        assert load_upsampler(tmp_path).state_dict().keys() == upsampler.state_dict().keys()
 
 
 def test_an_upsampler_is_built_from_its_configuration_and_not_from_constants(tmp_path: Path) -> None:
