@@ -200,7 +200,7 @@ def test_every_streamed_part_runs_through_its_own_forward_which_has_the_hooks() 
     ran: set[torch.nn.Module] = set()
     for module in streamed:
         module.register_forward_pre_hook(lambda module, _: ran.add(module))
-    job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    job = JobInput(prompt='A shop sign that says "OPEN"', duration=5, resolution=Resolution.P720)
     image = Image.new("RGB", (112, 64), (200, 80, 20))
     for _ in model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event(), image=image):
         pass
