@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Tests wait for servers about a third of the time.
+TEST_PROCESSES ?= $(shell echo $$(($$(nproc) * 3 / 2)))
+
 PROMPT ?= A red fox walks through fresh snow at dawn, cinematic, soft light
 DURATION ?= 5
 RESOLUTION ?= 720p
@@ -27,11 +30,11 @@ serve: $(VENV)/.local ## Start the server on HUNYUAN_PORT (8000) with the model 
 
 .PHONY: test
 test: lint ## Lint, type-check and run every test that is not marked `full`
-	$(BIN)/pytest -n auto --dist loadgroup -m 'not full'
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup -m 'not full'
 
 .PHONY: test-full
 test-full: lint ## As `make test`, with the tests marked `full` as well: slow installations and long renders
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup
 
 .PHONY: unit
 unit: $(VENV)/.dev ## Run the tests that start no server process and load no model, in seconds

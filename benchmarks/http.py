@@ -114,24 +114,28 @@ async def _connect(target: Target, number: int) -> _Streams:
 
 
 async def _ask(target: Target, streams: _Streams, begin: float, until: float, latencies: list[float]) -> int:
-    """Asks over one connection until `until`; records the latencies of the 200s after `begin`, returns the failures."""
+    """Asks over one connection, once at least, until `until`. Records the latencies of the 200s after `begin`.
+
+    Returns the failures.
+    """
     reader, writer = streams
     request = f"GET {target.path} HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n\r\n".encode()
-    failures = 0
+    failures, asked = 0, time.perf_counter()
     try:
-        while (asked := time.perf_counter()) < until:
+        while True:
             writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
-            if asked < begin:
-                continue
-            if head.startswith(b"http/1.1 200"):
-                latencies.append(time.perf_counter() - asked)
-            else:
+            answered = time.perf_counter()
+            if asked >= begin and head.startswith(b"http/1.1 200"):
+                latencies.append(answered - asked)
+            elif asked >= begin:
                 failures += 1
+            if answered >= until:
+                return failures
+            asked = answered
     finally:
         writer.close()
-    return failures
 
 
 async def load(target: Target, connections: int, seconds: float, warm_up: float = _WARM_UP) -> Load:

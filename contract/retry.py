@@ -72,7 +72,9 @@ class RetryPolicy:
             return max(self.wait_after(state.attempt_number), min(at_least(_error(state)), self.longest))
 
         def warn(state: RetryCallState) -> None:
-            log.warning("%s failed, retrying in %.1f s: %s", what, state.upcoming_sleep, _error(state))
+            error = _error(state)
+            why = str(error) or type(error).__name__  # some of httpx's errors have no text
+            log.warning("%s failed, retrying in %.1f s: %s", what, state.upcoming_sleep, why)
 
         return {
             "retry": retry_if_exception((lambda exc: isinstance(exc, on)) if isinstance(on, type | tuple) else on),

@@ -10,48 +10,53 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 #: The token syntax of RFC 6750: it needs no quoting in a header, and contains neither colon nor comma.
 _HEADER_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
+#: The variables of a worker that its operator sets. `hunyuan deploy` copies them from its own environment. A test
+#: compares them with WorkerSettings.
+WORKER_VARIABLES: Final = (
+    "HUNYUAN_APPROXIMATIONS",
+    "HUNYUAN_CACHE_DIR",
+    "HUNYUAN_COMPILE",
+    "HUNYUAN_ENABLE_FLASH_ATTN",
+    "HUNYUAN_ENABLE_SAGE_ATTN",
+    "HUNYUAN_GPU_SHARE",
+    "HUNYUAN_LOG_FORMAT",
+    "HUNYUAN_LOG_LEVEL",
+    "HUNYUAN_LOG_PROMPTS",
+    "HUNYUAN_MODEL_PATH",
+    "HUNYUAN_OFFLOAD_CPU",
+    "HUNYUAN_PROFILE",
+    "HUNYUAN_RENDER_TIMEOUT",
+    "HUNYUAN_STALL_TIMEOUT",
+    "HUNYUAN_STORE_PATIENCE",
+    "HUNYUAN_VRAM_LIMIT",
+    "HUNYUAN_WORK_DIR",
+)
 #: The HUNYUAN_* variables of every program: each warns of the others, and may not import the others' settings.
 KNOWN_VARIABLES: Final = frozenset(
     {
+        *WORKER_VARIABLES,
         "HUNYUAN_ALLOWED_HOSTS",
         "HUNYUAN_API_KEY",
         "HUNYUAN_API_KEYS",
-        "HUNYUAN_APPROXIMATIONS",
-        "HUNYUAN_CACHE_DIR",
-        "HUNYUAN_COMPILE",
         "HUNYUAN_CORS_ORIGINS",
         "HUNYUAN_DATABASE_URL",
         "HUNYUAN_DATA_DIR",
-        "HUNYUAN_ENABLE_FLASH_ATTN",
-        "HUNYUAN_ENABLE_SAGE_ATTN",
-        "HUNYUAN_GPU_SHARE",
         "HUNYUAN_HISTORY_TTL",
         "HUNYUAN_HOST",
-        "HUNYUAN_LOG_FORMAT",
-        "HUNYUAN_LOG_LEVEL",
-        "HUNYUAN_LOG_PROMPTS",
         "HUNYUAN_MAX_ATTEMPTS",
         "HUNYUAN_MAX_CONNECTIONS_PER_ADDRESS",
         "HUNYUAN_MAX_QUEUE_SIZE",
-        "HUNYUAN_MODEL_PATH",
-        "HUNYUAN_OFFLOAD_CPU",
         "HUNYUAN_PLATFORM_TOKEN",
         "HUNYUAN_PLATFORM_URL",
         "HUNYUAN_PORT",
-        "HUNYUAN_PROFILE",
         "HUNYUAN_PUBLIC_URL",
         "HUNYUAN_RATE_LIMIT",
-        "HUNYUAN_RENDER_TIMEOUT",
         "HUNYUAN_SERVER",
         "HUNYUAN_SHUTDOWN_GRACE",
-        "HUNYUAN_STALL_TIMEOUT",
-        "HUNYUAN_STORE_PATIENCE",
         "HUNYUAN_VIDEO_TTL",
-        "HUNYUAN_VRAM_LIMIT",
         "HUNYUAN_WORKERS",
         "HUNYUAN_WORKER_REPORT_URL",
         "HUNYUAN_WORKER_TIMEOUT",
-        "HUNYUAN_WORK_DIR",
     }
 )
 HEADER_KEY_RULE: Final = "must consist of A-Z a-z 0-9 . _ ~ + / - with = at its end only"

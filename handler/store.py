@@ -46,8 +46,8 @@ class JobStore:
     """Finds and stores the objects of one job.
 
     Every method blocks, calls `keep_alive` several times a second and `on_progress` when a request begins or waits for
-    its retry, and raises RenderCancelledError as soon as
-    `cancelled` is set, even while the S3 server does not answer.
+    its retry, and raises RenderCancelledError as soon as `cancelled` is set, even while the S3 server does not answer.
+    `is_stalled` tells whether the watchdog has set it, and not the platform.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class JobStore:
         cancelled: Event,
         keep_alive: Callable[[], None],
         on_progress: Callable[[], None],
+        is_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._videos = videos
         self.task_id = task_id
@@ -68,6 +69,7 @@ class JobStore:
         self._cancelled = cancelled
         self._keep_alive = keep_alive
         self._on_progress = on_progress
+        self._is_stalled = is_stalled
         # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
         self._retried_on_upload = StorageError if is_ours else StorageUnavailableError
         #: The latest request. After a cancellation it may still be running.
@@ -108,7 +110,8 @@ class JobStore:
         except _TaskEndedError as exc:
             verdict = exc.verdict
         except RenderCancelledError:
-            self._discard_later(TASK_CANCELLED)
+            # A stalled task goes back to the queue. If its manifest is written after all, the next attempt finds it.
+            self._discard_later(None if self._is_stalled() else TASK_CANCELLED)
             raise
         except StorageError:
             self._discard_later(NOT_STORED)
@@ -121,17 +124,19 @@ class JobStore:
     def _find(self) -> Verdict | None:
         return self._videos.find_verdict(self.task_id)
 
-    def _discard_later(self, failure: JobFailure) -> None:
-        tombstone = Tombstone.of(self.task_id, failure, cancelled=failure is TASK_CANCELLED)
+    def _discard_later(self, failure: JobFailure | None) -> None:
+        """`failure` is how the task has ended; None if it has not."""
+        is_cancelled = failure is TASK_CANCELLED
+        tombstone = None if failure is None else Tombstone.of(self.task_id, failure, cancelled=is_cancelled)
         _start_thread(partial(self._discard, tombstone), "discard")
 
-    def _discard(self, tombstone: Tombstone) -> None:
+    def _discard(self, tombstone: Tombstone | None) -> None:
         """Deletes the uploaded objects, after the running request. Retries for some seconds."""
         if self._request is not None:
             wait([self._request])
         try:
             retrying = _DISCARD_RETRIES.retrying(StorageUnavailableError, what="deleting the objects of this attempt")
-            retrying(self._videos.discard_attempt, tombstone, self._attempt)
+            retrying(self._videos.discard_attempt, self.task_id, self._attempt, tombstone)
         except StorageError as exc:
             log.warning("objects of the unfinished attempt %s may remain in the bucket: %s", self._attempt, exc)
 

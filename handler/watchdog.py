@@ -129,6 +129,7 @@ class Watch:
         return None
 
 
+@dataclass(frozen=True)
 class Watchdog:
     """Watches one render at a time. An explicit `stall_timeout` or `render_timeout` replaces the derived limit.
 
@@ -137,25 +138,16 @@ class Watchdog:
     the process if `ends_process` is set: no Python code can run then.
     """
 
-    def __init__(
-        self,
-        *,
-        stall_timeout: float | None = None,
-        render_timeout: float | None = None,
-        on_stall: Callable[[str | None], None] = lambda _: None,
-        on_stuck: Callable[[str], None] = lambda _: None,
-        ends_process: bool = False,
-    ) -> None:
-        self._stall_timeout = stall_timeout
-        self._render_timeout = render_timeout
-        self._on_stall = on_stall
-        self._on_stuck = on_stuck
-        self._ends_process = ends_process
+    stall_timeout: float | None = None
+    render_timeout: float | None = None
+    on_stall: Callable[[str | None], None] = lambda _: None
+    on_stuck: Callable[[str], None] = lambda _: None
+    ends_process: bool = False
 
     @contextmanager
     def watching(self, cancelled: Event) -> Iterator[Watch]:
         """Watches the block, which must end soon after `cancelled` is set."""
-        watch, ended = Watch(cancelled, self._stall_timeout or _STALL), Event()
+        watch, ended = Watch(cancelled, self.stall_timeout or _STALL), Event()
         thread = Thread(target=copy_context().run, args=(self._run, watch, ended), name="watchdog", daemon=True)
         thread.start()
         try:
@@ -164,7 +156,7 @@ class Watchdog:
             ended.set()
             thread.join()
             if watch.reason is not None:
-                self._on_stall(None)
+                self.on_stall(None)
 
     def limits(self, job_input: JobInput, *, is_demo: bool, expected: float | None = None) -> Limits:
         """The limits of this job. `expected` seconds of its render, if they are known, replace those of a slow GPU."""
@@ -172,9 +164,9 @@ class Watchdog:
         if expected is not None:
             derived = replace(derived, render=_EXPECTED_TIMES * expected + _STALL)
         return Limits(
-            self._stall_timeout or derived.stall,
-            self._stall_timeout or derived.step,
-            self._render_timeout or derived.render,
+            self.stall_timeout or derived.stall,
+            self.stall_timeout or derived.step,
+            self.render_timeout or derived.render,
         )
 
     def _run(self, watch: Watch, ended: Event) -> None:
@@ -185,18 +177,18 @@ class Watchdog:
                 watch.check()
                 postpone()
             log.error("%s; stopping it (HUNYUAN_STALL_TIMEOUT, HUNYUAN_RENDER_TIMEOUT)", watch.reason)
-            self._on_stall(watch.reason)
+            self.on_stall(watch.reason)
             deadline = time.monotonic() + _GRACE
             while not ended.wait(_POLL_INTERVAL):
                 watch.check()
                 if time.monotonic() > deadline:
-                    self._on_stuck(watch.reason)
+                    self.on_stuck(watch.reason)
                     return
 
     @contextmanager
     def _process_deadline(self, watch: Watch) -> Iterator[Callable[[], None]]:
         """Ends the process from a thread of C, unless the caller postpones it while the interpreter runs."""
-        if not self._ends_process:
+        if not self.ends_process:
             yield _nothing
             return
         postponed = float("-inf")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -77,27 +77,18 @@ class Job:
     s3_config: Any = None
 
 
+@dataclass(frozen=True)
 class Worker:
     """Runs one job at a time on `model`. Stores videos in `bucket`, or in the bucket that a job's `s3_config` names."""
 
-    def __init__(
-        self,
-        model: VideoModel,
-        bucket: Bucket | None,
-        *,
-        version: str,
-        work_dir: Path | None = None,
-        store_policy: RetryPolicy = _STORE_RETRIES,
-        load_image: Callable[[str], Image.Image] = load_image,
-        watchdog: Watchdog | None = None,
-    ) -> None:
-        self._model = model
-        self._bucket = bucket
-        self._version = version
-        self._work_dir = work_dir
-        self._store_policy = store_policy
-        self._load_image = load_image
-        self._watchdog = watchdog or Watchdog()
+    model: VideoModel
+    bucket: Bucket | None
+    _: KW_ONLY
+    version: str
+    work_dir: Path | None = None
+    store_policy: RetryPolicy = _STORE_RETRIES
+    load_image: Callable[[str], Image.Image] = load_image
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def run(self, job: Job, on_progress: OnProgress, cancelled: Event) -> JobResult:
         """Renders and stores the job's video. If its manifest exists already, that is the result.
@@ -111,20 +102,20 @@ class Worker:
         """
         # SystemExit is caught, too: a library that exits must fail the job and not end the worker.
         try:
-            with self._watchdog.watching(cancelled) as watch:
+            with self.watchdog.watching(cancelled) as watch:
                 return self._run(job, _Meter(on_progress, watch), watch, cancelled)
         except JobError:
             raise
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - logged below
             error = _as_job_error(exc, job) if watch.reason is None else _stalled(watch.reason)
         # Memory is released here, after the block above has dropped the exception that refers to the render's tensors.
-        self._model.release_memory()
+        self.model.release_memory()
         raise error
 
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         job_input = parse_input(job.input)
-        model = self._model
+        model = self.model
         check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits)
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
@@ -135,10 +126,11 @@ class Worker:
             videos,
             job.task_id,
             is_ours=job.s3_config is None,
-            policy=self._store_policy,
+            policy=self.store_policy,
             cancelled=cancelled,
             keep_alive=meter.keep_alive,
             on_progress=watch.advance,
+            is_stalled=lambda: watch.reason is not None,
         )
         verdict = store.find()
         if verdict is not None:
@@ -148,12 +140,12 @@ class Worker:
         # 3. Render, encode and store
         image = self._image(job_input)
         seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
-        with job_directory(self._work_dir) as directory:
+        with job_directory(self.work_dir) as directory:
             frames = num_frames(job_input.duration)
             target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
-            expected = self._model.expected_seconds(job_input)
-            is_demo = self._model.name == DEMO_MODEL
-            with watch.rendering(self._watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
+            expected = self.model.expected_seconds(job_input)
+            is_demo = self.model.name == DEMO_MODEL
+            with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
                 rendered = self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()
@@ -178,7 +170,7 @@ class Worker:
         cancelled: Event,
     ) -> tuple[int, int]:
         """Returns the (width, height) of the frames that the model rendered."""
-        frames = self._model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
+        frames = self.model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
         try:
             return encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames), watch.encoding)
         except DiskFullError as exc:
@@ -204,9 +196,9 @@ class Worker:
             task_id=store.task_id,
             **store.keys,
             input=job_input.without_data(),
-            model=self._model.name,
-            attention=self._model.attention,
-            approximations=tuple(self._model.approximations),
+            model=self.model.name,
+            attention=self.model.attention,
+            approximations=tuple(self.model.approximations),
             seed=seed,
             width=target.width,
             height=target.height,
@@ -216,14 +208,14 @@ class Worker:
             sha256=_sha256(target.video),
             created_at=datetime.now(UTC),
             timings=meter.timings(),
-            version=self._version,
+            version=self.version,
         )
 
     def _image(self, job_input: JobInput) -> Image.Image | None:
         if job_input.image is None:
             return None
         try:
-            return self._load_image(job_input.image)
+            return self.load_image(job_input.image)
         except ImageError as exc:
             raise JobError.of(ErrorCode.INVALID_REQUEST, f"image: {exc}") from exc
 
@@ -234,10 +226,10 @@ class Worker:
             except ValidationError as exc:
                 errors = "; ".join(explain(exc).splitlines())
                 raise JobError.of(ErrorCode.INVALID_REQUEST, f"s3Config is invalid: {errors}") from exc
-        if self._bucket is None:
+        if self.bucket is None:
             text = "The worker has no bucket: set BUCKET_ENDPOINT_URL and its keys, or send s3Config"
             raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text)
-        return self._bucket
+        return self.bucket
 
 
 def _completed(verdict: Verdict) -> Manifest:

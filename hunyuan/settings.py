@@ -6,7 +6,7 @@ from typing import Final
 from pydantic import Field, HttpUrl, SecretStr
 
 from contract.job import DEMO_MODEL, Profile
-from contract.settings import HeaderToken, Settings
+from contract.settings import WORKER_VARIABLES, HeaderToken, Settings
 
 
 class ClientSettings(Settings):
@@ -45,26 +45,6 @@ class DeploySettings(Settings):
     )
 
 
-#: The variables that `hunyuan deploy` copies from its own environment into a worker's. Operators set them; a test
-#: compares them with WorkerSettings and BucketSettings.
-WORKER_VARIABLES: Final = (
-    "HUNYUAN_APPROXIMATIONS",
-    "HUNYUAN_CACHE_DIR",
-    "HUNYUAN_COMPILE",
-    "HUNYUAN_ENABLE_FLASH_ATTN",
-    "HUNYUAN_ENABLE_SAGE_ATTN",
-    "HUNYUAN_LOG_FORMAT",
-    "HUNYUAN_LOG_LEVEL",
-    "HUNYUAN_LOG_PROMPTS",
-    "HUNYUAN_MODEL_PATH",
-    "HUNYUAN_OFFLOAD_CPU",
-    "HUNYUAN_PROFILE",
-    "HUNYUAN_RENDER_TIMEOUT",
-    "HUNYUAN_STALL_TIMEOUT",
-    "HUNYUAN_STORE_PATIENCE",
-    "HUNYUAN_VRAM_LIMIT",
-    "HUNYUAN_WORK_DIR",
-)
 BUCKET_SECRET: Final = "BUCKET_SECRET_ACCESS_KEY"  # noqa: S105 - its name
 REQUIRED_BUCKET_VARIABLES: Final = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", BUCKET_SECRET)
 BUCKET_VARIABLES: Final = (
@@ -77,7 +57,7 @@ BUCKET_VARIABLES: Final = (
 
 
 def deployed_environment() -> dict[str, str]:
-    """The part of this process's environment that a deployed worker gets."""
+    """The part of this process's environment that a deployed worker gets: what its operator would set."""
     return {name: os.environ[name] for name in (*BUCKET_VARIABLES, *WORKER_VARIABLES) if os.environ.get(name)}
 
 

@@ -51,13 +51,10 @@ def parse_api_keys(text: str) -> tuple[ApiKey, ...]:
 
 
 class ApiKeys:
-    """The valid API keys. A server without any accepts every request."""
+    """The valid API keys."""
 
-    def __init__(self, keys: Sequence[ApiKey] = ()) -> None:
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._digests = [(key.name, _digest(key.secret.get_secret_value().encode())) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
 
     def name_of(self, key: bytes) -> str | None:
         """The name of a key; None for an invalid one.

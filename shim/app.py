@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
-from shim.access import OPEN_TO_ALL, Access, ApiKeys, RateLimit
+from shim.access import OPEN_TO_ALL, Access, RateLimit
 from shim.api import documented, page, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
@@ -86,8 +86,10 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    for router in (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers):
+    routers = (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers)
+    for router in routers:
         app.include_router(router)
+    app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]
     for error in _HANDLED:
         app.add_exception_handler(error, _on_error)
     return app
@@ -106,19 +108,16 @@ class _GuardedApp(FastAPI):
             **options,
         )
         self._metrics = metrics
-        self._keys = ApiKeys(access.api_keys)
-        self._cors_origins = access.cors_origins
-        self._allowed_hosts = access.allowed_hosts
+        self._access = access
 
     def build_middleware_stack(self) -> ASGIApp:
         """The access log is outermost, so that it has the 500 that FastAPI makes of an unexpected error."""
-        stack = super().build_middleware_stack()
-        stack = guarded(stack, self._keys, OPEN_PATHS, self._cors_origins, self._allowed_hosts)
+        stack = guarded(super().build_middleware_stack(), self._access, OPEN_PATHS)
         return AccessLog(stack, self._metrics)
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document. On a server with keys it says which paths need one."""
-        if self.openapi_schema is None and self._keys:
+        if self.openapi_schema is None and self._access.api_keys:
             document = super().openapi()
             document["components"]["securitySchemes"] = {
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -133,7 +132,7 @@ class _GuardedApp(FastAPI):
 
 def _methods_of(request: Request) -> list[str]:
     """The methods of the path. Starlette's own Allow header has those of the first route only."""
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    routes = [route for route in request.app.state.routes if isinstance(route, Route)]
     found = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return sorted(set().union(*found))
 

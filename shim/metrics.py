@@ -28,7 +28,7 @@ from contract.errors import ErrorCode, JobFailure
 from contract.result import Manifest, Stage
 from contract.worker import WorkerState
 from shim.errors import ApiError
-from shim.queue.base import Backlog, JobObserver, JobState, Workers
+from shim.queue.base import JobObserver, JobState, QueueSummary
 from storage.errors import ObjectNotFoundError, StorageDeniedError
 
 #: Bytes. With less free space, the queue or the embedded bucket soon accepts nothing.
@@ -83,14 +83,6 @@ _HISTOGRAMS: Final[Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]]]
 
 # The client library exports the creation time of each counter and histogram by default, half as many series again.
 disable_created_metrics()  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class QueueSnapshot:
-    """What the queue returned for a scrape."""
-
-    backlog: Backlog
-    workers: Workers
 
 
 class Metrics(JobObserver):
@@ -187,7 +179,7 @@ class Metrics(JobObserver):
         """Returns the function that counts a restart of the process."""
         return self._counters["hunyuan_process_restarts"].labels(process).inc
 
-    def exposition(self, accept: str, version: str, queue: QueueSnapshot | None) -> tuple[bytes, str]:
+    def exposition(self, accept: str, version: str, queue: QueueSummary | None) -> tuple[bytes, str]:
         """Every metric in the format that `accept` asks for, and the media type of that format.
 
         `queue` is None if the queue is unavailable.
@@ -214,7 +206,7 @@ class _Scrape:
     """The gauges of one scrape. They are not stored, so the series of a lost worker end."""
 
     version: str
-    queue: QueueSnapshot | None
+    queue: QueueSummary | None
     data_directory: Path | None
 
     def collect(self) -> Iterator[Metric]:
@@ -234,10 +226,10 @@ def _gauge(name: str, text: str, labels: Sequence[str], values: Iterable[tuple[S
     return family
 
 
-def _queue_gauges(queue: QueueSnapshot) -> Iterator[Metric]:
+def _queue_gauges(queue: QueueSummary) -> Iterator[Metric]:
     same = "The same on every server."
-    backlog, workers, reports = queue.backlog, queue.workers, queue.workers.reports_by_id
-    tasks = [(("waiting",), len(backlog.waiting)), (("running",), len(backlog.running))]
+    workers, reports = queue.workers, queue.workers.reports_by_id
+    tasks = [(("waiting",), queue.waiting), (("running",), queue.running)]
     yield _gauge("hunyuan_queue_tasks", f"Waiting and running tasks. {same}", ["state"], tasks)
     states = [
         ((WorkerState.READY,), workers.ready),

@@ -92,11 +92,14 @@ class Videos:
             raise StorageUnavailableError(f"the manifest of task {manifest.task_id} was written and is not there")
         return verdict
 
-    def discard_attempt(self, tombstone: Tombstone, attempt: str) -> None:
-        """Deletes what an attempt that completed nothing has stored. `tombstone` takes the place of its manifest."""
-        task_id = tombstone.task_id
+    def discard_attempt(self, task_id: str, attempt: str, tombstone: Tombstone | None) -> None:
+        """Deletes what an attempt has stored. `tombstone` takes the place of its manifest; with None, a completed
+        attempt stays as it is.
+        """
         verdict = self.find_verdict(task_id)
         if isinstance(verdict, Manifest) and verdict.video_key == layout.video_key(task_id, attempt):
+            if tombstone is None:
+                return
             self._put(tombstone)
         self._bucket.delete(layout.video_key(task_id, attempt))
         self._bucket.delete(layout.poster_key(task_id, attempt))

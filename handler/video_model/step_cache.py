@@ -198,10 +198,10 @@ _480P_I2V: Final = (
 )
 # fmt: on
 
-#: By checkpoint: hy_15_i2v_480p_magcache.json.
+#: By checkpoint: hy_15_i2v_480p_magcache.json, measured with shift 5, guidance and 121 frames, as we sample it.
 MAGCACHE: Final[Mapping[str, Rule]] = {"480p_i2v": MagCache(_480P_I2V)}
 
-#: By checkpoint: hy_15_{t2v,i2v}_{480p,720p}_teacache.json.
+#: By checkpoint: hy_15_{t2v,i2v}_{480p,720p}_teacache.json, fitted as we sample it, but for the shift of 720p_t2v: 5.
 TEACACHE: Final[Mapping[str, Rule]] = {
     "480p_t2v": TeaCache(
         (-2.97190924e04, 2.22834983e04, -4.37418360e03, 3.39340251e02, -1.01365855e01, 1.29101768e-01)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -25,10 +25,19 @@ class ExitCode(IntEnum):
     BUSY = 5
 
 
+#: The exit code after SIGINT, as a shell reports it.
+INTERRUPTED: Final = 130
+
+
+def end(text: str, code: int) -> NoReturn:
+    """Ends the command with a line on stderr."""
+    typer.echo(text, err=True)
+    raise typer.Exit(code)
+
+
 def fail(text: str, code: ExitCode) -> NoReturn:
     """Ends the command with an error."""
-    typer.echo(f"error: {text}", err=True)
-    raise typer.Exit(code)
+    end(f"error: {text}", code)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Runs the other programs of this package. No other module of `hunyuan` imports them, and this one only when called."""
+"""Runs the other programs of this package. No other module of `hunyuan` imports them, and this one only when called.
+
+An error of theirs ends the command: with exit code 2 if a setting or an argument is wrong.
+"""
 
 import gc
 from collections.abc import Iterator
@@ -7,27 +10,13 @@ from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
-
-import typer
 
 from contract.job import Profile
-
-
-class LaunchError(Exception):
-    """The program failed; the message says why, in one line. `exit_code` is for the command."""
-
-    def __init__(self, text: str, exit_code: int = 1) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
+from hunyuan.cli.exits import INTERRUPTED, ExitCode, end, fail
 
 
 def serve(**overrides: object) -> None:
-    """Runs the server until SIGINT or SIGTERM. `overrides` replace environment variables, unless None.
-
-    Raises:
-        LaunchError: the server can't start.
-    """
+    """Runs the server until SIGINT or SIGTERM. `overrides` replace environment variables, unless None."""
     with _start_errors():
         with _without_garbage_collection():
             from shim.host.serve import main
@@ -47,11 +36,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def worker(**overrides: object) -> None:
-    """Replaces this process by a worker of a server on another host. `overrides` as in `serve`.
-
-    Raises:
-        LaunchError: a setting is missing or wrong.
-    """
+    """Replaces this process by a worker of a server on another host. `overrides` as in `serve`."""
     with _start_errors():
         from shim.host.remote_worker import main
 
@@ -59,11 +44,7 @@ def worker(**overrides: object) -> None:
 
 
 def prune(*, older_than: timedelta, dry_run: bool) -> list[str]:
-    """Deletes the videos that are older than that; returns the ids of their tasks. `dry_run` deletes nothing.
-
-    Raises:
-        LaunchError: a setting is wrong, or the bucket or the queue does not answer.
-    """
+    """Deletes the videos that are older than that; returns the ids of their tasks. `dry_run` deletes nothing."""
     with _start_errors():
         from shim.host.prune import main
 
@@ -71,11 +52,7 @@ def prune(*, older_than: timedelta, dry_run: bool) -> list[str]:
 
 
 def downgrade_queue(revision: str) -> None:
-    """Migrates the queue's database back to `revision`.
-
-    Raises:
-        LaunchError: a setting is wrong, a server is running, or the database can't be downgraded.
-    """
+    """Migrates the queue's database back to `revision`."""
     with _start_errors():
         from shim.host.downgrade import main
 
@@ -107,42 +84,36 @@ def _start_errors() -> Iterator[None]:
     try:
         yield
     except StartError as exc:
-        raise LaunchError(str(exc), exit_code=2) from exc
+        fail(str(exc), ExitCode.USAGE)
 
 
 def download_weights(profile: Profile, to: Path, *, images: bool) -> None:
-    """Downloads the checkpoints that a profile needs into `to`. An error ends the command with one line."""
-    with _errors_end_the_command():
+    """Downloads the checkpoints that a profile needs into `to`."""
+    with _weights_errors():
         from handler.weights.download import download
 
         download(profile, to, images=images)
 
 
 def convert_weights(source: Path, target: Path, name: str | None) -> None:
-    """Converts a checkpoint to `target`; None takes its name from the directories. An error ends the command."""
-    with _errors_end_the_command():
+    """Converts a checkpoint to `target`; None takes its name from the directories."""
+    with _weights_errors():
         from handler.weights.convert import checkpoint_name, convert_checkpoint
 
         convert_checkpoint(source, target, name or checkpoint_name(source, target))
 
 
 @contextmanager
-def _errors_end_the_command() -> Iterator[None]:
-    """Exit code 1 for a failure, 2 for a wrong argument, 130 for an interrupt, as a shell reports it."""
+def _weights_errors() -> Iterator[None]:
     if find_spec("torch") is None or find_spec("huggingface_hub") is None:
-        _fail("This command needs PyTorch: run pip install 'hunyuan-video-service[worker]'", 1)
+        end("This command needs PyTorch: run pip install 'hunyuan-video-service[worker]'", ExitCode.FAILED)
     from handler.weights.errors import UnknownNameError, WeightsError, one_line
 
     try:
         yield
     except KeyboardInterrupt:
-        _fail("Interrupted; run the same command again to resume", 130)
+        end("Interrupted; run the same command again to resume", INTERRUPTED)
     except UnknownNameError as exc:
-        _fail(one_line(exc), 2)
+        end(one_line(exc), ExitCode.USAGE)
     except (WeightsError, OSError) as exc:
-        _fail(one_line(exc), 1)
-
-
-def _fail(text: str, exit_code: int) -> NoReturn:
-    typer.echo(text, err=True)
-    raise typer.Exit(exit_code)
+        end(one_line(exc), ExitCode.FAILED)

@@ -26,10 +26,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Checkpoint or `demo`. Default: HUNYUAN_MODEL_PATH.")] = None,
 ) -> None:
     """Start the server. It starts a bucket unless BUCKET_* are set, and workers unless HUNYUAN_WORKERS is 0."""
-    try:
-        launch.serve(HUNYUAN_HOST=host, HUNYUAN_PORT=port, HUNYUAN_MODEL_PATH=model)
-    except launch.LaunchError as exc:
-        fail(str(exc), ExitCode(exc.exit_code))
+    launch.serve(HUNYUAN_HOST=host, HUNYUAN_PORT=port, HUNYUAN_MODEL_PATH=model)
 
 
 def worker(
@@ -37,10 +34,7 @@ def worker(
     token: Annotated[str | None, typer.Option(help="The server's key. Default: HUNYUAN_PLATFORM_TOKEN.")] = None,
 ) -> None:
     """Start a worker for a server on another host. BUCKET_* must name the server's bucket."""
-    try:
-        launch.worker(HUNYUAN_PLATFORM_URL=platform, HUNYUAN_PLATFORM_TOKEN=token)
-    except launch.LaunchError as exc:
-        fail(str(exc), ExitCode(exc.exit_code))
+    launch.worker(HUNYUAN_PLATFORM_URL=platform, HUNYUAN_PLATFORM_TOKEN=token)
 
 
 def _duration(text: str) -> timedelta:
@@ -55,10 +49,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the tasks and delete nothing.")] = False,
 ) -> None:
     """Delete old videos with their posters and manifests. Needs the server's BUCKET_* and HUNYUAN_* settings."""
-    try:
-        task_ids = launch.prune(older_than=older_than, dry_run=dry_run)
-    except launch.LaunchError as exc:
-        fail(str(exc), ExitCode(exc.exit_code))
+    task_ids = launch.prune(older_than=older_than, dry_run=dry_run)
     for task_id in task_ids:
         typer.echo(task_id)
     typer.echo(f"{len(task_ids)} videos {'would be' if dry_run else 'are'} deleted", err=True)
@@ -68,10 +59,7 @@ def downgrade_queue(
     revision: Annotated[str, typer.Argument(help="The older release's revision, which its error text names: 0002.")],
 ) -> None:
     """Migrate the queue's database back, before you install an older release. Stop all servers first."""
-    try:
-        launch.downgrade_queue(revision)
-    except launch.LaunchError as exc:
-        fail(str(exc), ExitCode(exc.exit_code))
+    launch.downgrade_queue(revision)
     typer.echo(f"The database is at revision {revision}. Install the older release and start it.")
 
 

@@ -13,15 +13,13 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from contract.job import JobInput, Resolution
-from hunyuan.cli.exits import AsJson, ExitCode, fail, print_answer, settings_errors
+from hunyuan.cli.exits import INTERRUPTED, AsJson, ExitCode, fail, print_answer, settings_errors
 from hunyuan.client import Client, ClientError, RefusedError, TaskFailedError, TaskStatus, UnreachableError
 from hunyuan.settings import ClientSettings
 
 #: The command line renders short videos unless told otherwise; the API's own defaults are longer and larger.
 DEFAULT_DURATION: Final = 5
 DEFAULT_RESOLUTION: Final = Resolution.P720
-
-_INTERRUPTED: Final = 130  # as a shell reports SIGINT
 
 Server = Annotated[str | None, typer.Option(help="Address of the server. Default: HUNYUAN_SERVER.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to save to. Default: TASK_ID.mp4.")]
@@ -112,7 +110,7 @@ def connect(server: str | None) -> Iterator[Client]:
         fail(str(exc), ExitCode.FAILED)
     except KeyboardInterrupt:
         os.write(2, b"\n")  # the task itself continues on the server
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def generate_and_save(client: Client, request: Mapping[str, object], output: Path | None, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from contract.job import Profile
 from hunyuan.cli import launch
+from hunyuan.cli.exits import ExitCode, end
 
 LICENCE: Final = """\
 The weights of HunyuanVideo-1.5 come under the Tencent Hunyuan Community License Agreement. It does not cover the
@@ -27,8 +28,7 @@ def download_weights(
     """Download the checkpoints that a profile needs. Run the same command again to resume."""
     typer.echo(LICENCE)
     if not accept_licence:
-        typer.echo("Pass --accept-licence to accept this licence.", err=True)
-        raise typer.Exit(2)
+        end("Pass --accept-licence to accept this licence.", ExitCode.USAGE)
     launch.download_weights(profile, to, images=images)
 
 

@@ -7,7 +7,6 @@ each request against infra/runpod/api.schema.json, which restates those pages.
 
 from collections.abc import Collection
 from enum import StrEnum
-from types import TracebackType
 from typing import Any, Final, Self
 
 import httpx
@@ -67,9 +66,7 @@ class RunPodApi:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def find(self, kind: Kind, name: str) -> Resource | None:

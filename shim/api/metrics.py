@@ -7,8 +7,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from shim.api.dependencies import GetServices
-from shim.metrics import QueueSnapshot
-from shim.queue.base import JobQueue, QueueUnavailableError
+from shim.queue.base import JobQueue, QueueSummary, QueueUnavailableError
 
 #: Seconds that the queue gets to answer. Prometheus gives up a scrape after 10 s.
 _QUEUE_SECONDS: Final = 3.0
@@ -20,24 +19,17 @@ router = APIRouter(include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request, services: GetServices) -> Response:
     """Every metric; without those of the queue if the queue does not answer."""
-    queue = await _queue_in_time(services.queue)
+    queue = await _summary(services.queue)
     body, media_type = services.metrics.exposition(request.headers.get("accept", ""), services.version, queue)
     return Response(body, headers={"Content-Type": media_type})
 
 
-async def _queue_in_time(queue: JobQueue) -> QueueSnapshot | None:
-    reading = asyncio.create_task(_read(queue))
-    done, _ = await asyncio.wait({reading}, timeout=_QUEUE_SECONDS)
-    if done:
-        return reading.result()
-    reading.cancel()  # and not awaited: a database driver may take long to stop
-    log.warning("/metrics has no queue metrics: the queue did not answer within %.0f s", _QUEUE_SECONDS)
-    return None
-
-
-async def _read(queue: JobQueue) -> QueueSnapshot | None:
+async def _summary(queue: JobQueue) -> QueueSummary | None:
     try:
-        return QueueSnapshot(await queue.backlog(), await queue.workers())
+        async with asyncio.timeout(_QUEUE_SECONDS):
+            return await queue.summary()
+    except TimeoutError:
+        log.warning("/metrics has no queue metrics: the queue did not answer within %.0f s", _QUEUE_SECONDS)
     except QueueUnavailableError as exc:
         log.warning("/metrics has no queue metrics: %s", exc)
-        return None
+    return None

@@ -91,17 +91,17 @@ class ClientApi:
         return JSONResponse({"removed": await self._queue.purge(), "status": "completed"})
 
     async def _health(self) -> Response:
-        backlog = await self._queue.backlog()
-        workers = await self._queue.workers()
+        summary = await self._queue.summary()
+        workers = summary.workers
         ended = await self._queue.ended()
-        running = min(len(backlog.running), workers.ready)
+        running = min(summary.running, workers.ready)
         return JSONResponse(
             {
                 "jobs": {
                     "completed": ended[JobState.COMPLETED],
                     "failed": ended[JobState.FAILED],
-                    "inProgress": len(backlog.running),
-                    "inQueue": len(backlog.waiting),
+                    "inProgress": summary.running,
+                    "inQueue": summary.waiting,
                     "retried": 0,
                 },
                 "workers": {

@@ -3,7 +3,8 @@
 Plain ASGI, so that responses stay streams and a client's disconnect reaches the route.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Final
 
 from fastapi import Response
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shim.access import ApiKeys, is_allowed_host
+from shim.access import Access, ApiKeys, is_allowed_host
 from shim.errors import ApiError, ServerErrorCode
 
 DOCS_PATH: Final = "/docs"
@@ -33,22 +34,18 @@ _CORS_REQUEST: Final = ("Authorization", "X-API-Key", "Content-Type", "Idempoten
 _CORS_RESPONSE: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "X-Request-ID")
 
 
-def guarded(
-    app: ASGIApp,
-    keys: ApiKeys,
-    open_paths: Collection[str],
-    cors_origins: Sequence[str],
-    allowed_hosts: Collection[str] | None = None,
-) -> ASGIApp:
+def guarded(app: ASGIApp, access: Access, open_paths: Collection[str]) -> ASGIApp:
     """`app` inside this module's middleware, which surrounds the error handling too: a 500 has the headers."""
-    if allowed_hosts is not None:
-        app = CheckHost(app, allowed_hosts)
-    if keys:
-        app = RequireKey(app, keys, open_paths)
-    if cors_origins:
+    checks: list[Callable[[Scope], None]] = []
+    if access.api_keys:
+        checks.append(partial(_check_key, keys=ApiKeys(access.api_keys), open_paths=open_paths))
+    if access.allowed_hosts is not None:
+        checks.append(partial(_check_host, allowed=access.allowed_hosts))
+    app = Guard(app, checks)
+    if access.cors_origins:
         app = CORSMiddleware(
             app,
-            allow_origins=cors_origins,
+            allow_origins=access.cors_origins,
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=_CORS_REQUEST,
             expose_headers=_CORS_RESPONSE,
@@ -61,68 +58,57 @@ def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body.model_dump(mode="json"), status_code=error.status, headers=error.headers)
 
 
-class CheckHost:
-    """Rejects a request whose Host is a name that is not in `allowed`, except probes and the platform's routes.
+class Guard:
+    """Rejects a request with the ApiError that one of `checks` raises."""
 
-    A web page can make its own name resolve to this server's address, and then reads the responses as its own. The
-    browser still sends the page's name.
-    """
-
-    def __init__(self, app: ASGIApp, allowed: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, checks: Sequence[Callable[[Scope], None]]) -> None:
         self._app = app
-        self._allowed = allowed
+        self._checks = checks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_allowed(scope):
-            error = ApiError(
-                ServerErrorCode.HOST_NOT_ALLOWED,
-                "the Host header names another host; use the server's IP address, or add the name to "
-                "HUNYUAN_ALLOWED_HOSTS",
-            )
-            await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_allowed(self, scope: Scope) -> bool:
-        if scope["path"] in _PROBES or scope["path"].startswith(_PLATFORM_PREFIX):
-            return True
-        return all(is_allowed_host(host, self._allowed) for host in Headers(scope=scope).getlist("host"))
+        app = self._app
+        if scope["type"] != "lifespan":
+            try:
+                for check in self._checks:
+                    check(scope)
+            except ApiError as exc:
+                app = error_response(exc)
+        await app(scope, receive, send)
 
 
-class RequireKey:
-    """Rejects a request without a valid API key, except on `open_paths` and on the platform's routes.
+def _check_key(scope: Scope, *, keys: ApiKeys, open_paths: Collection[str]) -> None:
+    """A request needs a valid API key, except on `open_paths` and on the platform's routes.
 
     Sets the scope's `state["client"]` to the key's name, or to None for a request without a key.
     """
-
-    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: Collection[str]) -> None:
-        self._app = app
-        self._keys = keys
-        self._open_paths = open_paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        name = self._keys.name_of(_key_in(Headers(scope=scope)).encode("latin-1"))
-        if name is None and not self._is_open(scope["path"]):
-            error = ApiError(
-                ServerErrorCode.UNAUTHORIZED,
-                "an API key is needed: send it as Authorization: Bearer KEY, or X-API-Key: KEY",
-                {"WWW-Authenticate": "Bearer"},
-            )
-            await error_response(error)(scope, receive, send)
-            return
-        scope.setdefault("state", {})["client"] = name
-        await self._app(scope, receive, send)
-
-    def _is_open(self, path: str) -> bool:
-        return path in self._open_paths or path.startswith(_PLATFORM_PREFIX)
+    name = keys.name_of(_key_in(Headers(scope=scope)).encode("latin-1"))
+    if name is None and not (scope["path"] in open_paths or scope["path"].startswith(_PLATFORM_PREFIX)):
+        raise ApiError(
+            ServerErrorCode.UNAUTHORIZED,
+            "an API key is needed: send it as Authorization: Bearer KEY, or X-API-Key: KEY",
+            {"WWW-Authenticate": "Bearer"},
+        )
+    scope.setdefault("state", {})["client"] = name
 
 
 def _key_in(headers: Headers) -> str:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def _check_host(scope: Scope, *, allowed: Collection[str]) -> None:
+    """The Host must be an address or a name in `allowed`, except on probes and on the platform's routes.
+
+    A web page can make its own name resolve to this server's address, and then reads the responses as its own. The
+    browser still sends the page's name.
+    """
+    if scope["path"] in _PROBES or scope["path"].startswith(_PLATFORM_PREFIX):
+        return
+    if not all(is_allowed_host(host, allowed) for host in Headers(scope=scope).getlist("host")):
+        raise ApiError(
+            ServerErrorCode.HOST_NOT_ALLOWED,
+            "the Host header names another host; use the server's IP address, or add the name to HUNYUAN_ALLOWED_HOSTS",
+        )
 
 
 class SafeHeaders:

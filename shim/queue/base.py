@@ -284,12 +284,8 @@ class JobQueue(Protocol):
         """
         ...
 
-    async def backlog(self) -> Backlog: ...
-
-    async def workers(self) -> Workers: ...
-
     async def summary(self) -> QueueSummary:
-        """The numbers of `backlog` and the workers, for callers that ask often: it costs less than those two."""
+        """The numbers of waiting and running jobs and the workers, for callers that ask often."""
         ...
 
     async def check_ready(self) -> None:

@@ -152,18 +152,13 @@ class Dispatcher:
     async def record_progress(self, worker_id: str, task_id: str, progress: Progress) -> None:
         """Stores the progress of a running job and extends its lease. Ignores progress that is late or lower."""
         advances = jobs.c.progress <= progress.progress
-        now = self._database.clock()
+        values = {
+            "progress": case((advances, progress.progress), else_=jobs.c.progress),
+            "stage": case((advances, progress.stage.value), else_=jobs.c.stage),
+            "deliveries_not_begun": 0,
+        }
         async with self._database.write() as connection:
-            await connection.execute(
-                update(jobs)
-                .where(*running_on(worker_id), jobs.c.task_id == task_id)
-                .values(
-                    progress=case((advances, progress.progress), else_=jobs.c.progress),
-                    stage=case((advances, progress.stage.value), else_=jobs.c.stage),
-                    lease_expires_at=now + self._database.worker_timeout,
-                    deliveries_not_begun=0,
-                )
-            )
+            await self._extend_leases(connection, worker_id, jobs.c.task_id == task_id, **values)
 
     async def complete(self, worker_id: str, task_id: str, output: Any) -> bool:
         """Stores a job's output; False if the job had ended before.
@@ -217,7 +212,7 @@ class Dispatcher:
         async with self._database.write(notify=report.state is WorkerState.STOPPING) as connection:
             await _save_worker(connection, worker_id, now, report.state, report.model_dump(mode="json"))
             if report.state is not WorkerState.FAILED:
-                await self._extend_leases(connection, worker_id, now)
+                await self._extend_leases(connection, worker_id)
 
     async def ping(self, worker_id: str, task_ids: Collection[str]) -> None:
         """Extends the leases of the jobs that the SDK's ping names. The worker has begun them.
@@ -227,7 +222,6 @@ class Dispatcher:
         """
         if not task_ids:
             return
-        now = self._database.clock()
         named = jobs.c.task_id.in_(task_ids)
         sends_reports = exists().where(workers.c.worker_id == worker_id, workers.c.report.is_not(null()))
         async with self._database.write() as connection:
@@ -238,11 +232,11 @@ class Dispatcher:
                     workers.c.report.is_(null()),
                     select(jobs.c.seq).where(*running_on(worker_id), named).exists(),
                 )
-                .values(last_seen=now)
+                .values(last_seen=self._database.clock())
             )
             began = update(jobs).where(*running_on(worker_id), named)
             await connection.execute(began.values(deliveries_not_begun=0))
-            await self._extend_leases(connection, worker_id, now, named, ~sends_reports)
+            await self._extend_leases(connection, worker_id, named, ~sends_reports)
 
     async def pending_cancellations(self, worker_id: str) -> list[str]:
         """The jobs that this worker must cancel now. Each is returned again after 2 seconds while it still runs.
@@ -307,12 +301,11 @@ class Dispatcher:
         return worker is None or worker.state != WorkerState.READY or worker.last_seen <= fresh
 
     async def _extend_leases(
-        self, connection: AsyncConnection, worker_id: str, now: float, *which: ColumnElement[bool], **values: Any
+        self, connection: AsyncConnection, worker_id: str, *which: ColumnElement[bool], **values: Any
     ) -> None:
+        expires_at = self._database.clock() + self._database.worker_timeout
         await connection.execute(
-            update(jobs)
-            .where(*running_on(worker_id), *which)
-            .values(lease_expires_at=now + self._database.worker_timeout, **values)
+            update(jobs).where(*running_on(worker_id), *which).values(lease_expires_at=expires_at, **values)
         )
 
 

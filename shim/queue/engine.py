@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,10 +65,14 @@ async def open_engine(url: URL) -> AsyncEngine:
         QueueUnavailableError: the database does not respond, or rejects the connection.
         QueueError: a newer release has migrated the database.
     """
+    return await _open(url, migrate)
+
+
+async def _open(url: URL, change: Callable[[Connection], None]) -> AsyncEngine:
     engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
     try:
         async with writing(engine).begin() as connection:
-            await connection.run_sync(migrate)
+            await connection.run_sync(change)
     except DBAPIError as exc:
         await engine.dispose()
         raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
@@ -102,14 +108,8 @@ async def downgrade(url: URL, revision: str) -> None:
         QueueUnavailableError: the database does not respond, or rejects the connection.
         QueueError: `revision` is unknown, or newer than the database's.
     """
-    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
-    try:
-        async with writing(engine).begin() as connection:
-            await connection.run_sync(_downgrade, revision)
-    except DBAPIError as exc:
-        raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
-    finally:
-        await engine.dispose()
+    engine = await _open(url, partial(_downgrade, revision=revision))
+    await engine.dispose()
 
 
 def _downgrade(connection: Connection, revision: str) -> None:

@@ -9,6 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -23,18 +24,13 @@ from shim.queue.schema import jobs
 from storage import layout
 from storage.bucket import ObjectInfo
 
-#: Objects that one step visits, seconds between two steps, and seconds between two scans of the whole bucket.
-_PAGE: Final = 50
-_STEP_SECONDS: Final = 5.0
-_SCAN_SECONDS: Final = 600.0
-#: Seconds for which an object may belong to a task that this queue does not know: a worker may still be storing it.
-_GRACE: Final = 3600.0
 #: Keys of attempts. Anything else may be somebody's own file.
 _ATTEMPT_KEY: Final = re.compile(r"videos/[^/]+/[0-9a-f]{12}\.(?:mp4|jpg)")
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Orphans:
     """Scans the bucket for objects that no job and no verdict names, and has them deleted.
 
@@ -43,24 +39,17 @@ class Orphans:
     when they are older than `grace` seconds and the task's verdict does not name them.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        objects: TaskObjects,
-        *,
-        page: int = _PAGE,
-        step_seconds: float = _STEP_SECONDS,
-        scan_seconds: float = _SCAN_SECONDS,
-        grace: float = _GRACE,
-    ) -> None:
-        self._database = database
-        self._objects = objects
-        self._page = page
-        self._step_seconds = step_seconds
-        self._scan_seconds = scan_seconds
-        self._grace = grace
-        self._cursor = ""
-        self._next_step_at = 0.0
+    database: Database
+    objects: TaskObjects
+    #: Objects that one step visits.
+    page: int = 50
+    #: Seconds between two steps, and between two scans of the whole bucket.
+    step_seconds: float = 5.0
+    scan_seconds: float = 600.0
+    #: Seconds for which an object may belong to a task that this queue does not know: a worker may still be storing it.
+    grace: float = 3600.0
+    _cursor: str = field(default="", init=False)
+    _next_step_at: float = field(default=0.0, init=False)
 
     async def step(self) -> None:
         """Visits the next objects, unless the last step was a moment ago.
@@ -70,11 +59,11 @@ class Orphans:
         """
         if time.monotonic() < self._next_step_at:
             return
-        self._next_step_at = time.monotonic() + self._step_seconds
-        page = await self._objects.list_objects(self._cursor, self._page)
+        self._next_step_at = time.monotonic() + self.step_seconds
+        page = await self.objects.list_objects(self._cursor, self.page)
         if not page:
             self._cursor = ""
-            self._next_step_at = time.monotonic() + self._scan_seconds
+            self._next_step_at = time.monotonic() + self.scan_seconds
             return
         await self._visit(page)
         self._cursor = page[-1].key
@@ -85,7 +74,7 @@ class Orphans:
             if (task_id := layout.task_id_of(item.key)) is not None:
                 by_task[task_id].append(item)
         columns = jobs.c.task_id, jobs.c.state, jobs.c.output, jobs.c.bucket_due_at
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             rows = await fetch_all(connection, select(*columns).where(jobs.c.task_id.in_(by_task)))
         job_of = {row.task_id: row for row in rows}
         for task_id, items in by_task.items():
@@ -103,28 +92,28 @@ class Orphans:
         verdict_key = layout.manifest_key(job.task_id)
         agrees = _named(manifest).issuperset(key for key in keys if key != verdict_key)
         if agrees and verdict_key in keys:
-            verdict = await self._objects.find_verdict(job.task_id)
+            verdict = await self.objects.find_verdict(job.task_id)
             agrees = verdict is not None and _named(verdict) == _named(manifest)
         if not agrees:
             log.warning("the bucket has objects of another attempt of this task, or another verdict")
-            async with self._database.write(notify=True) as connection:
+            async with self.database.write(notify=True) as connection:
                 which = jobs.c.task_id == job.task_id
-                await connection.execute(put_in_outbox(self._database.clock(), which))
+                await connection.execute(put_in_outbox(self.database.clock(), which))
 
     async def _visit_unknown(self, task_id: str, items: Sequence[ObjectInfo]) -> None:
         now = datetime.now(UTC)
         old = [
             item.key
             for item in items
-            if _ATTEMPT_KEY.fullmatch(item.key) and (now - item.modified).total_seconds() > self._grace
+            if _ATTEMPT_KEY.fullmatch(item.key) and (now - item.modified).total_seconds() > self.grace
         ]
         if not old:
             return
-        named = _named(await self._objects.find_verdict(task_id))
+        named = _named(await self.objects.find_verdict(task_id))
         for key in old:
             if key not in named:
                 log.warning("deleting %s: no task owns it", key)
-                await self._objects.delete(key)
+                await self.objects.delete(key)
 
 
 def _named(verdict: Verdict | None) -> set[str]:

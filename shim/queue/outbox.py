@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Row, Update, case, null, or_, select, update
 
-from contract.errors import JobFailure
 from contract.log_fields import bound
-from shim.queue.base import JobSnapshot, JobState, QueueUnavailableError, TaskObjects, valid_manifest
+from shim.queue.base import JobState, QueueUnavailableError, TaskObjects
 from shim.queue.database import Database, fetch_one
+from shim.queue.reader import snapshot
 from shim.queue.schema import jobs
 from storage.errors import StorageError
 
@@ -56,7 +56,7 @@ class Outbox:
                 return
             with bound(task_id=job.task_id):
                 try:
-                    await self.objects.settle(_snapshot(job))
+                    await self.objects.settle(snapshot(job, self.database.clock()))
                 except StorageError as exc:
                     log.warning("cannot store how this task ended, retrying in %.0f s: %s", _RETRY, exc)
                     await self._release(job, self.database.clock() + _RETRY)
@@ -99,7 +99,10 @@ class Outbox:
             if row is None:
                 return None
             claimed = await connection.execute(
-                update(jobs).where(jobs.c.task_id == row.task_id).values(bucket_due_at=now + _CLAIM).returning(jobs)
+                update(jobs)
+                .where(jobs.c.task_id == row.task_id)
+                .values(bucket_due_at=now + _CLAIM)
+                .returning(jobs, null().label("queue_position"))  # as `snapshot` needs it
             )
             job: Row[Any] = claimed.one()
             return job
@@ -118,13 +121,3 @@ class Outbox:
 
 def _is_failed(task_id: str) -> ColumnElement[bool]:
     return (jobs.c.task_id == task_id) & (jobs.c.state == JobState.FAILED)
-
-
-def _snapshot(row: Row[Any]) -> JobSnapshot:
-    state = JobState(row.state)
-    return JobSnapshot(
-        row.task_id,
-        state,
-        result=valid_manifest(row.output) if state is JobState.COMPLETED else None,
-        failure=JobFailure.model_validate(row.failure) if row.failure is not None else None,
-    )

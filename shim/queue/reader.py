@@ -5,15 +5,24 @@ shim.queue.sqlite_reader and shim.queue.postgres_reader run the statements.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, Dialect, Select, case, func, null, select, tuple_
+from sqlalchemy import ColumnElement, Dialect, Row, Select, case, func, null, select, tuple_
 from sqlalchemy.sql.elements import TextClause
 
-from contract.worker import WorkerState
-from shim.queue.base import JobState, QueueUnavailableError
+from contract.errors import JobFailure
+from contract.result import Stage
+from contract.worker import WorkerReport, WorkerState
+from shim.queue.base import (
+    NO_VIDEO,
+    JobSnapshot,
+    JobState,
+    QueueSummary,
+    QueueUnavailableError,
+    Workers,
+    valid_manifest,
+)
 from shim.queue.fair_order import ORDER
 from shim.queue.schema import jobs, workers
 
@@ -35,22 +44,6 @@ class JobRow(NamedTuple):
     queue_position: int | None
 
 
-class WorkerRow(NamedTuple):
-    """A worker that is alive, and its last report."""
-
-    worker_id: str
-    state: WorkerState
-    report: Any
-
-
-class CountRow(NamedTuple):
-    """The number of waiting and running jobs, and the workers that are alive."""
-
-    waiting: int
-    running: int
-    workers: Sequence[WorkerRow]
-
-
 class Reader(Protocol):
     """Each method raises QueueUnavailableError if the database does not answer."""
 
@@ -58,7 +51,7 @@ class Reader(Protocol):
         """The job's row; None for an unknown job."""
         ...
 
-    async def counts(self, alive_since: float) -> CountRow:
+    async def counts(self, alive_since: float) -> QueueSummary:
         """The counts; workers are alive that were seen after `alive_since`, by the database's clock."""
         ...
 
@@ -80,6 +73,25 @@ def select_job(which: ColumnElement[bool]) -> Select[Any]:
     return select(*columns, queue_position).where(which)
 
 
+def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
+    """The job whose columns `select_job` has selected."""
+    state = JobState(row.state)
+    result = valid_manifest(row.output) if state is JobState.COMPLETED else None
+    failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
+    if state is JobState.COMPLETED and result is None:
+        failure = failure or NO_VIDEO
+    return JobSnapshot(
+        task_id=row.task_id,
+        state=state,
+        progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
+        stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
+        elapsed_time=max((row.finished_at or now) - row.created_at, 0.0),
+        queue_position=row.queue_position,
+        result=result,
+        failure=failure,
+    )
+
+
 def select_counts(alive_since: TextClause) -> Select[Any]:
     """The numbers of jobs, in one row for each worker that was seen after `alive_since`, or in one if there is none."""
     waiting, running = [
@@ -97,19 +109,21 @@ def compiled(statement: Select[Any], dialect: Dialect) -> str:
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def count_row(rows: Sequence[Sequence[Any]], decode: Callable[[Any], Any]) -> CountRow:
-    """What the rows of `select_counts` say; `decode` decodes JSON."""
-    alive = [
-        WorkerRow(worker_id, WorkerState(state), decode(report))
-        for _, _, worker_id, state, report in rows
-        if worker_id is not None
-    ]
-    return CountRow(int(rows[0][0]), int(rows[0][1]), alive)
+def summary(rows: Sequence[Sequence[Any]]) -> QueueSummary:
+    """What the rows of `select_counts` say."""
+    waiting, running = rows[0][:2]
+    return QueueSummary(waiting, running, workers_of([row[2:] for row in rows if row[2] is not None]))
 
 
-def decode_json(column: str | bytes | None) -> Any:
-    """A JSON column's value."""
-    return json.loads(column) if column is not None else None
+def workers_of(rows: Sequence[Sequence[Any]]) -> Workers:
+    """The workers that are alive, from their ids, states and reports."""
+    states = [state for _, state, _ in rows]
+    return Workers(
+        ready=states.count(WorkerState.READY),
+        loading=states.count(WorkerState.LOADING),
+        failed=states.count(WorkerState.FAILED),
+        reports_by_id={worker_id: WorkerReport.model_validate(report) for worker_id, _, report in rows if report},
+    )
 
 
 class Batched(Generic[K, V]):

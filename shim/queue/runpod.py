@@ -216,18 +216,9 @@ class RunPodQueue:
             self._cached_jobs[task_id] = replace(cached, job=job)
         return False
 
-    async def backlog(self) -> Backlog:
-        """How many jobs wait and run. RunPod hides their inputs."""
-        return _backlog(await self._health())
-
-    async def workers(self) -> Workers:
-        """The endpoint's workers, as RunPod counts them."""
-        return _workers(await self._health())
-
     async def summary(self) -> QueueSummary:
         health = await self._health()
-        backlog = _backlog(health)
-        return QueueSummary(len(backlog.waiting), len(backlog.running), _workers(health))
+        return QueueSummary(health["jobs"]["inQueue"], health["jobs"]["inProgress"], _workers(health))
 
     async def check_ready(self) -> None:
         """RunPod accepts jobs with no worker running, so a response is enough."""
@@ -341,6 +332,7 @@ def _drop_oldest(cache: OrderedDict[str, Any]) -> None:
 
 
 def _backlog(health: Mapping[str, Any]) -> Backlog:
+    """How many jobs wait and run. RunPod hides their inputs."""
     counts = health["jobs"]
     return Backlog([None] * counts["inQueue"], [None] * counts["inProgress"], _workers(health).ready)
 

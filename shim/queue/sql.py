@@ -10,11 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
-from contract.result import Stage
-from contract.worker import WorkerReport, WorkerState
 from shim.queue.base import (
     CANCELLED,
-    NO_VIDEO,
     Backlog,
     Idempotency,
     JobObserver,
@@ -26,12 +23,11 @@ from shim.queue.base import (
     RenderTimes,
     Submission,
     Workers,
-    valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.fair_order import FRONT, ORDER, next_turn
 from shim.queue.outbox import put_in_outbox
-from shim.queue.reader import JobRow, WorkerRow, select_job
+from shim.queue.reader import select_job, snapshot, workers_of
 from shim.queue.schema import jobs, outcomes, render_times, workers
 
 log = logging.getLogger(__name__)
@@ -101,7 +97,7 @@ class SqlQueue:
 
     async def get(self, task_id: str) -> JobSnapshot | None:
         row = await self._database.reader.job(task_id)
-        return self._snapshot(row) if row is not None else None
+        return snapshot(row, self._database.clock()) if row is not None else None
 
     async def output(self, task_id: str) -> Any:
         """What the worker returned for the job, unchanged; None before that."""
@@ -171,23 +167,11 @@ class SqlQueue:
             )
         return result.rowcount > 0
 
-    async def backlog(self) -> Backlog:
-        """The waiting jobs in the order in which they are taken, and the running ones."""
-        async with self._database.read() as connection:
-            alive = await _read_workers(connection, self._database.is_alive())
-            waiting, running = await _read_waiting(connection), await _read_running(connection)
-            return _backlog(waiting, running, alive.ready)
-
     async def check_ready(self) -> None:
-        _check_ready(await self.workers())
-
-    async def workers(self) -> Workers:
-        async with self._database.read() as connection:
-            return await _read_workers(connection, self._database.is_alive())
+        _check_ready((await self.summary()).workers)
 
     async def summary(self) -> QueueSummary:
-        counts = await self._database.reader.counts(self._database.alive_since())
-        return QueueSummary(counts.waiting, counts.running, _workers_of(counts.workers))
+        return await self._database.reader.counts(self._database.alive_since())
 
     async def ended(self) -> Mapping[JobState, int]:
         """How many jobs have reached each terminal state."""
@@ -205,7 +189,7 @@ class SqlQueue:
 
     async def _find(self, connection: AsyncConnection, which: ColumnElement[bool]) -> JobSnapshot | None:
         row = await fetch_one(connection, select_job(which))
-        return self._snapshot(JobRow._make(row)) if row is not None else None
+        return snapshot(row, self._database.clock()) if row is not None else None
 
     async def _insert(
         self,
@@ -236,38 +220,11 @@ class SqlQueue:
             of_whom = " of this API key" if client else ""
             raise QueueFullError(f"The queue is full: {own} tasks{of_whom} are waiting")
 
-    def _snapshot(self, row: JobRow) -> JobSnapshot:
-        state = JobState(row.state)
-        result = valid_manifest(row.output) if state is JobState.COMPLETED else None
-        failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
-        if state is JobState.COMPLETED and result is None:
-            failure = failure or NO_VIDEO
-        return JobSnapshot(
-            task_id=row.task_id,
-            state=state,
-            progress=row.progress if state is JobState.COMPLETED else min(row.progress, 99),
-            stage=Stage(row.stage) if row.stage and state is not JobState.QUEUED else Stage.QUEUED,
-            elapsed_time=max((row.finished_at or self._database.clock()) - row.created_at, 0.0),
-            queue_position=row.queue_position,
-            result=result,
-            failure=failure,
-        )
-
 
 async def _read_workers(connection: AsyncConnection, is_alive: ColumnElement[bool]) -> Workers:
     columns = workers.c.worker_id, workers.c.state, workers.c.report
     rows = await fetch_all(connection, select(*columns).where(is_alive).order_by(workers.c.worker_id))
-    return _workers_of([WorkerRow._make(row) for row in rows])
-
-
-def _workers_of(rows: Sequence[WorkerRow]) -> Workers:
-    states = [row.state for row in rows]
-    return Workers(
-        ready=states.count(WorkerState.READY),
-        loading=states.count(WorkerState.LOADING),
-        failed=states.count(WorkerState.FAILED),
-        reports_by_id={row.worker_id: WorkerReport.model_validate(row.report) for row in rows if row.report},
-    )
+    return workers_of(rows)
 
 
 async def _read_waiting(connection: AsyncConnection) -> list[Row[Any]]:

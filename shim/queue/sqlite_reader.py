@@ -7,6 +7,7 @@ another program recovers or converts it.
 """
 
 import asyncio
+import json
 import logging
 import sqlite3
 import time
@@ -17,8 +18,8 @@ from typing import Any, Final
 from sqlalchemy import text
 from sqlalchemy.dialects import sqlite
 
-from shim.queue.base import QueueUnavailableError
-from shim.queue.reader import Batched, CountRow, JobRow, compiled, count_row, decode_json, select_counts, select_job
+from shim.queue.base import QueueSummary, QueueUnavailableError
+from shim.queue.reader import Batched, JobRow, compiled, select_counts, select_job, summary
 from shim.queue.schema import jobs
 
 #: Seconds. A lookup that takes longer has waited for the disk; the lookups of the next `_SLOW_SECONDS` use a thread.
@@ -35,6 +36,7 @@ _COUNTS: Final = compiled(select_counts(text("?")), sqlite.dialect())
 _Query = tuple[str, str | float]
 _Rows = Sequence[Sequence[Any]]
 
+sqlite3.register_converter("JSON", json.loads)
 log = logging.getLogger(__name__)
 
 
@@ -50,12 +52,11 @@ class SqliteReader:
         self._slow_until = 0.0
 
     async def job(self, task_id: str) -> JobRow | None:
-        for *columns, output, failure, position in await self._rows(_JOB, task_id):
-            return JobRow._make((*columns, decode_json(output), decode_json(failure), position))
-        return None
+        rows = await self._rows(_JOB, task_id)
+        return JobRow._make(rows[0]) if rows else None
 
-    async def counts(self, alive_since: float) -> CountRow:
-        return count_row(await self._rows(_COUNTS, alive_since), decode_json)
+    async def counts(self, alive_since: float) -> QueueSummary:
+        return summary(await self._rows(_COUNTS, alive_since))
 
     async def close(self) -> None:
         await self._in_thread.close()
@@ -100,7 +101,13 @@ class SqliteReader:
 
 
 def _connect(path: str, *, lock_seconds: float) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=lock_seconds, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        path,
+        timeout=lock_seconds,
+        isolation_level=None,
+        check_same_thread=False,
+        detect_types=sqlite3.PARSE_DECLTYPES,  # decodes JSON columns with the converter above
+    )
     connection.execute("PRAGMA query_only = ON")
     return connection
 

@@ -38,7 +38,7 @@ HISTORY = 8 * 24 * 3600.0
 pytestmark = [pytest.mark.xdist_group("late_workers"), pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", params=["juicefs", "moto"])
+@pytest.fixture(scope="module", params=["juicefs", pytest.param("moto", marks=pytest.mark.full)])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
     server = {"juicefs": juicefs, "moto": moto}[request.param]
     with server(tmp_path_factory.mktemp("store")) as settings:
@@ -204,9 +204,8 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
     scene: Scene,
 ) -> None:
     task_id = await scene.submit()
+    scene.proxy.stall_at("PUT", ".jpg")
     late = scene.worker("late")
-    await scene.until("the video", lambda: scene.requested("PUT", task_id, ".mp4"))
-    scene.proxy.faults = Faults(latency=0.5)  # so that the freeze comes before the manifest
     await scene.until("the upload", lambda: scene.requested("PUT", task_id, ".jpg"))
     late.freeze()
     scene.proxy.heal()
@@ -223,14 +222,15 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
 
+@pytest.mark.parametrize("store", ["juicefs", "moto"], indirect=True)
 async def test_a_manifest_that_is_written_although_another_worker_completed_the_task_is_replaced(
     scene: Scene,
 ) -> None:
     """The late worker has looked, and its PUT is held on the way: only a conditional write can refuse it."""
     task_id = await scene.submit()
+    scene.proxy.stall_at("PUT", ".json")
     late = scene.worker("late")
-    await scene.until("the poster", lambda: scene.requested("PUT", task_id, ".jpg"))
-    await scene.until("the manifest", lambda: scene.requested("PUT", task_id, ".json") or _slow(scene))
+    await scene.until("the manifest", lambda: scene.requested("PUT", task_id, ".json"))
     scene.cut_off(stall=True)
 
     await scene.lose_lease()
@@ -245,15 +245,11 @@ async def test_a_manifest_that_is_written_although_another_worker_completed_the_
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
 
-def _slow(scene: Scene) -> bool:
-    scene.proxy.faults = Faults(latency=0.5)
-    return False
-
-
 async def test_a_task_cancelled_while_its_manifest_is_written_stays_cancelled(scene: Scene) -> None:
     task_id = await scene.submit()
+    scene.proxy.stall_at("PUT", ".json")
     scene.worker("late")
-    await scene.until("the manifest", lambda: scene.requested("PUT", task_id, ".json") or _slow(scene))
+    await scene.until("the manifest", lambda: scene.requested("PUT", task_id, ".json"))
     answer = (await scene.http.delete(f"/tasks/{task_id}")).json()
     assert answer["error_code"] == "CANCELLED"
     await scene.until("the end of its job", lambda: "cancelled" in scene.workers[0].log.read_text())
@@ -267,9 +263,11 @@ async def test_a_task_cancelled_while_its_manifest_is_written_stays_cancelled(sc
 @ONE_ATTEMPT
 async def test_a_task_given_up_stays_failed_when_its_worker_comes_back(scene: Scene) -> None:
     task_id = await scene.submit()
+    scene.proxy.stall_at("PUT", ".jpg")
     late = scene.worker("late")
     await scene.until("the upload", lambda: scene.requested("PUT", task_id, ".jpg"))
     late.freeze()
+    scene.proxy.heal()
     await scene.lose_lease()
     await scene.state(task_id, JobState.FAILED)
     answer = await scene.status(task_id)

@@ -117,6 +117,7 @@ class FaultProxy:
         self._http = http
         self._faults = Faults()
         self._answers: list[_Answer] = []
+        self._stall_at: tuple[str, str] | None = None
         self._draw: Callable[[], Faults | None] = lambda: None
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,6 +170,11 @@ class FaultProxy:
         assert self._http, "only with http=True are requests read"
         self._answers.append(_Answer(status, code, times, method, target))
 
+    def stall_at(self, method: str, target: str) -> None:
+        """Stall as soon as a request of `method` comes whose target ends with `target`; it waits in the proxy."""
+        assert self._http, "only with http=True are requests read"
+        self._stall_at = (method, target)
+
     def break_at_random(self, chance: random.Random, share: float, kinds: Sequence[Faults]) -> None:
         """Let each new connection suffer one of `kinds` with a probability of `share`; limits vary up to those given.
 
@@ -179,6 +185,7 @@ class FaultProxy:
     def heal(self) -> None:
         """End every fault."""
         self._answers.clear()
+        self._stall_at = None
         self._draw = lambda: None
         self.faults = Faults()
 
@@ -298,6 +305,8 @@ class FaultProxy:
             line, _, rest = head.partition(b"\r\n")
             method, target, _ = line.decode().split(" ")
             headers = parse_headers(io.BytesIO(rest))
+            if self._stall_at is not None and method == self._stall_at[0] and target.endswith(self._stall_at[1]):
+                self._stall_at, self._faults = None, replace(self._faults, stall=True)
             self.requests.append(f"{method} {target}")
             answer = next((answer for answer in self._answers if answer.matches(method, target)), None)
             if answer is None:

@@ -200,7 +200,7 @@ def test_every_streamed_part_runs_through_its_own_forward_which_has_the_hooks() 
     ran: set[torch.nn.Module] = set()
     for module in streamed:
         module.register_forward_pre_hook(lambda module, _: ran.add(module))
-    job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
+    job = JobInput(prompt='A shop sign that says "OPEN"', duration=5, resolution=Resolution.P720)
     image = Image.new("RGB", (112, 64), (200, 80, 20))
     for _ in model.render(job, seed=1, on_progress=lambda *_: None, cancelled=Event(), image=image):
         pass
@@ -314,6 +314,23 @@ def test_steps_are_cached_only_where_there_are_many(weights: Path) -> None:
     assert isinstance(model, PipelineModel)
     cached = {name: base.pipeline.transformer.is_cache_enabled for name, base in model.parts.bases.items()}
     assert cached == {"480p_t2v_4step": False, "480p_t2v_distilled": True}
+
+
+def test_magcache_applies_to_the_undistilled_image_base_and_to_nothing_else(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    image_pipeline().save_pretrained(tmp_path / "weights" / "480p_i2v")
+    with caplog.at_level(logging.WARNING, logger="handler"):
+        model = load_model(
+            WorkerSettings(model_path=str(tmp_path / "weights"), approximations=(Approximation.MAGCACHE,))
+        )
+    assert isinstance(model, PipelineModel)
+    assert model.parts.image_routes["HunyuanVideo-1.5-balanced", Resolution.P720].base == "480p_i2v"
+    assert list(model.approximations) == ["magcache"]
+    assert "every step of 480p_t2v_4step, 480p_t2v_distilled is computed" in caplog.text
+    cached = {name: hasattr(base.pipeline.transformer, "_diffusers_hook") for name, base in model.parts.bases.items()}
+    assert [name for name, is_cached in cached.items() if is_cached] == ["480p_i2v"]
 
 
 @pytest.mark.parametrize("other", [Approximation.TAYLORSEER, Approximation.MAGCACHE, Approximation.TEACACHE])

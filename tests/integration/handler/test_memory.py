@@ -41,6 +41,7 @@ print(json.dumps({"loaded": loaded, "peak": peak, "frames": result.num_frames}))
 """
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_render_of_1080p_and_ten_seconds_grows_by_less_than_1_5_gb(tmp_path: Path) -> None:
     with juicefs(tmp_path) as bucket:

@@ -25,6 +25,7 @@ from handler.watchdog import Limits, Watchdog
 from handler.worker import Job, RenderStalledError, Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
+from storage.videos import Videos
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3_servers import behind, juicefs
 from tests.support.scripted_model import STEPS, ScriptedModel
@@ -177,6 +178,26 @@ def test_a_bucket_that_is_away_for_longer_does_not_stop_the_task(bench: Bench, s
         bench.model.before_step = break_bucket
         assert bench.run(bench.worker(), "away").status == "completed"
     assert bench.stalls == []
+
+
+def test_a_manifest_that_arrives_after_its_render_was_stopped_completes_the_task(
+    settings: BucketSettings, tmp_path: Path
+) -> None:
+    """The task goes back to the queue, which has not cancelled it."""
+    direct = Bucket(settings)
+    with behind(settings) as proxy:
+        proxy.stall_at("PUT", ".json")
+        bench = Bench(Bucket(proxied(settings, proxy), attempts=1), tmp_path)
+        with pytest.raises(RenderStalledError):
+            bench.run(bench.worker(), "late")
+        proxy.heal()
+        eventually("the end of the discarding", lambda: "discard" not in {t.name for t in threading.enumerate()})
+    manifest = Videos(direct).find("late")
+    assert manifest is not None, "no tombstone took its place"
+    assert direct.list_keys(manifest.video_key, limit=1)
+    second = Bench(direct, tmp_path)
+    assert second.run(second.worker(), "late").sha256 == manifest.sha256
+    assert second.model.rendered == []
 
 
 def test_a_slow_upload_tells_of_its_bytes(settings: BucketSettings, tmp_path: Path) -> None:

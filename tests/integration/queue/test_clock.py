@@ -89,7 +89,7 @@ async def test_a_step_of_the_wall_clock_gives_no_live_job_away(
         task_id = await server.running_task()
         machine.step(seconds)
         assert await server.swept(task_id) is JobState.RUNNING
-        assert (await server.queue.workers()).ready == 1
+        assert (await server.queue.summary()).workers.ready == 1
 
 
 async def test_a_step_of_the_wall_clock_keeps_no_lost_job(machine: Machine, sqlite_url: str) -> None:
@@ -98,7 +98,7 @@ async def test_a_step_of_the_wall_clock_keeps_no_lost_job(machine: Machine, sqli
         machine.step(-3600)
         machine.later(61)
         assert await server.swept(task_id) is JobState.QUEUED
-        assert (await server.queue.workers()).ready == 0
+        assert (await server.queue.summary()).workers.ready == 0
 
 
 async def test_a_wall_clock_that_was_set_back_between_two_runs_keeps_no_lost_job(
@@ -111,7 +111,7 @@ async def test_a_wall_clock_that_was_set_back_between_two_runs_keeps_no_lost_job
         assert await server.swept(task_id) is JobState.RUNNING
         machine.later(61)
         assert await server.swept(task_id) is JobState.QUEUED
-        assert (await server.queue.workers()).ready == 0
+        assert (await server.queue.summary()).workers.ready == 0
 
 
 async def test_a_server_that_was_away_gives_the_workers_of_running_jobs_time_to_report(

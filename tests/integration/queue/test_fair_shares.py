@@ -49,7 +49,7 @@ async def test_a_client_that_fills_its_queue_leaves_the_others_theirs(bench: Ben
         await submit(bench, "modest")
     with pytest.raises(QueueFullError):
         await submit(bench, "modest")
-    assert len((await bench.queue.backlog()).waiting) == 2 * LIMIT
+    assert (await bench.queue.summary()).waiting == 2 * LIMIT
 
 
 async def test_the_limit_of_each_client_holds_for_requests_at_the_same_moment(bench: Bench) -> None:

@@ -10,7 +10,7 @@ import pytest
 from shim.queue.instance import Instance
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.queues import JOB, TOKEN
-from tests.support.service import Service
+from tests.support.service import Service, eventually
 
 
 @pytest.fixture
@@ -72,16 +72,19 @@ def test_a_server_with_a_copied_data_directory_takes_no_job_from_the_first(tmp_p
         taken = first.http.get(f"/v2/local/job-take/{instance_id}-0-12345678?a=b", headers=headers)
         assert taken.json()["id"] == task_id
         second.start(until_ready=False)
-        state = second.http.get(f"/v2/local/status/{task_id}", headers=headers).json()["status"]
-        assert state == "IN_PROGRESS"
+
+        def state() -> str:
+            answer = second.http.get(f"/v2/local/status/{task_id}", headers=headers).json()
+            return str(answer["status"])
+
+        assert state() == "IN_PROGRESS"
         assert f"another server uses the instance id {instance_id}" in second.log.read_text()
         assert (second.directory / "data" / "instance").read_text() == instance_id
 
         # The first server's next start takes back its own job: its end has ended the claim.
         first.kill()
         first.start(until_ready=False)
-        state = second.http.get(f"/v2/local/status/{task_id}", headers=headers).json()["status"]
-        assert state == "IN_QUEUE"
+        eventually("the job's return to the queue", lambda: state() == "IN_QUEUE")
     finally:
         for service in (first, second):
             service.http.close()

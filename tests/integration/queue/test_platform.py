@@ -218,7 +218,7 @@ async def test_a_full_queue_is_503_with_retry_after(http: httpx.AsyncClient) -> 
 async def test_worker_reports_reach_health(bench: Bench, worker: httpx.AsyncClient) -> None:
     report = WorkerReport(state=WorkerState.FAILED, model="x", error="no such checkpoint")
     assert (await worker.post("/worker-report/w7", json=report.model_dump(mode="json"))).status_code == 200
-    workers = await bench.queue.workers()
+    workers = (await bench.queue.summary()).workers
     assert (workers.failed, workers.reports) == (1, [report])
 
 

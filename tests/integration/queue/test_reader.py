@@ -17,7 +17,7 @@ from contract.errors import ErrorCode, JobFailure
 from contract.result import Progress, Stage
 from contract.worker import WorkerState
 from shim.app import create_app
-from shim.queue import postgres_reader, sqlite_reader
+from shim.queue import postgres_reader, sql, sqlite_reader
 from shim.queue.base import JobSnapshot, JobState, QueueUnavailableError
 from shim.queue.postgres_reader import PostgresReader
 from shim.queue.reader import Batched
@@ -57,9 +57,12 @@ async def test_polls_and_transactions_read_the_same_through_the_life_of_jobs(ben
             assert polled == await in_a_transaction(bench, task_id)
             if polled is not None:
                 seen.add(polled.state)
-        backlog, summary = await bench.queue.backlog(), await bench.queue.summary()
-        assert (summary.waiting, summary.running) == (len(backlog.waiting), len(backlog.running))
-        assert summary.workers == await bench.queue.workers()
+        summary = await bench.queue.summary()
+        async with bench.database.read() as connection:
+            waiting, running = await sql._read_waiting(connection), await sql._read_running(connection)
+            alive = await sql._read_workers(connection, bench.database.is_alive())
+        assert (summary.waiting, summary.running) == (len(waiting), len(running))
+        assert summary.workers == alive
 
     await compare()
     assert [job.queue_position for task_id in ids if (job := await bench.queue.get(task_id))] == [1, 2, 3, 4]

@@ -97,7 +97,7 @@ async def test_a_job_without_weights_is_rejected_and_not_queued(bench: Bench) ->
         with pytest.raises(InvalidInputError) as caught:
             await bench.queue.submit(JOB.model_copy(update=update))
         assert caught.value.failure.error_code is code
-    assert (await bench.queue.backlog()).waiting == []
+    assert (await bench.queue.summary()).waiting == 0
     await bench.worker("w2", models=(model,))
     assert (await bench.queue.submit(JOB.model_copy(update={"model": model}))).job.queue_position == 1
 
@@ -111,7 +111,7 @@ async def test_a_job_that_no_ready_workers_checkpoint_can_render_is_rejected_and
     with pytest.raises(InvalidInputError, match="guidance_scale must be 1") as caught:
         await bench.queue.submit(job)
     assert caught.value.failure.error_code is ErrorCode.INVALID_REQUEST
-    assert (await bench.queue.backlog()).waiting == []
+    assert (await bench.queue.summary()).waiting == 0
     await bench.queue.submit(JOB.model_copy(update={"guidance_scale": 1.0, "num_inference_steps": 50}))
     await bench.worker("w2")
     await bench.queue.submit(job)
@@ -527,7 +527,7 @@ async def test_no_statement_scans_the_jobs_that_have_ended(bench: Bench) -> None
     failure = JobFailure(error="bad luck", error_code=ErrorCode.OOM_ERROR)
     first, second, third = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
     await bench.queue.get(third)
-    await bench.queue.backlog()
+    await bench.queue.summary()
     await bench.take("w1")
     await bench.dispatcher.record_progress("w1", first, Progress(progress=1, stage=Stage.DENOISING))
     await bench.dispatcher.ping("w1", [first])

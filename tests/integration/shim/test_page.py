@@ -100,8 +100,8 @@ class Site:
 
     async def backlog(self) -> tuple[int, int]:
         """The numbers of waiting and running tasks."""
-        seen = await self.bench.queue.backlog()
-        return len(seen.waiting), len(seen.running)
+        seen = await self.bench.queue.summary()
+        return seen.waiting, seen.running
 
 
 @asynccontextmanager

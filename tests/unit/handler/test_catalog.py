@@ -24,6 +24,13 @@ def test_a_profile_without_its_image_base_takes_the_fastest_one_present() -> Non
     assert image_routes(models, set()) == {}
 
 
+def test_a_profile_without_its_distilled_image_base_takes_the_undistilled_one() -> None:
+    models = {DEFAULT_MODEL: Profile.BALANCED}
+    assert {route.base for route in image_routes(models, {"480p_i2v"}).values()} == {"480p_i2v"}
+    both = image_routes(models, {"480p_i2v", IMAGE_BASES[Profile.BALANCED]})
+    assert {route.base for route in both.values()} == {IMAGE_BASES[Profile.BALANCED]}
+
+
 @pytest.mark.parametrize(
     ("name", "fixed"),
     [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic_settings import BaseSettings
 
+from contract.settings import WORKER_VARIABLES
 from handler.settings import WorkerSettings
-from hunyuan.settings import BUCKET_VARIABLES, REQUIRED_BUCKET_VARIABLES, WORKER_VARIABLES
+from hunyuan.settings import BUCKET_VARIABLES, REQUIRED_BUCKET_VARIABLES
 from storage.settings import BucketSettings
 
 #: RunPod's platform, or `hunyuan serve`, sets these for each worker.
