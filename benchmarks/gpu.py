@@ -33,7 +33,7 @@ from benchmarks.gpu_models import REAL, TINY, RandomModels, Scale
 from contract.job import DEFAULT_MODEL, JobInput, Profile, Resolution, num_frames
 from contract.result import Stage
 from handler.settings import WorkerSettings
-from handler.video_model.attention import choose_backend, use_mask_free_attention
+from handler.video_model.attention import choose_backend, is_eight_bit, use_mask_free_attention
 from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.compilation import compile_blocks, should_compile
 from handler.video_model.cost import Speed, gpu_named
@@ -41,6 +41,7 @@ from handler.video_model.generate import PipelineModel
 from handler.video_model.memory import Budget, peak
 from handler.video_model.parts import Parts
 from handler.video_model.placement import put_on_gpu
+from handler.video_model.windows import SuperResolutionTiling, windows
 from handler.video_model.workload import kind_of_job
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -51,7 +52,7 @@ REFERENCE: Final = {("720p", 5): "20-30", ("720p", 10): "40-60", ("1080p", 5): "
 
 @dataclass(frozen=True)
 class Pass:
-    """One transformer pass."""
+    """One transformer pass, over the whole video or over a window of it."""
 
     width: int
     height: int
@@ -175,7 +176,8 @@ class Bench:
 
     def _build(self, profile: Profile) -> PipelineModel:
         parts = self.models.parts(profile)
-        backend = choose_backend(self.device, flash=True, sage=False)
+        # As the worker does: 8-bit attention in profile turbo alone, if it works here.
+        backend = choose_backend(self.device, flash=True, sage=None if profile is Profile.TURBO else False)
         for transformer in parts.transformers:
             use_mask_free_attention(transformer, backend)
         settings = WorkerSettings(
@@ -185,27 +187,31 @@ class Bench:
         compiles = should_compile(settings.compile, self.device, self.memory)
         self.compiled = compiles and compile_blocks(parts.transformers)
         gpu = gpu_named(torch.cuda.get_device_name()) if self.device == "cuda" else None
-        speed = Speed.of(gpu) if gpu is not None else None
+        speed = Speed.of(gpu, eight_bit=is_eight_bit(backend)) if gpu is not None else None
         return PipelineModel(parts, attention=backend, memory=self.memory, speed=speed)
 
-    def _transformers(self, parts: Parts, resolution: Resolution) -> Iterator[tuple[Any, Checkpoint]]:
+    def _transformers(
+        self, parts: Parts, resolution: Resolution
+    ) -> Iterator[tuple[Any, Checkpoint, SuperResolutionTiling | None]]:
         route = parts.routes[DEFAULT_MODEL, resolution]
         base = parts.bases[route.base]
-        yield base.pipeline.transformer, base.checkpoint
+        yield base.pipeline.transformer, base.checkpoint, None
         for name in route.super_resolution:
-            yield parts.upscalers[name].stage.transformer, parts.upscalers[name].checkpoint
+            yield parts.upscalers[name].stage.transformer, parts.upscalers[name].checkpoint, route.tiling
 
-    def _pass(self, transformer: Any, checkpoint: Checkpoint, duration: int) -> Pass:
+    def _pass(
+        self, transformer: Any, checkpoint: Checkpoint, tiling: SuperResolutionTiling | None, duration: int
+    ) -> Pass:
         ratio = 8 if self.scale is TINY else 16
         width, height = trained_size(checkpoint.base_size, 16, 9, ratio)
-        frames = (num_frames(duration) - 1) // 4 + 1
-        named = self._inputs(transformer, frames, height // ratio, width // ratio)
+        box = windows(tiling, (num_frames(duration) - 1) // 4 + 1, height // ratio, width // ratio)[0]
+        named = self._inputs(transformer, len(box.frames), len(box.rows), len(box.columns))
         seconds = self._timed(lambda: transformer(**named))
-        tokens = frames * (height // ratio) * (width // ratio)
-        operations = self._operations(tokens, int(named["encoder_attention_mask"].sum()))
+        operations = self._operations(box.tokens, int(named["encoder_attention_mask"].sum()))
         stock = self._stock_pass(transformer, named) if self.arguments.stock else None
         tflops = operations / seconds / 1e12
-        return Pass(width, height, tokens, seconds, tflops, tflops / self.peak, stock)
+        size = len(box.columns) * ratio, len(box.rows) * ratio
+        return Pass(*size, box.tokens, seconds, tflops, tflops / self.peak, stock)
 
     def _inputs(self, transformer: Any, frames: int, height: int, width: int) -> dict[str, Any]:
         def noise(*shape: int) -> torch.Tensor:

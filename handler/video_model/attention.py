@@ -162,10 +162,11 @@ _TRIAL: Final = (512, 2, 128)
 _TRIAL_ERROR: Final = 0.2
 
 
-def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
+def choose_backend(device: str, *, flash: bool, sage: bool | None) -> str:
     """The kernel for these settings on this device, in diffusers' names. Logs a warning if a setting cannot be met.
 
-    Source: https://huggingface.co/docs/diffusers/optimization/attention_backends
+    `sage` None is no setting: sageattention if it works. Source:
+    https://huggingface.co/docs/diffusers/optimization/attention_backends
     """
     if device != "cuda":
         if sage:
@@ -174,11 +175,14 @@ def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
             )
         return NATIVE
     gpu, capability = torch.device(device), torch.cuda.get_device_capability()
-    if sage:
+    if sage is not False:
         kernel, problems = first_usable([_SAGE], gpu, capability)
         if kernel is not None:
             return kernel.backend
-        log.warning("HUNYUAN_ENABLE_SAGE_ATTN has no effect, set it to false or act on the reason: %s", *problems)
+        if sage:
+            log.warning("HUNYUAN_ENABLE_SAGE_ATTN has no effect, set it to false or act on the reason: %s", *problems)
+        else:
+            log.info("profile turbo without 8-bit attention: %s", *problems)
     if not flash:
         return "_native_efficient"
     kernel, problems = first_usable(_FLASH, gpu, capability)
@@ -186,6 +190,11 @@ def choose_backend(device: str, *, flash: bool, sage: bool) -> str:
         return kernel.backend
     log.warning("HUNYUAN_ENABLE_FLASH_ATTN: using PyTorch's own flash attention; %s", "; ".join(problems))
     return NATIVE
+
+
+def is_eight_bit(backend: str) -> bool:
+    """Whether a kernel that `choose_backend` returned computes in 8 bits."""
+    return backend == _SAGE.backend
 
 
 def first_usable(

@@ -13,12 +13,13 @@ from contract.job import DEMO_MODEL, Profile
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate
-from handler.video_model.attention import choose_backend, use_mask_free_attention
+from handler.video_model.attention import choose_backend, is_eight_bit, use_mask_free_attention
 from handler.video_model.base import ModelLoadError, VideoModel
 from handler.video_model.catalog import known_name
 from handler.video_model.causal_decoder import use_frame_causal_attention
 from handler.video_model.checkpoints import read_checkpoints, single_parts
 from handler.video_model.compilation import compile_blocks, should_compile
+from handler.video_model.cost import Speed, gpu_named
 from handler.video_model.generate import PipelineModel
 from handler.video_model.memory import Budget
 from handler.video_model.parts import Parts
@@ -60,7 +61,14 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         compile_blocks(parts.transformers, settings.cache_dir)
         seconds["compilation"] = time.monotonic() - placed
     log.info("loaded model %s on %s with attention kernel %s", parts.name, device, attention)
-    return PipelineModel(parts, attention=attention, memory=memory, approximations=approximations, load_seconds=seconds)
+    return PipelineModel(
+        parts,
+        attention=attention,
+        memory=memory,
+        speed=_speed(settings, device, attention),
+        approximations=approximations,
+        load_seconds=seconds,
+    )
 
 
 def _read(settings: WorkerSettings, device: str) -> Parts:
@@ -83,8 +91,8 @@ def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, li
     else:
         parts.shared.vae.encoder = None  # only images need it; 0.8 GB at real size
     sage = settings.enable_sage_attn
-    if sage is None:  # 8-bit attention is part of profile turbo, where a GPU can have it
-        sage = parts.name == Profile.TURBO.model and device == "cuda"
+    if sage is None and parts.name != Profile.TURBO.model:  # 8-bit attention is a part of turbo alone
+        sage = False
     backend = choose_backend(device, flash=settings.enable_flash_attn, sage=sage)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
@@ -96,6 +104,12 @@ def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, li
         upscalers=parts.upscaler_transformers,
     )
     return backend, approximations
+
+
+def _speed(settings: WorkerSettings, device: str, attention: str) -> Speed | None:
+    """What this GPU reaches; None if its data sheet is unknown."""
+    gpu = gpu_named(torch.cuda.get_device_name()) if device == "cuda" else None
+    return Speed.of(gpu, share=settings.gpu_share, eight_bit=is_eight_bit(attention)) if gpu is not None else None
 
 
 def _place(parts: Parts, settings: WorkerSettings, device: str) -> Budget | None:

@@ -126,6 +126,17 @@ def test_without_a_usable_kernel_pytorchs_own_is_used_and_the_reasons_are_logged
     assert "flash-attn>=2.6.3" in flash
 
 
+def test_sageattention_that_no_setting_asked_for_is_missed_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: ADA)
+    with caplog.at_level(logging.INFO, logger="handler"):
+        assert choose_backend("cuda", flash=False, sage=None) == "_native_efficient"
+    (missed,) = caplog.records
+    assert missed.levelno == logging.INFO
+    assert missed.getMessage().startswith("profile turbo without 8-bit attention")
+
+
 def test_the_best_usable_kernel_is_chosen(install: Callable[[Kernel, Attention], None]) -> None:
     install(FLASH_2, exact)
     assert first_usable(_FLASH, CPU, HOPPER)[0] is FLASH_2

@@ -19,11 +19,13 @@ from contract.errors import ErrorCode
 from contract.job import JobInput, Profile, Resolution
 from contract.result import Stage
 from handler.settings import Approximation, WorkerSettings
-from handler.video_model import demo
+from handler.video_model import demo, loader
 from handler.video_model.approximations import Fp8Linear, approximate
+from handler.video_model.attention import NATIVE
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
 from handler.video_model.catalog import ROUTES
 from handler.video_model.checkpoints import read_checkpoints
+from handler.video_model.cost import GPUS, Speed
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from handler.video_model.memory import SMALLEST, Budget, Part, Placement, PlacementPlan, Weights
@@ -73,6 +75,34 @@ def test_the_checkpoints_present_decide_what_is_offered_and_the_fastest_is_the_d
         assert model.parts.routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
     assert "profile quality: missing 720p_t2v" in caplog.text
     assert "download" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("profile", "setting", "asked"),
+    [(None, None, None), (None, False, False), (Profile.FAST, None, False), (Profile.FAST, True, True)],
+)
+def test_profile_turbo_alone_takes_8_bit_attention_unasked(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, profile: Profile | None, setting: bool | None, asked: bool | None
+) -> None:
+    calls: list[bool | None] = []
+
+    def choose(_: str, *, flash: bool, sage: bool | None) -> str:
+        calls.append(sage)
+        return NATIVE if flash else ""
+
+    monkeypatch.setattr(loader, "choose_backend", choose)
+    load_model(WorkerSettings(model_path=str(weights), profile=profile, enable_sage_attn=setting))
+    assert calls == [asked]
+
+
+def test_the_worker_knows_the_speed_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    h100 = GPUS["H100"]
+    assert loader._speed(WorkerSettings(), "cuda", NATIVE) == Speed.of(h100)
+    assert loader._speed(WorkerSettings(gpu_share=0.4), "cuda", "sage") == Speed.of(h100, share=0.4, eight_bit=True)
+    assert loader._speed(WorkerSettings(), "cpu", NATIVE) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert loader._speed(WorkerSettings(), "cuda", NATIVE) is None
 
 
 def test_a_profile_can_be_preferred_and_a_missing_one_is_named(weights: Path) -> None:

@@ -103,7 +103,7 @@ async def test_the_first_run_creates_template_and_endpoint_with_what_video_needs
     assert endpoint["env"] == {**BUCKET, "HUNYUAN_OFFLOAD_CPU": "true", "HUNYUAN_PROFILE": "turbo"}
     assert (endpoint["image"], endpoint["disk"]) == (IMAGE, 100)
     assert endpoint["type"] == "QUEUE"
-    assert endpoint["timeout"] == 900_000
+    assert endpoint["timeout"] == 1_800_000
     assert endpoint["flashboot"] == "FLASHBOOT"
     assert endpoint["gpu"]["pools"] == ["ADA_24", "ADA_48_PRO"]
     assert endpoint["workers"] == {"min": 0, "max": 3, "idleTimeout": 60}

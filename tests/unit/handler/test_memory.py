@@ -3,7 +3,6 @@
 import pytest
 
 from contract.job import Profile, Resolution
-from handler.video_model.cost import GPUS, Speed, render_seconds
 from handler.video_model.memory import (
     PLANS,
     SMALLEST,
@@ -110,14 +109,3 @@ def test_with_8_bit_weights_transformers_stay_on_a_gpu_that_would_stream_them() 
     free, cells = 48 * GB, [video(P1080, 5)]
     assert budget(free, FAST, cells).plan.transformers == "streamed"
     assert budget(free, in_8_bits, cells).plan.transformers == "resident"
-
-
-@pytest.mark.parametrize(
-    ("resolution", "duration", "documented"), [(P720, 5, 30), (P720, 10, 60), (P1080, 5, 45), (P1080, 10, 90)]
-)
-def test_turbo_takes_the_documented_seconds_on_an_h100_with_8_bit_attention(
-    resolution: Resolution, duration: int, documented: int
-) -> None:
-    """At 60 % of the H100's peak."""
-    speed = Speed.of(GPUS["H100"], share=0.6, eight_bit=True)
-    assert sum(render_seconds(video(resolution, duration, Profile.TURBO), speed).values()) <= documented

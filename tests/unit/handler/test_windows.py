@@ -5,8 +5,10 @@ from itertools import pairwise, product
 import pytest
 
 from contract.job import AspectRatio, Profile, Resolution
-from handler.video_model.catalog import CHECKPOINTS, ROUTES, TURBO_TILING, trained_size
+from handler.video_model.catalog import CHECKPOINTS, ROUTES, TURBO_TILING
+from handler.video_model.cost import GPUS, Speed, render_seconds
 from handler.video_model.windows import SuperResolutionTiling, Window, windows
+from handler.video_model.workload import kind_of_job, workload
 
 TILING = SuperResolutionTiling(tile=(6, 9), overlap=2, window=5, stride=3)
 
@@ -51,38 +53,6 @@ def test_a_video_that_is_higher_than_wide_has_the_windows_of_one_that_is_wider_t
     }
 
 
-#: Of the real transformer: blocks, and channels of its hidden states.
-LAYERS, WIDTH = 54, 2048
-#: TFLOP/s: 60 % of an H100's peak in 16 bits, which 8-bit attention doubles.
-REACHED = 0.6 * 989.4
-#: Tokens of a prompt of some sixty words.
-TEXT = 128
-
-
-def pass_seconds(tokens: int, eight_bit: bool) -> float:
-    """24 D^2 operations a token in linear layers, 4 D for each pair of tokens in attention."""
-    linear, attention = 24 * tokens * WIDTH**2, 4 * tokens**2 * WIDTH
-    return LAYERS * (linear + attention / (2 if eight_bit else 1)) / REACHED / 1e12
-
-
-def turbo_seconds(resolution: Resolution, duration: int, aspect_ratio: AspectRatio, *, eight_bit: bool) -> float:
-    """Denoising, super-resolution and decoding, calculated from shapes.
-
-    A decoded latent takes 25.5 GFLOP, one of the first frame 8.3: counted on the meta device at the decoder's real
-    size.
-    """
-    route, frames = ROUTES[Profile.TURBO, resolution], 6 * duration + 1
-    wide, high = map(int, aspect_ratio.split(":"))
-    base, upscaler = (CHECKPOINTS[name] for name in route.checkpoints)
-    (base_width, base_height), (width, height) = (trained_size(each.base_size, wide, high) for each in (base, upscaler))
-    denoising = pass_seconds(frames * base_height * base_width // 256 + TEXT, eight_bit)
-    boxes = windows(route.tiling, frames, height // 16, width // 16)
-    upscaling = sum(pass_seconds(box.tokens + TEXT, eight_bit) for box in boxes)
-    decoding = width * height / 256 * (8.3e9 + (frames - 1) * 25.5e9) / REACHED / 1e12
-    steps = base.sampling.num_inference_steps, upscaler.sampling.num_inference_steps
-    return steps[0] * denoising + steps[1] * upscaling + decoding
-
-
 @pytest.mark.parametrize("aspect_ratio", AspectRatio)
 @pytest.mark.parametrize(
     ("resolution", "duration", "most"),
@@ -91,6 +61,12 @@ def turbo_seconds(resolution: Resolution, duration: int, aspect_ratio: AspectRat
 def test_turbo_takes_the_documented_times_at_60_percent_of_an_h100(
     resolution: Resolution, duration: int, most: int, aspect_ratio: AspectRatio
 ) -> None:
-    assert turbo_seconds(resolution, duration, aspect_ratio, eight_bit=True) < 0.97 * most
+    job = kind_of_job(resolution, duration).model_copy(update={"aspect_ratio": aspect_ratio})
+    video = workload(job, ROUTES[Profile.TURBO, resolution], CHECKPOINTS)
+
+    def seconds(*, eight_bit: bool) -> float:
+        return sum(render_seconds(video, Speed.of(GPUS["H100"], share=0.6, eight_bit=eight_bit)).values())
+
+    assert seconds(eight_bit=True) < 0.97 * most
     if resolution is Resolution.P1080:
-        assert turbo_seconds(resolution, duration, aspect_ratio, eight_bit=False) < most, "and without 8-bit attention"
+        assert seconds(eight_bit=False) < most, "and without 8-bit attention"
