@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextvars import copy_context
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -42,6 +42,7 @@ class _TaskEndedError(Exception):
         self.verdict = verdict
 
 
+@dataclass(kw_only=True)
 class JobStore:
     """Finds and stores the objects of one job.
 
@@ -50,28 +51,16 @@ class JobStore:
     `cancelled` is set, even while the S3 server does not answer.
     """
 
-    def __init__(
-        self,
-        videos: Videos,
-        task_id: str,
-        *,
-        is_ours: bool,
-        policy: RetryPolicy,
-        cancelled: Event,
-        keep_alive: Callable[[], None],
-        on_progress: Callable[[], None],
-    ) -> None:
-        self._videos = videos
-        self.task_id = task_id
-        self._attempt = uuid.uuid4().hex[:12]
-        self._policy = policy
-        self._cancelled = cancelled
-        self._keep_alive = keep_alive
-        self._on_progress = on_progress
-        # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
-        self._retried_on_upload = StorageError if is_ours else StorageUnavailableError
-        #: The latest request. After a cancellation it may still be running.
-        self._request: Future[Any] | None = None
+    videos: Videos
+    task_id: str
+    is_ours: bool
+    policy: RetryPolicy
+    cancelled: Event
+    keep_alive: Callable[[], None]
+    on_progress: Callable[[], None]
+    _attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12], init=False)
+    #: The latest request. After a cancellation it may still be running.
+    _request: Future[Any] | None = field(default=None, init=False)
 
     @property
     def keys(self) -> Mapping[str, str]:
@@ -87,7 +76,7 @@ class JobStore:
         Raises:
             StorageError: the bucket denied the request, or stayed unavailable.
         """
-        policy = replace(self._policy, total=min(self._policy.total, _LONGEST_LOOKUP))
+        policy = replace(self.policy, total=min(self.policy.total, _LONGEST_LOOKUP))
         return self._retry(policy, StorageUnavailableError, "looking up the manifest", self._find)
 
     def put(self, video: Path, poster: Path, make_manifest: Callable[[], Manifest]) -> Verdict:
@@ -99,7 +88,7 @@ class JobStore:
         Raises:
             StorageError: the bucket rejected the upload until the retry deadline. Objects already uploaded are deleted.
         """
-        videos, task, attempt = self._videos, self.task_id, self._attempt
+        videos, task, attempt = self.videos, self.task_id, self._attempt
         try:
             self._upload("storing the video", lambda: videos.put_video(task, attempt, video))
             self._upload("storing the poster", lambda: videos.put_poster(task, attempt, poster))
@@ -119,7 +108,7 @@ class JobStore:
         return verdict
 
     def _find(self) -> Verdict | None:
-        return self._videos.find_verdict(self.task_id)
+        return self.videos.find_verdict(self.task_id)
 
     def _discard_later(self, failure: JobFailure) -> None:
         tombstone = Tombstone.of(self.task_id, failure, cancelled=failure is TASK_CANCELLED)
@@ -131,7 +120,7 @@ class JobStore:
             wait([self._request])
         try:
             retrying = _DISCARD_RETRIES.retrying(StorageUnavailableError, what="deleting the objects of this attempt")
-            retrying(self._videos.discard_attempt, tombstone, self._attempt)
+            retrying(self.videos.discard_attempt, tombstone, self._attempt)
         except StorageError as exc:
             log.warning("objects of the unfinished attempt %s may remain in the bucket: %s", self._attempt, exc)
 
@@ -142,7 +131,9 @@ class JobStore:
         return put()
 
     def _upload(self, what: str, call: Callable[[], T]) -> T:
-        return self._retry(self._policy, self._retried_on_upload, what, partial(self._put_unless_ended, call))
+        # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
+        on = StorageError if self.is_ours else StorageUnavailableError
+        return self._retry(self.policy, on, what, partial(self._put_unless_ended, call))
 
     def _retry(self, policy: RetryPolicy, on: type[StorageError], what: str, call: Callable[[], T]) -> T:
         return policy.retrying(on, what=what, sleep=self._sleep)(lambda: self._send(call))
@@ -151,13 +142,13 @@ class JobStore:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._check_cancelled()
-            self._on_progress()
-            self._cancelled.wait(min(left, _POLL_INTERVAL))
+            self.on_progress()
+            self.cancelled.wait(min(left, _POLL_INTERVAL))
 
     def _send(self, call: Callable[[], T]) -> T:
         """`call()` in its own thread, so that a cancelled job need not wait for a server that does not answer."""
         self._check_cancelled()
-        self._on_progress()
+        self.on_progress()
         self._request = request = Future[T]()
         _start_thread(partial(_fulfil, request, call), "store")
         while not wait([request], _POLL_INTERVAL).done:
@@ -165,9 +156,9 @@ class JobStore:
         return request.result()
 
     def _check_cancelled(self) -> None:
-        if self._cancelled.is_set():
+        if self.cancelled.is_set():
             raise RenderCancelledError("cancelled during a request to the bucket")
-        self._keep_alive()
+        self.keep_alive()
 
 
 def _start_thread(target: Callable[[], None], name: str) -> None:
