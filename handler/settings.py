@@ -9,6 +9,7 @@ from pydantic_settings import NoDecode
 
 from contract.job import Profile
 from contract.log_fields import LogOptions
+from contract.settings import split_commas
 
 
 class Approximation(StrEnum):
@@ -18,10 +19,6 @@ class Approximation(StrEnum):
     FIRST_BLOCK_CACHE = "first-block-cache"
     TAYLORSEER = "taylorseer"
     SR_WINDOW_ATTENTION = "sr-window-attention"
-
-
-def _listed(value: object) -> object:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ...]:
@@ -69,7 +66,7 @@ class WorkerSettings(LogOptions):
         description="Compile the transformers' blocks at the start, `true` or `false`. Default: if they fit the GPU.",
     )
     approximations: Annotated[
-        tuple[Approximation, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_one_step_cache)
+        tuple[Approximation, ...], NoDecode, BeforeValidator(split_commas), AfterValidator(_one_step_cache)
     ] = Field(
         default=(),
         validation_alias="HUNYUAN_APPROXIMATIONS",
