@@ -1,4 +1,4 @@
-"""The error of super-resolution in windows against the untiled loop, for several tilings: `python -m benchmarks.tiling`.
+"""The error of super-resolution in windows against the untiled loop: `python -m benchmarks.tiling`.
 
 A small transformer of the real class with random weights, six steps, on a video of 31 latent frames at half the height
 and width of 720p; tile and overlap are halved, too. The error is the root mean square of the difference of the final

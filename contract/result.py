@@ -56,6 +56,11 @@ class Manifest(BaseModel):
     seed: int
     width: int
     height: int
+    rendered_size: tuple[int, int] | None = Field(
+        default=None,
+        description="Width and height of the frames that the model rendered. If they differ from `width` and `height`, "
+        "the encoder scaled the frames (Lanczos). null in manifests of earlier releases.",
+    )
     num_frames: int
     fps: int = FPS
     file_size: int = Field(description="Bytes.")

@@ -59,13 +59,13 @@ def encode(
     target: Target,
     on_frames: Callable[[int], None],
     on_start: Callable[[Callable[[], None]], None] = lambda _: None,
-) -> None:
+) -> tuple[int, int]:
     """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames that all have the same size.
 
-    Frames are scaled to cover the target's size and cropped evenly. For each chunk, `on_frames` gets the number of
-    frames that ffmpeg has read, and it is called again before a wait for ffmpeg. `on_start` gets a function that kills
-    ffmpeg, because a stopped ffmpeg blocks this call. Errors of `chunks` are raised unchanged; the files are then
-    incomplete. A chunk must not change after it was yielded.
+    Frames are scaled to cover the target's size and cropped evenly. Returns their (width, height) before that. For each
+    chunk, `on_frames` gets the number of frames that ffmpeg has read, and it is called again before a wait for ffmpeg.
+    `on_start` gets a function that kills ffmpeg, because a stopped ffmpeg blocks this call. Errors of `chunks` are
+    raised unchanged; the files are then incomplete. A chunk must not change after it was yielded.
 
     Raises:
         DiskFullError: the disk is full.
@@ -100,6 +100,7 @@ def encode(
             raise _error(f"ffmpeg exited with code {process.returncode}", errors)
     if taken != target.num_frames:
         raise EncodeError(f"the model rendered {taken} frames instead of {target.num_frames}")
+    return width, height
 
 
 def _write(

@@ -54,8 +54,8 @@ class WorkerSettings(LogOptions):
     profile: Profile | None = Field(
         default=None,
         validation_alias="HUNYUAN_PROFILE",
-        description="Profile that the model `HunyuanVideo-1.5` uses: `fast`, `balanced` or `quality`. Default: the "
-        "fastest profile whose weights are present.",
+        description="Profile that the model `HunyuanVideo-1.5` uses: `turbo`, `fast`, `balanced` or `quality`. "
+        "Default: the fastest profile whose weights are present.",
     )
     cache_dir: Path | None = Field(
         default=None,
@@ -67,11 +67,11 @@ class WorkerSettings(LogOptions):
         validation_alias="HUNYUAN_ENABLE_FLASH_ATTN",
         description="Use flash-attn if a trial call works on this GPU, otherwise PyTorch's fastest attention kernel.",
     )
-    enable_sage_attn: bool = Field(
-        default=False,
+    enable_sage_attn: bool | None = Field(
+        default=None,
         validation_alias="HUNYUAN_ENABLE_SAGE_ATTN",
         description="Use sageattention (8-bit, approximate; 2.1.1 or newer) in preference to flash-attn, if a trial "
-        "call works on this GPU.",
+        "call works on this GPU. Default: if the model `HunyuanVideo-1.5` is profile `turbo`.",
     )
     compile: bool | None = Field(
         default=None,

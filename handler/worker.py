@@ -146,11 +146,15 @@ class Worker:
             expected = self.model.expected_seconds(job_input)
             is_demo = self.model.name == DEMO_MODEL
             with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
-                self._render(job_input, image, seed, target, meter, watch, cancelled)
+                rendered = self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()
             manifest = _completed(
-                store.put(target.video, target.poster, lambda: self._manifest(store, job_input, seed, target, meter))
+                store.put(
+                    target.video,
+                    target.poster,
+                    lambda: self._manifest(store, job_input, seed, target, rendered, meter),
+                )
             )
         log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
         return videos.result(manifest)
@@ -164,10 +168,11 @@ class Worker:
         meter: _Meter,
         watch: Watch,
         cancelled: Event,
-    ) -> None:
+    ) -> tuple[int, int]:
+        """Returns the (width, height) of the frames that the model rendered."""
         frames = self.model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
         try:
-            encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames), watch.encoding)
+            return encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames), watch.encoding)
         except DiskFullError as exc:
             raise WorkDirError("the disk is full") from exc
         except EncodeError as exc:
@@ -178,7 +183,15 @@ class Worker:
         finally:
             frames.close()  # a render that is not finished holds GPU memory
 
-    def _manifest(self, store: JobStore, job_input: JobInput, seed: int, target: Target, meter: _Meter) -> Manifest:
+    def _manifest(
+        self,
+        store: JobStore,
+        job_input: JobInput,
+        seed: int,
+        target: Target,
+        rendered: tuple[int, int],
+        meter: _Meter,
+    ) -> Manifest:
         return Manifest(
             task_id=store.task_id,
             **store.keys,
@@ -189,6 +202,7 @@ class Worker:
             seed=seed,
             width=target.width,
             height=target.height,
+            rendered_size=rendered,
             num_frames=target.num_frames,
             file_size=target.video.stat().st_size,
             sha256=_sha256(target.video),

@@ -39,7 +39,7 @@ class DeploySettings(Settings):
         description="Base of RunPod's endpoint API.",
     )
     profile: Profile = Field(
-        default=Profile.FAST,
+        default=Profile.TURBO,
         validation_alias="HUNYUAN_PROFILE",
         description="Selects the GPU pools and the execution timeout, and the profile that workers serve by default.",
     )

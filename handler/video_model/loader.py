@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from contract.job import DEMO_MODEL
+from contract.job import DEMO_MODEL, Profile
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate
@@ -82,7 +82,10 @@ def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, li
         use_frame_causal_attention(parts.shared.vae.encoder)
     else:
         parts.shared.vae.encoder = None  # only images need it; 0.8 GB at real size
-    backend = choose_backend(device, flash=settings.enable_flash_attn, sage=settings.enable_sage_attn)
+    sage = settings.enable_sage_attn
+    if sage is None:  # 8-bit attention is part of profile turbo, where a GPU can have it
+        sage = parts.name == Profile.TURBO.model and device == "cuda"
+    backend = choose_backend(device, flash=settings.enable_flash_attn, sage=sage)
     for transformer in parts.transformers:
         use_mask_free_attention(transformer, backend)
     approximations = approximate(

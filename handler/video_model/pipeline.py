@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
 
-from handler.video_model.catalog import trained_size
 from handler.video_model.parts import Base
 from handler.video_model.precision import sample_in_float32, start_in_float32
 
@@ -23,8 +22,8 @@ def configure(base: Base) -> None:
     start_in_float32(pipeline)
     sample_in_float32(pipeline.transformer)
     if base.image_encoder is not None:
-        pipeline.target_size = base.checkpoint.base_size
-        _use_trained_size(pipeline)
+        # Images come in the size of the video. diffusers would choose a size again: 720x1264 for 9:16 at 720p.
+        pipeline.video_processor.calculate_default_height_width = _own_size
     else:
         pipeline.vision_num_semantic_tokens = 0  # text-to-video has no image: leaves out 729 masked tokens
     if sampling.shift is not None:
@@ -33,14 +32,8 @@ def configure(base: Base) -> None:
         pipeline.guider = pipeline.guider.new(guidance_scale=sampling.guidance_scale)
 
 
-def _use_trained_size(pipeline: HunyuanVideo15Pipeline) -> None:
-    """Makes an image pipeline choose its size with `trained_size`. diffusers' rule gives 720x1264 for 9:16 at 720p."""
-
-    def height_and_width(height: int, width: int, target_size: int) -> tuple[int, int]:
-        trained_width, trained_height = trained_size(target_size, width, height, pipeline.vae_scale_factor_spatial)
-        return trained_height, trained_width
-
-    pipeline.video_processor.calculate_default_height_width = height_and_width
+def _own_size(height: int, width: int, target_size: int) -> tuple[int, int]:  # noqa: ARG001 - diffusers passes it
+    return height, width
 
 
 def encode_no_words(pipeline: HunyuanVideo15Pipeline) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import nn
 
 from handler.video_model.catalog import Sampling
+from handler.video_model.precision import sample_in_float32
 from handler.video_model.windows import SuperResolutionTiling, Window, windows
 
 #: Fraction of noise in the low-resolution latents. Source: `hyvideo/pipelines/hunyuan_video_sr_pipeline.py`.
@@ -49,9 +50,7 @@ class SuperResolution:
     sampling: Sampling
 
     def __post_init__(self) -> None:
-        embedding = self.transformer.time_embed
-        for embedder in (embedding.timestep_embedder, embedding.timestep_embedder_r):
-            embedder.register_forward_pre_hook(_cast_to_weights)
+        sample_in_float32(self.transformer)
 
     @torch.no_grad()
     def __call__(
@@ -124,9 +123,8 @@ class SuperResolution:
 
     def _pass(self, inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         """The transformer's velocity, (1, C, T, H, W) in float32."""
-        hidden_states = inputs.to(self.transformer.dtype)
-        velocity: torch.Tensor = self.transformer(hidden_states=hidden_states, return_dict=False, **named)[0]
-        return velocity.float()
+        velocity: torch.Tensor = self.transformer(hidden_states=inputs, return_dict=False, **named)[0]
+        return velocity
 
     def _condition(self, current: torch.Tensor, image: ImageCondition | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The image's latents and mask in the first frame, zeros elsewhere, and the vision tower's states."""
@@ -196,11 +194,6 @@ def _ramp(side: range, length: int, overlap: int) -> torch.Tensor:
     if side.stop < length:
         ramp = ramp.minimum(rising.flip(0))
     return ramp
-
-
-def _cast_to_weights(embedder: nn.Module, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Casts sines and cosines of a timestep. diffusers casts the timestep itself, before it computes them."""
-    return arguments[0].to(next(embedder.parameters()).dtype)
 
 
 def stage_arguments(prompt: Mapping[str, Any]) -> dict[str, Any]:

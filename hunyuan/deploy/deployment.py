@@ -32,6 +32,7 @@ class Sizing:
 #: compute faster (docs/performance.md). Timeouts are at least twice the estimate of `shim.estimates` for the longest
 #: video at 1080p; the API's default is 300 s. Pools: https://docs.runpod.io/references/gpu-types; at most three.
 SIZES: Final[Mapping[Profile, Sizing]] = {
+    Profile.TURBO: Sizing(("ADA_24", "ADA_48_PRO"), 900),
     Profile.FAST: Sizing(("ADA_24", "ADA_48_PRO"), 900),
     Profile.BALANCED: Sizing(("ADA_48_PRO", "AMPERE_80", "ADA_80_PRO"), 1800),
     Profile.QUALITY: Sizing(("ADA_80_PRO", "HOPPER_141", "AMPERE_80"), 7200),

@@ -9,16 +9,16 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from contract.errors import ErrorCode
-from contract.job import JobInput, Resolution
+from contract.job import AspectRatio, JobInput, Resolution
 from contract.result import Stage
 from handler.images import ImageError
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames
 from handler.video_model.blocks import CHUNK
-from handler.video_model.catalog import Checkpoint, Route, Sampling
+from handler.video_model.catalog import Checkpoint, Route, Sampling, trained_size
 from handler.video_model.generate import PipelineModel
 from handler.video_model.parts import Base, Parts
 from handler.worker import Job, JobError, Worker
@@ -106,6 +106,33 @@ def test_the_image_goes_through_base_and_super_resolution_and_decides_what_is_se
 
 def test_an_image_of_another_shape_is_cropped() -> None:
     assert render(picture(size=(300, 100))).shape == (121, 48, 88, 3)
+
+
+@pytest.mark.parametrize("aspect_ratio", AspectRatio)
+def test_each_stage_gets_the_image_resampled_once_from_the_original(
+    monkeypatch: pytest.MonkeyPatch, aspect_ratio: AspectRatio
+) -> None:
+    """The first stages' own pixels equal one crop and one Lanczos resampling of the original picture."""
+    model, seen = image_family(), []
+    pipeline = next(iter(model.parts.bases.values())).pipeline
+    encode = pipeline.encode_image
+
+    def note(*arguments: object, **named: object) -> torch.Tensor:
+        seen.append(named["image"])
+        states: torch.Tensor = encode(*arguments, **named)
+        return states
+
+    monkeypatch.setattr(pipeline, "encode_image", note)
+    original = Image.fromarray(np.random.default_rng(0).integers(0, 256, (91, 161, 3), dtype=np.uint8))
+    job = JobInput(
+        prompt=PROMPT, duration=5, resolution=Resolution.P720, aspect_ratio=aspect_ratio, image="https://example.com/x"
+    )
+    model._latents(job, original, 1, lambda *_: None, Event())
+    wide, high = map(int, aspect_ratio.split(":"))
+    expected = [trained_size(size, wide, high, 8) for size in (48, 72)]
+    assert [np.asarray(image).tolist() for image in seen] == [
+        np.asarray(ImageOps.fit(original, size, Image.Resampling.LANCZOS)).tolist() for size in expected
+    ]
 
 
 def data_url(image: Image.Image) -> str:

@@ -66,10 +66,10 @@ def test_the_checkpoints_present_decide_what_is_offered_and_the_fastest_is_the_d
 ) -> None:
     caplog.set_level(logging.INFO, logger="handler")
     model = load(weights)
-    assert model.models == ["HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced"]
-    assert model.name == "HunyuanVideo-1.5-fast"
+    assert model.models == ["HunyuanVideo-1.5", *(f"HunyuanVideo-1.5-{name}" for name in ("turbo", "fast", "balanced"))]
+    assert model.name == "HunyuanVideo-1.5-turbo"
     for resolution in Resolution:
-        assert model.parts.routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.FAST, resolution]
+        assert model.parts.routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.TURBO, resolution]
         assert model.parts.routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
     assert "profile quality: missing 720p_t2v" in caplog.text
     assert "download" in caplog.text

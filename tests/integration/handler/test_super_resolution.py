@@ -193,6 +193,25 @@ def test_the_stage_computes_what_the_source_computes(steps: int, prompt: str) ->
     assert len(seen) == steps
 
 
+def test_a_stage_in_16_bits_keeps_latents_and_timesteps_in_float32() -> None:
+    prompt = {
+        "encoder_hidden_states": torch.randn(1, 12, 32, dtype=torch.bfloat16),
+        "encoder_attention_mask": torch.ones(1, 12),
+        "encoder_hidden_states_2": torch.zeros(1, 4, 16, dtype=torch.bfloat16),
+        "encoder_attention_mask_2": torch.zeros(1, 4),
+    }
+    ours = stage(upsampler_720p(), 6)
+    ours.transformer.bfloat16()
+    use_mask_free_attention(ours.transformer, NATIVE)
+    times: list[float] = []
+    ours.transformer.time_embed.time_proj.register_forward_pre_hook(lambda _, given: times.append(float(given[0])))
+    latents = torch.randn(1, LATENTS, 3, 5, 8, generator=torch.Generator().manual_seed(1))
+    result = ours(latents, (9, 14), prompt, torch.Generator().manual_seed(5), lambda: None)
+    assert result.dtype == torch.float32
+    linear = torch.linspace(1, 0, 7)[:-1]
+    assert times == pytest.approx((2000 * linear / (1 + linear)).tolist(), abs=1e-3)  # bfloat16 is up to 2 off
+
+
 def upscaled(radius: int | None, frames: int = 9) -> torch.Tensor:
     """The output of a stage, with attention to `radius` frames or to all."""
     ours = stage(upsampler_720p(), 2)
@@ -337,6 +356,7 @@ def test_each_length_and_resolution_comes_out_exactly(
     path.write_bytes(bucket.get_bytes(result.video_key))
     video = probe(path)
     size = (1280, 720) if resolution is Resolution.P720 else (1920, 1080)
+    assert result.rendered_size == ((88, 56) if resolution is Resolution.P720 else (136, 80))
     assert (video.width, video.height, video.fps, video.num_frames) == (*size, 24.0, 24 * duration + 1)
     assert [progress.progress for progress in told] == sorted(progress.progress for progress in told)
     assert {"denoising", "upscaling", "decoding"} <= set(result.timings)

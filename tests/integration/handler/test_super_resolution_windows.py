@@ -1,7 +1,8 @@
-"""Super-resolution in windows: exact in one window, a plain weighted mean in several, and interruptible between them."""
+"""Super-resolution in windows: exact in one, a plain weighted mean of several, and cancelled between two."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -57,7 +58,7 @@ class FixedRotation(nn.Module):
         return self.rotation
 
 
-def straight(boxes: list[tuple[slice, ...]], image: ImageCondition | None) -> torch.Tensor:
+def straight(boxes: Sequence[tuple[slice, slice, slice]], image: ImageCondition | None) -> torch.Tensor:
     """The stage with a loop over `boxes`, the stock attention and its masks, and weights that are written out."""
     transformer, upsampler = sr_transformer(), upsampler_720p()
     whole = [

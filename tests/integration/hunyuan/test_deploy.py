@@ -100,7 +100,7 @@ async def test_the_first_run_creates_template_and_endpoint_with_what_video_needs
     template, endpoint = bench.account.template, bench.account.endpoint
     assert template["serverless"] is True
     assert template["public"] is False
-    assert endpoint["env"] == {**BUCKET, "HUNYUAN_OFFLOAD_CPU": "true", "HUNYUAN_PROFILE": "fast"}
+    assert endpoint["env"] == {**BUCKET, "HUNYUAN_OFFLOAD_CPU": "true", "HUNYUAN_PROFILE": "turbo"}
     assert (endpoint["image"], endpoint["disk"]) == (IMAGE, 100)
     assert endpoint["type"] == "QUEUE"
     assert endpoint["timeout"] == 900_000

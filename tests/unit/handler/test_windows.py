@@ -68,7 +68,8 @@ def pass_seconds(tokens: int, eight_bit: bool) -> float:
 def turbo_seconds(resolution: Resolution, duration: int, aspect_ratio: AspectRatio, *, eight_bit: bool) -> float:
     """Denoising, super-resolution and decoding, calculated from shapes.
 
-    A decoded latent takes 25.5 GFLOP, one of the first frame 8.3: counted on the meta device at the decoder's real size.
+    A decoded latent takes 25.5 GFLOP, one of the first frame 8.3: counted on the meta device at the decoder's real
+    size.
     """
     route, frames = ROUTES[Profile.TURBO, resolution], 6 * duration + 1
     wide, high = map(int, aspect_ratio.split(":"))
