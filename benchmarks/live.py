@@ -46,11 +46,11 @@ def counting() -> Iterator[Count]:
         yield count
 
 
-class _Dispatched(TorchDispatchMode):
+class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call] # PyTorch leaves it untyped
     """Sees every operation of PyTorch, after composite ones are split."""
 
     def __init__(self, count: Count) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._count = count
         self._seen: dict[int, weakref.ref[Any]] = {}
 

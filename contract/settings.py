@@ -74,6 +74,11 @@ class Settings(BaseSettings):
     )
 
 
+def split_commas(value: object) -> object:
+    """For a BeforeValidator: the items of a comma-separated text."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
 def explain(exc: ValidationError) -> str:
     """One line per missing or wrong setting: its variable and the reason, never its value."""
     return "\n".join(

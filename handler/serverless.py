@@ -186,7 +186,7 @@ def make_handler(
         job = _job(sdk_job)
         begin(task_id=job.task_id)  # the SDK runs each job in its own asyncio task
         cancelled = Event()
-        on_progress = partial(_send_progress, sdk_job) if send_progress else _ignore_progress
+        on_progress = partial(_send_progress, sdk_job) if send_progress else lambda _: None
         run = partial(copy_context().run, worker.run, job, on_progress, cancelled)
         render = asyncio.get_running_loop().run_in_executor(thread, run)
         try:
@@ -217,10 +217,6 @@ def _job(sdk_job: RunPodJob) -> Job:
 
 def _send_progress(sdk_job: RunPodJob, progress: Progress) -> None:
     runpod.serverless.progress_update(sdk_job, progress.model_dump(mode="json"))
-
-
-def _ignore_progress(_: Progress) -> None:
-    pass
 
 
 def _die_with_parent() -> None:

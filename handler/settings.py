@@ -9,6 +9,7 @@ from pydantic_settings import NoDecode
 
 from contract.job import Profile
 from contract.log_fields import LogOptions
+from contract.settings import split_commas
 
 
 class Approximation(StrEnum):
@@ -20,10 +21,6 @@ class Approximation(StrEnum):
     MAGCACHE = "magcache"
     TEACACHE = "teacache"
     SR_WINDOW_ATTENTION = "sr-window-attention"
-
-
-def _listed(value: object) -> object:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 #: Approximations that skip steps. Each replaces the others.
@@ -82,7 +79,7 @@ class WorkerSettings(LogOptions):
         description="Compile the transformers' blocks at the start, `true` or `false`. Default: if they fit the GPU.",
     )
     approximations: Annotated[
-        tuple[Approximation, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_one_step_cache)
+        tuple[Approximation, ...], NoDecode, BeforeValidator(split_commas), AfterValidator(_one_step_cache)
     ] = Field(
         default=(),
         validation_alias="HUNYUAN_APPROXIMATIONS",

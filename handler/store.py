@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextvars import copy_context
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -42,6 +42,7 @@ class _TaskEndedError(Exception):
         self.verdict = verdict
 
 
+@dataclass(kw_only=True)
 class JobStore:
     """Finds and stores the objects of one job.
 
@@ -50,30 +51,17 @@ class JobStore:
     `is_stalled` tells whether the watchdog has set it, and not the platform.
     """
 
-    def __init__(
-        self,
-        videos: Videos,
-        task_id: str,
-        *,
-        is_ours: bool,
-        policy: RetryPolicy,
-        cancelled: Event,
-        keep_alive: Callable[[], None],
-        on_progress: Callable[[], None],
-        is_stalled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._videos = videos
-        self.task_id = task_id
-        self._attempt = uuid.uuid4().hex[:12]
-        self._policy = policy
-        self._cancelled = cancelled
-        self._keep_alive = keep_alive
-        self._on_progress = on_progress
-        self._is_stalled = is_stalled
-        # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
-        self._retried_on_upload = StorageError if is_ours else StorageUnavailableError
-        #: The latest request. After a cancellation it may still be running.
-        self._request: Future[Any] | None = None
+    videos: Videos
+    task_id: str
+    is_ours: bool
+    policy: RetryPolicy
+    cancelled: Event
+    keep_alive: Callable[[], None]
+    on_progress: Callable[[], None]
+    is_stalled: Callable[[], bool] = lambda: False
+    _attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12], init=False)
+    #: The latest request. After a cancellation it may still be running.
+    _request: Future[Any] | None = field(default=None, init=False)
 
     @property
     def keys(self) -> Mapping[str, str]:
@@ -89,7 +77,7 @@ class JobStore:
         Raises:
             StorageError: the bucket denied the request, or stayed unavailable.
         """
-        policy = replace(self._policy, total=min(self._policy.total, _LONGEST_LOOKUP))
+        policy = replace(self.policy, total=min(self.policy.total, _LONGEST_LOOKUP))
         return self._retry(policy, StorageUnavailableError, "looking up the manifest", self._find)
 
     def put(self, video: Path, poster: Path, make_manifest: Callable[[], Manifest]) -> Verdict:
@@ -101,7 +89,7 @@ class JobStore:
         Raises:
             StorageError: the bucket rejected the upload until the retry deadline. Objects already uploaded are deleted.
         """
-        videos, task, attempt = self._videos, self.task_id, self._attempt
+        videos, task, attempt = self.videos, self.task_id, self._attempt
         try:
             self._upload("storing the video", lambda: videos.put_video(task, attempt, video))
             self._upload("storing the poster", lambda: videos.put_poster(task, attempt, poster))
@@ -111,7 +99,7 @@ class JobStore:
             verdict = exc.verdict
         except RenderCancelledError:
             # A stalled task goes back to the queue. If its manifest is written after all, the next attempt finds it.
-            self._discard_later(None if self._is_stalled() else TASK_CANCELLED)
+            self._discard_later(None if self.is_stalled() else TASK_CANCELLED)
             raise
         except StorageError:
             self._discard_later(NOT_STORED)
@@ -122,7 +110,7 @@ class JobStore:
         return verdict
 
     def _find(self) -> Verdict | None:
-        return self._videos.find_verdict(self.task_id)
+        return self.videos.find_verdict(self.task_id)
 
     def _discard_later(self, failure: JobFailure | None) -> None:
         """`failure` is how the task has ended; None if it has not."""
@@ -136,7 +124,7 @@ class JobStore:
             wait([self._request])
         try:
             retrying = _DISCARD_RETRIES.retrying(StorageUnavailableError, what="deleting the objects of this attempt")
-            retrying(self._videos.discard_attempt, self.task_id, self._attempt, tombstone)
+            retrying(self.videos.discard_attempt, self.task_id, self._attempt, tombstone)
         except StorageError as exc:
             log.warning("objects of the unfinished attempt %s may remain in the bucket: %s", self._attempt, exc)
 
@@ -147,7 +135,9 @@ class JobStore:
         return put()
 
     def _upload(self, what: str, call: Callable[[], T]) -> T:
-        return self._retry(self._policy, self._retried_on_upload, what, partial(self._put_unless_ended, call))
+        # An operator can repair our bucket's settings while a finished video waits; a job's s3Config can't change.
+        on = StorageError if self.is_ours else StorageUnavailableError
+        return self._retry(self.policy, on, what, partial(self._put_unless_ended, call))
 
     def _retry(self, policy: RetryPolicy, on: type[StorageError], what: str, call: Callable[[], T]) -> T:
         return policy.retrying(on, what=what, sleep=self._sleep)(lambda: self._send(call))
@@ -156,13 +146,13 @@ class JobStore:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._check_cancelled()
-            self._on_progress()
-            self._cancelled.wait(min(left, _POLL_INTERVAL))
+            self.on_progress()
+            self.cancelled.wait(min(left, _POLL_INTERVAL))
 
     def _send(self, call: Callable[[], T]) -> T:
         """`call()` in its own thread, so that a cancelled job need not wait for a server that does not answer."""
         self._check_cancelled()
-        self._on_progress()
+        self.on_progress()
         self._request = request = Future[T]()
         _start_thread(partial(_fulfil, request, call), "store")
         while not wait([request], _POLL_INTERVAL).done:
@@ -170,9 +160,9 @@ class JobStore:
         return request.result()
 
     def _check_cancelled(self) -> None:
-        if self._cancelled.is_set():
+        if self.cancelled.is_set():
             raise RenderCancelledError("cancelled during a request to the bucket")
-        self._keep_alive()
+        self.keep_alive()
 
 
 def _start_thread(target: Callable[[], None], name: str) -> None:

@@ -123,8 +123,8 @@ class Worker:
         # 2. Return the verdict of an earlier attempt
         videos = Videos(self._bucket_for(job), on_bytes=watch.advance)
         store = JobStore(
-            videos,
-            job.task_id,
+            videos=videos,
+            task_id=job.task_id,
             is_ours=job.s3_config is None,
             policy=self.store_policy,
             cancelled=cancelled,

@@ -10,16 +10,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr,
 from pydantic_settings import NoDecode
 
 from contract.log_fields import LogOptions
-from contract.settings import Settings
+from contract.settings import Settings, split_commas
 from shim.access import Access, ApiKey, ConnectionLimits, parse_api_keys
 
 
 def _parse_keys(value: object) -> object:
     return parse_api_keys(value) if isinstance(value, str) else value
-
-
-def _split_commas(value: object) -> object:
-    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
 def _check_origin(text: str) -> str:
@@ -128,14 +124,14 @@ class ShimSettings(LogOptions):
         "Default: no limit.",
     )
     cors_origins: Annotated[
-        tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split_commas)
+        tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(split_commas)
     ] = Field(
         default=(),
         validation_alias="HUNYUAN_CORS_ORIGINS",
         description="Comma-separated origins whose web pages may use the server; `*` for any.",
     )
     allowed_hosts: (
-        Annotated[tuple[Annotated[str, AfterValidator(_check_host)], ...], NoDecode, BeforeValidator(_split_commas)]
+        Annotated[tuple[Annotated[str, AfterValidator(_check_host)], ...], NoDecode, BeforeValidator(split_commas)]
         | None
     ) = Field(
         default=None,

@@ -20,8 +20,9 @@ _PROMISED: Final = {("720p", 5): 12.0, ("720p", 10): 14.0, ("1080p", 5): 16.0, (
 def page(current: str) -> str:
     """`current` with each table written anew."""
     for name, table in _TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        current = block.sub(lambda found, table=table: found[1] + "\n".join(table()) + "\n" + found[2], current)
+        block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
+        head, body, tail = block.split(current)[0], "\n".join(table()), block.split(current)[-1]
+        current = f"{head}<!-- {name} -->\n{body}\n<!-- end -->{tail}"
     return current
 
 

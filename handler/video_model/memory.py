@@ -156,7 +156,7 @@ def decoding_bytes(video: Workload, tile: int) -> int:
 def history_bytes(pixels: int) -> int:
     """What the decoder's convolutions remember: two input frames each, for so many latent pixels."""
     first, last = VAE.channels[0], VAE.channels[-1]
-    channels = 2 * first + last * 4 ** (len(VAE.channels) - 1)
+    channels: int = 2 * first + last * 4 ** (len(VAE.channels) - 1)
     for level, width in enumerate(VAE.channels):
         convolutions = 2 * VAE.resnets + (1 if level < len(VAE.channels) - 1 else 0)
         channels += convolutions * width * 4**level

@@ -94,7 +94,7 @@ def _by_layers(*modules: torch.nn.Module) -> Part:
     return Part(sum(map(bytes_of, modules)), passing, sum(map(rounded_bytes_of, modules)))
 
 
-def _by_blocks(transformers: Sequence[torch.nn.Module]) -> Part:
+def _by_blocks(transformers: Sequence[Any]) -> Part:
     """Transformers, of which one computes at a time: two of its blocks, and all of it that is outside the blocks."""
     passing = [bytes_of(each) - sum(map(bytes_of, each.transformer_blocks[2:])) for each in transformers]
     return Part(sum(map(bytes_of, transformers)), max(passing), sum(map(rounded_bytes_of, transformers)))

@@ -60,16 +60,12 @@ def downgrade_queue(revision: str) -> None:
 
 
 def plan(gpu: str, *, vram: float | None, share: float | None, sage: bool, from_image: bool) -> list[dict[str, object]]:
-    """What every kind of job needs on a GPU. Loads no PyTorch.
-
-    Raises:
-        LaunchError: there is no data sheet for this GPU.
-    """
+    """What every kind of job needs on a GPU. Loads no PyTorch."""
     from handler.video_model.planning import GPUS, gpu_named, rows
 
     found = gpu_named(gpu)
     if found is None:
-        raise LaunchError(f"--gpu must be one of {', '.join(GPUS)}; got {gpu}", exit_code=2)
+        fail(f"--gpu must be one of {', '.join(GPUS)}; got {gpu}", ExitCode.USAGE)
     return [asdict(row) for row in rows(found, vram=vram, share=share, sage=sage, from_image=from_image)]
 
 

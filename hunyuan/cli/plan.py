@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from hunyuan.cli import launch
-from hunyuan.cli.exits import AsJson, ExitCode, fail
+from hunyuan.cli.exits import AsJson
 
 _NOTES: Final = """\
 Calculated: seconds are operations over the share of the GPU's peak that is assumed or given by
@@ -27,10 +27,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print seconds, GPU memory and host memory of every profile, resolution and duration on a GPU."""
-    try:
-        rows = launch.plan(gpu, vram=vram, share=share, sage=sage, from_image=image)
-    except launch.LaunchError as exc:
-        fail(str(exc), ExitCode.USAGE)
+    rows = launch.plan(gpu, vram=vram, share=share, sage=sage, from_image=image)
     if as_json:
         typer.echo(json.dumps(rows))
         return

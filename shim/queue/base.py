@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, Self
 
 from pydantic import ValidationError
 
-from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
+from contract.errors import ErrorCode, JobFailure
 from contract.job import JobInput, Resolution, SamplingLimits
 from contract.result import JobResult, Manifest, Stage, Verdict
 from contract.worker import WorkerReport, WorkerState
@@ -17,9 +17,6 @@ from storage.bucket import ObjectInfo
 
 #: The failure of a job that completed without a manifest in its output.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
-
-#: The failure of a job that a client cancelled.
-CANCELLED: Final = TASK_CANCELLED
 
 #: Reads a finished job's result from the bucket by its task id; None if the bucket has no manifest. Raises StorageError
 #: if the bucket is unavailable, and nothing else.

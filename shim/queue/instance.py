@@ -5,7 +5,6 @@ import logging
 from typing import Final
 
 import psycopg
-from sqlalchemy import URL
 
 from shim.queue.base import QueueUnavailableError
 from shim.queue.engine import INSTANCE_LOCK, database_url, libpq_parameters
@@ -42,7 +41,8 @@ class Instance:
             return True
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                session = await _connect(self._url)
+                session = await psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(self._url))
+                await session.execute(_KEEPALIVES)
                 query = "SELECT pg_try_advisory_lock(%s, hashtext(%s))"
                 row = await (await session.execute(query, (INSTANCE_LOCK, self.instance_id))).fetchone()
         except (psycopg.Error, TimeoutError) as exc:
@@ -84,9 +84,3 @@ class Instance:
         if self._session is not None:
             await self._session.close()
             self._session = None
-
-
-async def _connect(url: URL) -> psycopg.AsyncConnection:
-    session = await psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(url))
-    await session.execute(_KEEPALIVES)
-    return session

@@ -15,13 +15,12 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
+from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import JobInput
 from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
 from shim.http_client import HttpClient
 from shim.queue.base import (
-    CANCELLED,
     NO_VIDEO,
     Backlog,
     Idempotency,
@@ -52,7 +51,7 @@ _STATES: Final = {word: state for state, word in STATE_WORDS.items()} | {
 }
 
 _FAILURES: Final = {
-    "CANCELLED": CANCELLED,
+    "CANCELLED": TASK_CANCELLED,
     "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
 }
 

@@ -8,10 +8,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
+from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
 from shim.queue.base import (
-    CANCELLED,
     Backlog,
     Idempotency,
     JobObserver,
@@ -109,12 +108,12 @@ class SqlQueue:
         async with self._database.write(notify=True) as connection:
             which, is_running = jobs.c.task_id == task_id, jobs.c.state == JobState.RUNNING
             cancelled = await self._database.end_jobs(
-                connection, JobState.CANCELLED, which, failure=CANCELLED, stop_requested=is_running
+                connection, JobState.CANCELLED, which, failure=TASK_CANCELLED, stop_requested=is_running
             )
             job = await self._find(connection, which)
         if cancelled:
             log.info("cancelled by a client")
-            self._observer.ended(JobState.CANCELLED, failure=CANCELLED)
+            self._observer.ended(JobState.CANCELLED, failure=TASK_CANCELLED)
         return job
 
     async def delete_video(self, task_id: str) -> bool:

@@ -19,14 +19,13 @@ from handler.video_model.memory import CHUNK as PLANNED_CHUNK
 from handler.video_model.memory import PLANS, PlacementPlan, peaks
 from handler.video_model.placement import weights_of
 from handler.video_model.planning import kind_of_video
+from handler.video_model.workload import kind_of_job
 
 MOST = 1.15
 
 
 def job(resolution: Resolution, duration: int, *, from_image: bool) -> JobInput:
-    image = "data:image/png;base64," if from_image else None
-    steps = {"num_inference_steps": 1, "resolution": resolution, "duration": duration, "image": image}
-    return JobInput(prompt="A paper boat drifts along the street", **steps)
+    return kind_of_job(resolution, duration, from_image=from_image).model_copy(update={"num_inference_steps": 1})
 
 
 @lru_cache
@@ -54,7 +53,7 @@ def counted_decode(latents: tuple[int, int, int], tile: int) -> int:
         video = decode(vae, torch.empty(1, 32, frames, height, width, device="meta"), lambda _: None)
         for _, _ in zip(range(2), video, strict=False):
             pass
-        video.close()  # type: ignore[attr-defined] # a generator
+        video.close()
     return count.peak
 
 

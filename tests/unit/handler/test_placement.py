@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_the_limit_of_the_control_group_counts_if_it_is_below_the_machines_memor
     if written is not None:
         file.write_text(f"{written}\n")
     monkeypatch.setattr(placement, "CGROUP_LIMITS", (file,))
-    machine = placement.os.sysconf("SC_PAGE_SIZE") * placement.os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_host_memory() == min(machine, limit or machine)
 
 
