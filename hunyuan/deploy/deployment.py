@@ -29,13 +29,14 @@ class Sizing:
 
 
 #: Every profile runs on 24 GB, streamed from host memory; the slower profiles get GPUs that hold more of the model and
-#: compute faster (docs/performance.md). Timeouts are at least twice the estimate of `shim.estimates` for the longest
-#: video at 1080p; the API's default is 300 s. Pools: https://docs.runpod.io/references/gpu-types; at most three.
+#: compute faster (docs/performance.md). Timeouts are at least twice what `hunyuan plan` calculates for 10 s at 1080p on
+#: the slowest of the pools; the API's default is 300 s. At most three pools, of
+#: https://docs.runpod.io/references/gpu-types.
 SIZES: Final[Mapping[Profile, Sizing]] = {
     Profile.TURBO: Sizing(("ADA_24", "ADA_48_PRO"), 1800),
-    Profile.FAST: Sizing(("ADA_24", "ADA_48_PRO"), 900),
-    Profile.BALANCED: Sizing(("ADA_48_PRO", "AMPERE_80", "ADA_80_PRO"), 1800),
-    Profile.QUALITY: Sizing(("ADA_80_PRO", "HOPPER_141", "AMPERE_80"), 7200),
+    Profile.FAST: Sizing(("ADA_24", "ADA_48_PRO"), 21600),
+    Profile.BALANCED: Sizing(("ADA_48_PRO", "AMPERE_80", "ADA_80_PRO"), 14400),
+    Profile.QUALITY: Sizing(("ADA_80_PRO", "HOPPER_141", "AMPERE_80"), 36000),
 }
 
 _SECRET_OPTION: Final = re.compile(r"([A-Z_][A-Z0-9_]*)=([A-Za-z0-9_-]+)")

@@ -164,8 +164,9 @@ def test_a_request_that_a_distilled_base_can_not_render_fails_before_the_render(
 
 def test_what_the_checkpoints_fix_is_the_same_for_every_resolution(weights: Path) -> None:
     limits = {(limit.model, limit.from_image): limit for limit in load(weights).limits}
-    assert len(limits) == len(load(weights).limits) == 3
-    assert limits["HunyuanVideo-1.5", False].num_inference_steps == 4
+    assert len(limits) == len(load(weights).limits) == 4
+    for model in ("HunyuanVideo-1.5", "HunyuanVideo-1.5-turbo", "HunyuanVideo-1.5-fast"):
+        assert limits[model, False].num_inference_steps == 4
     assert limits["HunyuanVideo-1.5-balanced", False].num_inference_steps == 50
     assert {limit.guidance_scale for limit in limits.values()} == {1.0}
 

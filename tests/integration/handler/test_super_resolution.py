@@ -356,7 +356,7 @@ def test_each_length_and_resolution_comes_out_exactly(
     path.write_bytes(bucket.get_bytes(result.video_key))
     video = probe(path)
     size = (1280, 720) if resolution is Resolution.P720 else (1920, 1080)
-    assert result.rendered_size == ((88, 56) if resolution is Resolution.P720 else (136, 80))
+    assert result.rendered_size == ((88, 48) if resolution is Resolution.P720 else (144, 80))
     assert (video.width, video.height, video.fps, video.num_frames) == (*size, 24.0, 24 * duration + 1)
     assert [progress.progress for progress in told] == sorted(progress.progress for progress in told)
     assert {"denoising", "upscaling", "decoding"} <= set(result.timings)
