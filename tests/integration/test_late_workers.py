@@ -35,7 +35,7 @@ DEADLINE = 40.0
 LEASE = 61.0
 HISTORY = 8 * 24 * 3600.0
 
-pytestmark = [pytest.mark.xdist_group("late_workers"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module", params=["juicefs", pytest.param("moto", marks=pytest.mark.full)])

@@ -33,8 +33,6 @@ DEADLINE = 90.0
 #: Seconds until a silent worker loses its job.
 LEASE = 600.0
 
-pytestmark = pytest.mark.xdist_group("sdk_faults")
-
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
