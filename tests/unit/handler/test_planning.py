@@ -66,7 +66,7 @@ def test_the_published_weights_are_those_of_the_modules(profile: Profile) -> Non
 
 
 @pytest.mark.parametrize("channels", [65, 98])
-@pytest.mark.parametrize(("image", "text"), [(0, (128, 8)), (729, (1000, 256))])
+@pytest.mark.parametrize(("image", "text"), [(0, (128, 0)), (729, (1000, 256))])
 def test_a_pass_has_the_stated_operations(channels: int, image: int, text: tuple[int, int]) -> None:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(1, *shape, device="meta")
@@ -74,8 +74,9 @@ def test_a_pass_has_the_stated_operations(channels: int, image: int, text: tuple
     words, glyphs = text
     named = {"timestep_r": torch.empty(1, device="meta")} if channels == 98 else {}
     for layers in (1, 2):
+        model = transformer(channels, layers)  # its weights are not counted
         with torch.no_grad(), counting() as count:
-            transformer(channels, layers)(
+            model(
                 hidden_states=empty(channels, 3, 30, 53),
                 timestep=torch.empty(1, device="meta"),
                 encoder_hidden_states=empty(words, 3584),
@@ -90,6 +91,7 @@ def test_a_pass_has_the_stated_operations(channels: int, image: int, text: tuple
         assert count.attention == stated.attention
         # The embedding of the timestep is left out.
         assert count.other == pytest.approx(stated.other, rel=2e-3)
+        assert count.alive == 0, "every tensor was freed"
 
 
 def test_the_decoder_has_the_stated_operations() -> None:
