@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Tests wait for servers about a third of the time.
-TEST_PROCESSES ?= $(shell echo $$(($$(nproc) * 3 / 2)))
+# Three processes for two cores, because tests wait for servers about a third of the time. The tests of a file share servers.
+PYTEST := $(BIN)/pytest -n $$(($$(nproc) * 3 / 2)) --dist loadfile --no-loadscope-reorder
 
 PROMPT ?= A red fox walks through fresh snow at dawn, cinematic, soft light
 DURATION ?= 5
@@ -30,11 +30,11 @@ serve: $(VENV)/.local ## Start the server on HUNYUAN_PORT (8000) with the model 
 
 .PHONY: test
 test: lint ## Lint, type-check and run every test that is not marked `full`
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup -m 'not full'
+	$(PYTEST) -m 'not full'
 
 .PHONY: test-full
 test-full: lint ## As `make test`, with the tests marked `full` as well: slow installations and long renders
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup
+	$(PYTEST)
 
 .PHONY: unit
 unit: $(VENV)/.dev ## Run the tests that start no server process and load no model, in seconds

@@ -34,6 +34,7 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 from contract.log_fields import begin
 from contract.result import Progress
 from contract.retry import RetryPolicy
+from contract.worker import WorkerExit
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, RenderStalledError, Worker
 
@@ -76,7 +77,7 @@ def serve(
     `answer_timeout` seconds is delivered again. With `releases_stalled`, a job whose render stalled is left to the
     platform for another attempt; RunPod would wait for its result, so there it fails.
     """
-    os.register_at_fork(after_in_child=_die_with_parent)
+    _end_forks_with_their_parent()
     if RunPodLogger.level in ("TRACE", "DEBUG"):  # the SDK's default, at which it logs jobs with their s3Config
         RunPodLogger().level = "INFO"
     rp_scale.get_job = _wait_after_failure(rp_scale.get_job)
@@ -219,7 +220,21 @@ def _send_progress(sdk_job: RunPodJob, progress: Progress) -> None:
     runpod.serverless.progress_update(sdk_job, progress.model_dump(mode="json"))
 
 
-def _die_with_parent() -> None:
-    """Let the kernel kill the SDK's ping process with the worker; it would report a dead worker as alive (prctl(2))."""
-    if sys.platform == "linux":
+def _end_forks_with_their_parent() -> None:
+    """Ends the SDK's ping process with the worker: it would report a dead worker as alive.
+
+    The kernel kills it when its parent dies (prctl(2)), and it exits itself if its parent was dead before that.
+    """
+    parent = 0
+
+    def remember_parent() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(WorkerExit.STOPPED)
+
+    if sys.platform == "linux":
+        os.register_at_fork(before=remember_parent, after_in_child=die_with_parent)

@@ -194,9 +194,12 @@ class WorkerPart:
         self.worker.thaw()
 
     def terminate(self) -> int:
+        was_up = self.is_up()
         self.worker.terminate()
         try:
-            return self.worker.wait(150)
+            code = self.worker.wait(150)
+            # While Python imports the worker, no handler is set yet and there is no job to finish.
+            return 0 if code == -signal.SIGTERM and not was_up else code
         except subprocess.TimeoutExpired:
             self.kill()
             return -signal.SIGKILL

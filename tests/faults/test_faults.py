@@ -24,7 +24,7 @@ END_SECONDS = 180.0
 #: The longest time that faults are injected, in seconds.
 MAX_FAULT_SECONDS = 1500.0
 
-pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(2400)]
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tests.support.mp4 import probe
 from tests.support.s3_servers import juicefs
 from tests.support.service import RENDER_SECONDS, START_SECONDS, eventually, free_port
 
-pytestmark = [pytest.mark.xdist_group("images"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[2]
 STAGES = parse((ROOT / "Dockerfile").read_text())

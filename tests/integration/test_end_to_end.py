@@ -17,7 +17,7 @@ import pytest
 from tests.support.mp4 import probe
 from tests.support.service import RENDER_SECONDS, Service, eventually, running_service
 
-pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.service import Service, eventually, running_service
 
-pytestmark = [pytest.mark.xdist_group("end_to_end"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 PROMPT = "A paper boat on a rainy street at midnight"
 

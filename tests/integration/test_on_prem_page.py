@@ -28,7 +28,7 @@ from tests.support.service import eventually
 PAGE = Path(__file__).parents[2] / "docs" / "deploy-on-prem.md"
 STORE, SHIM = "127.0.0.21", "127.0.0.22"
 
-pytestmark = [pytest.mark.xdist_group("on-prem"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def block(heading: str, number: int = 0) -> str:

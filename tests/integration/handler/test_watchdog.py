@@ -39,8 +39,6 @@ DEADLINE = 90.0
 #: HUNYUAN_WORKER_TIMEOUT. A worker reports every 5 s.
 LEASE = 15.0
 
-pytestmark = pytest.mark.xdist_group("watchdog")
-
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:

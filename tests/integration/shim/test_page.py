@@ -31,8 +31,6 @@ from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
 from tests.support.s3_servers import juicefs
 
-pytestmark = pytest.mark.xdist_group("page")  # one browser for all
-
 KEY = "alices-key-0123456789"
 FRAMES = 121
 
