@@ -81,7 +81,7 @@ def test_every_plan_is_at_least_what_is_counted_and_at_most_15_percent_more(
         assert alive <= planned <= MOST * alive, (plan, planned / alive)
 
 
-@pytest.mark.parametrize("tile", [0, 256])
+@pytest.mark.parametrize("tile", [0, pytest.param(256, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("profile", "resolution"), [(Profile.FAST, Resolution.P720), (Profile.FAST, Resolution.P1080)])
 def test_the_planned_decode_is_at_least_what_is_counted_and_at_most_15_percent_more(
     profile: Profile, resolution: Resolution, tile: int

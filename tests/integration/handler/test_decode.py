@@ -201,6 +201,7 @@ def test_live_bytes_at_121_and_241_frames_are_the_same() -> None:
     assert long < 1.02 * short
 
 
+@pytest.mark.full
 def test_with_tiles_the_peak_does_not_grow_with_the_duration_either() -> None:
     """Of two tiles with two turns each, and with three."""
     short, long = (peak(frames, 8, 12, tile=128) for frames in (9, 17))
