@@ -140,7 +140,8 @@ async def test_only_the_fields_that_differ_are_updated(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("profile", "first_pool", "timeout"), [("balanced", "ADA_48_PRO", 1_800_000), ("quality", "ADA_80_PRO", 7_200_000)]
+    ("profile", "first_pool", "timeout"),
+    [("balanced", "ADA_48_PRO", 14_400_000), ("quality", "ADA_80_PRO", 36_000_000)],
 )
 async def test_the_profile_selects_gpu_pools_and_timeout(
     bench: Bench, profile: str, first_pool: str, timeout: int
