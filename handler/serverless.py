@@ -11,6 +11,7 @@ What the SDK (1.12) does, and what this module does about it:
 """
 
 import asyncio
+import contextlib
 import ctypes
 import io
 import json
@@ -194,8 +195,7 @@ def make_handler(
             result = await asyncio.shield(render)
         except asyncio.CancelledError:
             cancelled.set()
-            # The next job needs this thread, so wait until the cancelled render has left it.
-            await asyncio.wait([render])
+            await _end_of(render)  # the next job needs its thread
             if not render.cancelled() and isinstance(render.exception(), RenderCancelledError):
                 log.info("render cancelled")
             raise
@@ -208,6 +208,13 @@ def make_handler(
         return result.model_dump(mode="json")
 
     return handler
+
+
+async def _end_of(render: asyncio.Future[Any]) -> None:
+    """Waits for the end of a cancelled render. The platform repeats the cancellation until the job has ended."""
+    while not render.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([render])
 
 
 def _job(sdk_job: RunPodJob) -> Job:

@@ -95,7 +95,12 @@ async def test_a_result_names_the_video_and_carries_no_data(settings: BucketSett
     assert len(json.dumps(output, allow_nan=False)) < 10_000
 
 
-async def test_a_cancelled_job_has_ended_when_the_next_one_starts(settings: BucketSettings) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_cancelled_job_has_ended_when_the_next_one_starts(
+    settings: BucketSettings, caplog: pytest.LogCaptureFixture, times: int
+) -> None:
+    """The platform repeats the cancellation of a job that has not ended after some seconds."""
+    caplog.set_level("INFO")
     in_step, go_on = threading.Event(), threading.Event()
 
     def before_step(step: int) -> None:
@@ -106,12 +111,14 @@ async def test_a_cancelled_job_has_ended_when_the_next_one_starts(settings: Buck
     handler = handler_of(model, settings)
     job = asyncio.ensure_future(handler({"id": "job-4", "input": INPUT}))
     await asyncio.to_thread(in_step.wait)
-    job.cancel()
-    done, _ = await asyncio.wait([job], timeout=0.2)
-    assert not done, "the render thread is still busy"
+    for _ in range(times):
+        job.cancel()
+        done, _ = await asyncio.wait([job], timeout=0.2)
+        assert not done, "the render thread is still busy"
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await job
+    assert "render cancelled" in caplog.text
     assert Bucket(settings).list_keys("videos/job-4") == []
     assert (await handler({"id": "job-5", "input": INPUT}))["status"] == "completed"
 
@@ -184,6 +191,7 @@ def test_the_reporter_reports_each_state_at_once(platform: Platform) -> None:
         "gpu": {"name": "H100", "memory_total": 80, "memory_free": 70},
         "error": None,
         "load_seconds": {"imports": 1.5},
+        "estimates": [],
     }
     assert platform.keys == {"the-key"}
 
