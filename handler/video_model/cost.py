@@ -1,8 +1,8 @@
 """How long a video takes on a GPU: operations of every stage, in closed form, over what it reaches. Imports no torch.
 
-An operation is a floating-point addition or multiplication. `tests/integration/handler/test_planning.py` compares those of
-each stage with what the modules themselves perform on the meta device. The seconds are calculated: the peaks are
-from data sheets, and the share of them that a GPU reaches is an assumption until `make bench-gpu` has measured it.
+An operation is a floating-point addition or multiplication. `tests/integration/handler/test_planning.py` compares
+those of each stage with what the modules themselves perform on the meta device. The seconds are calculated: the peaks
+are from data sheets, and the share of them that a GPU reaches is an assumption until `make bench-gpu` has measured it.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """The dimensions of the published models, and what follows from them: parameters and bytes. Imports no torch.
 
 The memory plan and the cost model compute with these numbers, so that a machine without PyTorch can plan for a GPU that
-it does not have. `tests/integration/handler/test_planning.py` compares every number with the modules themselves. Source: the
-configurations of https://huggingface.co/hunyuanvideo-community.
+it does not have. `tests/integration/handler/test_planning.py` compares every number with the modules themselves.
+Source: the configurations of https://huggingface.co/hunyuanvideo-community.
 """
 
 from collections.abc import Mapping
