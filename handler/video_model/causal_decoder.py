@@ -25,8 +25,8 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanV
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Upsample as Upsample
 from torch import nn
 
-#: Input numbers of a band: enough to fill a GPU, 32 MB in float16. The norm's temporaries in float32 take 250 MB.
-BAND: Final = 2**24
+from handler.video_model.memory import BAND
+
 #: Frames before its own that a convolution sees. Its kernel is 3 x 3 x 3.
 _PAST: Final = 2
 #: The least length that the norm divides by, as in `torch.nn.functional.normalize`.

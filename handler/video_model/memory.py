@@ -33,8 +33,9 @@ WHOLE: Final = 0
 TILES: Final = (WHOLE, 512, 256, 128)
 #: Tokens that a transformer's block computes at once: `blocks.CHUNK`, which this module cannot import without PyTorch.
 CHUNK: Final = 16_384
-#: Input numbers that the decoder computes at once: `causal_decoder.BAND`.
-_BAND: Final = 2**24
+#: Input numbers that `causal_decoder.py` computes at once: enough to fill a GPU, 32 MB in float16. The norm's
+#: temporaries in float32 take 250 MB.
+BAND: Final = 2**24
 
 
 class Placement(StrEnum):
@@ -147,10 +148,10 @@ def decoding_bytes(video: Workload, tile: int) -> int:
     # 2. A step: what every convolution remembers, five tensors of a frame in the last level, and bands of a convolution
     # and of a norm in float32.
     finest = VAE.channels[-1] * pixels * VAE.spatial**2 * HALF
-    step = history_bytes(pixels) + 5.1 * finest + 5 * _BAND * HALF
+    step = history_bytes(pixels) + 5.1 * finest + 5 * BAND * HALF
     # 3. Throughout: the latents in both precisions.
     latents = video.stages[-1].tokens * VAE.latent_channels * (SINGLE + HALF)
-    return int(max(stem + 2 * _BAND * HALF, step)) + latents
+    return int(max(stem + 2 * BAND * HALF, step)) + latents
 
 
 def history_bytes(pixels: int) -> int:

@@ -181,3 +181,15 @@ def running_service(directory: Path, **environment: str) -> Iterator[Service]:
         service.http.close()
         if service.process is not None:
             service.stop()
+
+
+@contextmanager
+def running_without_workers(directory: Path, **environment: str) -> Iterator[Service]:
+    """A server that starts no workers, from its first answer on. It must end with exit code 0."""
+    service = Service(directory, HUNYUAN_WORKERS="0", **environment)
+    try:
+        service.start(until_ready=False)
+        yield service
+    finally:
+        service.http.close()
+        assert service.stop() == 0, service.log.read_text()

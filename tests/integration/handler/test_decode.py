@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handler.video_model import demo
 from handler.video_model.base import Frames
-from handler.video_model.causal_decoder import BAND, CausalDecoder, History, use_frame_causal_attention
+from handler.video_model.causal_decoder import CausalDecoder, History, use_frame_causal_attention
 from handler.video_model.decode import decode
+from handler.video_model.memory import BAND
 
 #: A band of a single row.
 ROW = 1

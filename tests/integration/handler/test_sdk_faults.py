@@ -23,7 +23,7 @@ from contract.worker_environment import worker_environment
 from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3_servers import juicefs
-from tests.support.service import Service, eventually, free_port
+from tests.support.service import Service, eventually, free_port, running_without_workers
 from tests.support.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
 from tests.support.worker_process import WorkerProcess, bucket_environment
 
@@ -272,18 +272,9 @@ def test_the_worker_command_becomes_the_worker(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A server that starts no workers."""
-    running = Service(
-        tmp_path_factory.mktemp("service"),
-        HUNYUAN_WORKERS="0",
-        HUNYUAN_PLATFORM_TOKEN=TOKEN,
-        HUNYUAN_WORKER_TIMEOUT=str(LEASE),
-    )
-    try:
-        running.start(until_ready=False)
+    settings = {"HUNYUAN_PLATFORM_TOKEN": TOKEN, "HUNYUAN_WORKER_TIMEOUT": str(LEASE)}
+    with running_without_workers(tmp_path_factory.mktemp("service"), **settings) as running:
         yield running
-    finally:
-        running.http.close()
-        assert running.stop() == 0, running.log.read_text()
 
 
 @contextmanager

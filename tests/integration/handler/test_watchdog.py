@@ -29,7 +29,7 @@ from storage.videos import Videos
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.s3_servers import behind, juicefs
 from tests.support.scripted_model import STEPS, ScriptedModel
-from tests.support.service import Service, eventually, running_service
+from tests.support.service import Service, eventually, running_service, running_without_workers
 from tests.support.worker_process import WorkerProcess
 
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
@@ -248,18 +248,9 @@ def job(duration: int, resolution: Resolution) -> JobInput:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A server that starts no workers."""
-    running = Service(
-        tmp_path_factory.mktemp("service"),
-        HUNYUAN_WORKERS="0",
-        HUNYUAN_PLATFORM_TOKEN=TOKEN,
-        HUNYUAN_WORKER_TIMEOUT=str(LEASE),
-    )
-    try:
-        running.start(until_ready=False)
+    settings = {"HUNYUAN_PLATFORM_TOKEN": TOKEN, "HUNYUAN_WORKER_TIMEOUT": str(LEASE)}
+    with running_without_workers(tmp_path_factory.mktemp("service"), **settings) as running:
         yield running
-    finally:
-        running.http.close()
-        assert running.stop() == 0, running.log.read_text()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from storage.bucket import Bucket
 from storage.errors import StorageError
 from tests.support.postgres import Postgres
 from tests.support.queues import result
-from tests.support.service import Service, eventually, free_port
+from tests.support.service import Service, eventually, free_port, running_without_workers
 
 MEGABYTE = 1_000_000
 
@@ -51,13 +51,8 @@ def hunyuan(*arguments: str, directory: Path | None = None, **environment: Any) 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The server with its bucket and no worker."""
-    running = Service(tmp_path_factory.mktemp("service"), HUNYUAN_WORKERS="0")
-    try:
-        running.start(until_ready=False)
+    with running_without_workers(tmp_path_factory.mktemp("service")) as running:
         yield running
-    finally:
-        running.http.close()
-        assert running.stop() == 0, running.log.read_text()
 
 
 @pytest.fixture(scope="module")
