@@ -27,8 +27,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from benchmarks import random_model
 from contract.job import DEFAULT_MODEL, Profile
-from handler.video_model import demo
 from handler.video_model.catalog import CHECKPOINTS, IMAGE_BASES, Checkpoint, image_routes, text_routes
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.super_resolution import SuperResolution
@@ -103,7 +103,7 @@ class RandomModels:
         )
 
     def _pipeline(self, *, from_image: bool) -> HunyuanVideo15Pipeline:
-        built = demo.build_pipeline()
+        built = random_model.build_pipeline()
         components: dict[str, Any] = {
             **built.components,
             "transformer": self.transformer(2 * self.scale.latent_channels + 1, meanflow=False),

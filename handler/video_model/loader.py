@@ -76,7 +76,7 @@ def _read(settings: WorkerSettings, device: str) -> Parts:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     if settings.model_path == DEMO_MODEL:
-        return single_parts(demo.CHECKPOINT, demo.build_pipeline())
+        return single_parts(demo.CHECKPOINT, demo.load_pipeline())
     try:
         return read_checkpoints(settings, torch.bfloat16 if device == "cuda" else torch.float32)
     except _LOAD_ERRORS as exc:

@@ -12,8 +12,8 @@ from diffusers import (
 from torch import nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
+from benchmarks import random_model
 from contract.job import DEFAULT_MODEL, Resolution
-from handler.video_model import demo
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.catalog import Checkpoint, Route, Sampling
 from handler.video_model.checkpoints import single_parts
@@ -27,7 +27,9 @@ LATENTS = 8
 
 def single(pipeline: HunyuanVideo15Pipeline | None = None, *, steps: int = 2) -> PipelineModel:
     """A model of one checkpoint that renders 56x32."""
-    return PipelineModel(single_parts(Checkpoint("demo", 48, Sampling(steps)), pipeline or demo.build_pipeline()))
+    return PipelineModel(
+        single_parts(Checkpoint("demo", 48, Sampling(steps)), pipeline or random_model.build_pipeline())
+    )
 
 
 def sr_transformer(seed: int = 0) -> HunyuanVideo15Transformer3DModel:
@@ -78,7 +80,7 @@ def stage(upsampler: nn.Module, steps: int, seed: int = 0) -> SuperResolution:
 
 def image_pipeline(seed: int = 0) -> HunyuanVideo15ImageToVideoPipeline:
     """The demo model's components with a vision tower of 729 tokens, as in the published model."""
-    built = demo.build_pipeline()
+    built = random_model.build_pipeline()
     torch.manual_seed(seed)
     tower = SiglipVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=54, patch_size=2
@@ -113,7 +115,7 @@ def image_family() -> PipelineModel:
 
 def family() -> PipelineModel:
     """Small sizes for 480p, 720p and 1080p: 56x32, 88x48 and 144x80. 720p has one stage, 1080p has two."""
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     first, second = stage(upsampler_720p(), 2), stage(upsampler_1080p(), 2, seed=1)
     for each in (first, second):

@@ -15,9 +15,9 @@ import torch._inductor.config
 from diffusers import HunyuanVideo15Transformer3DModel
 from torch._dynamo.utils import counters
 
+from benchmarks import random_model
 from contract.job import JobInput
 from handler.settings import Approximation, WorkerSettings
-from handler.video_model import demo
 from handler.video_model.approximations import approximate
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.compilation import compile_blocks
@@ -35,7 +35,7 @@ LONG = (12, 7, 8)
 
 def transformers() -> list[HunyuanVideo15Transformer3DModel]:
     """A base model and a super-resolution stage, with blocks of the same width."""
-    made = [demo.build_pipeline().transformer, sr_transformer()]
+    made = [random_model.build_pipeline().transformer, sr_transformer()]
     for transformer in made:
         use_mask_free_attention(transformer, NATIVE, chunk=CHUNK)
     return made

@@ -25,9 +25,9 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from benchmarks import random_model
 from contract.job import Profile
 from handler.settings import WorkerSettings
-from handler.video_model import demo
 from handler.video_model.catalog import needed
 from handler.video_model.loader import load_model
 from handler.video_model.upsamplers import load_upsampler
@@ -378,7 +378,7 @@ class LocalHub:
 @pytest.fixture(scope="module")
 def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     for name in ("480p_t2v_distilled", "720p_t2v"):
         pipeline.save_pretrained(root / f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}")
     image_pipeline().save_pretrained(root / "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v_distilled")

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanV
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from handler.video_model import demo
+from benchmarks import random_model
 from handler.video_model.base import Frames
 from handler.video_model.causal_decoder import CausalDecoder, History, use_frame_causal_attention
 from handler.video_model.decode import decode
@@ -52,7 +52,7 @@ def narrow_vae() -> AutoencoderKLHunyuanVideo15:
 
 
 def demo_vae() -> AutoencoderKLHunyuanVideo15:
-    vae: AutoencoderKLHunyuanVideo15 = demo.build_pipeline().vae
+    vae: AutoencoderKLHunyuanVideo15 = random_model.build_pipeline().vae
     return vae
 
 

@@ -15,10 +15,10 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import random_model
 from contract.job import JobInput, Resolution
 from contract.result import Stage
 from handler.settings import WorkerSettings
-from handler.video_model import demo
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.video_model.blocks import CHUNK, ChunkedBlock
@@ -80,7 +80,7 @@ def test_the_demo_is_worth_looking_at(model: VideoModel) -> None:
 
 
 def test_it_is_the_same_model_each_time_it_is_built() -> None:
-    first, second = (demo.build_pipeline().transformer.state_dict() for _ in range(2))
+    first, second = (random_model.build_pipeline().transformer.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -95,7 +95,7 @@ def test_cancelled_in_the_middle_of_decoding_no_further_frame_is_decoded(model: 
 
 
 def test_out_of_memory_in_the_middle_of_decoding_is_told_apart_and_nothing_stays_in_memory() -> None:
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     model = single(pipeline)
     upsampled = pipeline.vae.decoder.up_blocks[3].resnets[0].conv_shortcut
     calls: list[int] = []
@@ -173,7 +173,7 @@ def held_by_tensors() -> int:
 def test_out_of_memory_is_distinguished_from_other_errors_and_the_next_render_works(
     error: Exception, part: str
 ) -> None:
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     model = single(pipeline)
     module = pipeline
     for name in part.split("."):
@@ -193,7 +193,7 @@ def test_out_of_memory_is_distinguished_from_other_errors_and_the_next_render_wo
 
 
 def test_another_error_is_left_as_it_is() -> None:
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     model = single(pipeline)
 
     def fail(*_: object) -> None:
@@ -213,7 +213,7 @@ def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk:
     """Compares the stock pipeline with its dense masks with ours, from the same noise."""
     latents = []
     for mask_free in (False, True):
-        pipeline = demo.build_pipeline()
+        pipeline = random_model.build_pipeline()
         pipeline.tokenizer_max_length = 640
         pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
         pipeline.set_progress_bar_config(disable=True)
@@ -240,7 +240,7 @@ def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk:
 @pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN" in the rain', "a word " * 70 + "at its end"])
 def test_our_latents_for_a_prompt_equal_those_of_the_stock_pipeline(prompt: str, guidance_scale: float | None) -> None:
     """Compares `PipelineModel` with diffusers, called as its documentation says."""
-    stock = demo.build_pipeline()
+    stock = random_model.build_pipeline()
     stock.set_progress_bar_config(disable=True)
     stock.scheduler.set_shift(5.0)
     stock.guider = stock.guider.new(guidance_scale=guidance_scale or 6.0)
@@ -255,9 +255,9 @@ def test_our_latents_for_a_prompt_equal_those_of_the_stock_pipeline(prompt: str,
         output_type="latent",
     ).frames
 
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
-    model = PipelineModel(single_parts(replace(demo.CHECKPOINT, base_size=48), pipeline))
+    model = PipelineModel(single_parts(replace(random_model.CHECKPOINT, base_size=48), pipeline))
     job_input = JobInput(
         prompt=prompt,
         duration=5,
@@ -303,7 +303,7 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def largest_in_a_block(tokens: int, *, stock: bool) -> int:
-    transformer = demo.build_pipeline().transformer
+    transformer = random_model.build_pipeline().transformer
     if not stock:
         use_mask_free_attention(transformer, NATIVE, chunk=512)
     latent, text, modulation = torch.randn(1, tokens, 32), torch.randn(1, 20, 32), torch.randn(1, 32)
@@ -324,7 +324,7 @@ def test_no_tensor_of_a_block_grows_with_the_square_of_its_tokens() -> None:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one small checkpoint that has the target size of a 480p model."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     pipeline.save_pretrained(directory / "Tiny-480p_t2v")
     return directory
 
@@ -346,7 +346,7 @@ def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints:
 
 def test_a_loaded_checkpoint_renders_what_the_saved_one_does(checkpoints: Path) -> None:
     loaded = HunyuanVideo15Pipeline.from_pretrained(checkpoints / "Tiny-480p_t2v")
-    built = demo.build_pipeline()
+    built = random_model.build_pipeline()
     loaded.system_message = built.system_message
     loaded.prompt_template_encode_start_idx = built.prompt_template_encode_start_idx
     loaded.tokenizer_max_length = built.tokenizer_max_length

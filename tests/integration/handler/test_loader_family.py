@@ -15,11 +15,12 @@ from diffusers import HunyuanVideo15ImageToVideoPipeline
 from PIL import Image
 from pydantic import ValidationError
 
+from benchmarks import random_model
 from contract.errors import ErrorCode
 from contract.job import JobInput, Profile, Resolution
 from contract.result import Stage
 from handler.settings import Approximation, WorkerSettings
-from handler.video_model import demo, loader
+from handler.video_model import loader
 from handler.video_model.approximations import Fp8Linear, approximate
 from handler.video_model.attention import NATIVE
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError
@@ -47,7 +48,7 @@ from tests.support.small_models import (
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small checkpoints of the balanced profile in the published layout, and the transformer of the fast one."""
     directory = tmp_path_factory.mktemp("weights")
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     pipeline.save_pretrained(directory / "HunyuanVideo-1.5-Diffusers-480p_t2v_distilled")
     pipeline.transformer.save_pretrained(directory / "480p_t2v_4step" / "transformer")
     for name, upsampler in (("720p", upsampler_720p()), ("1080p", upsampler_1080p())):
@@ -185,7 +186,7 @@ def test_float16_decodes_closer_to_float32_than_bfloat16() -> None:
     latents = torch.randn(1, 8, 3, 4, 6, generator=torch.Generator().manual_seed(1))
     decoded = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        vae = demo.build_pipeline().vae.to(dtype)
+        vae = random_model.build_pipeline().vae.to(dtype)
         with torch.no_grad():
             decoded[dtype] = vae.decode(latents.to(dtype)).sample.float()
     errors = {dtype: float((video - decoded[torch.float32]).norm()) for dtype, video in decoded.items()}
@@ -295,7 +296,7 @@ def video(model: PipelineModel) -> Frames:
 )
 def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(approximation: Approximation) -> None:
     exact = video(single(steps=4))
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     # With this threshold each step but the first reuses the output of the step before.
     approximate([pipeline.transformer], {approximation}, many_steps=[pipeline.transformer], cache_threshold=10.0)
     model = single(pipeline, steps=4)
@@ -319,7 +320,7 @@ def test_requested_approximations_are_applied_and_named(cache: Approximation) ->
 def test_taylorseer_computes_the_first_steps_and_then_one_of_five_for_each_pass_of_a_step(
     guidance_scale: float, passes: int
 ) -> None:
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
     model = single(pipeline, steps=10)
     approximate([pipeline.transformer], {Approximation.TAYLORSEER}, many_steps=[pipeline.transformer])
@@ -385,7 +386,10 @@ def test_weights_in_8_bits_take_half_and_err_by_little() -> None:
 
 
 def test_the_planner_counts_what_8_bits_leave() -> None:
-    whole, half = demo.build_pipeline().transformer.bfloat16(), demo.build_pipeline().transformer.bfloat16()
+    whole, half = (
+        random_model.build_pipeline().transformer.bfloat16(),
+        random_model.build_pipeline().transformer.bfloat16(),
+    )
     approximate([half], {Approximation.FP8_WEIGHTS})
     small, large = (bytes_of(transformer.transformer_blocks) for transformer in (half, whole))
     assert small < 0.6 * large, "the blocks of this small model have many biases and scales for their size"

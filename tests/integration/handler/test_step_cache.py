@@ -12,10 +12,10 @@ import pytest
 import torch
 from diffusers import HunyuanVideo15Pipeline
 
+from benchmarks import random_model
 from contract.job import JobInput
 from contract.result import Stage
 from handler.settings import Approximation, WorkerSettings
-from handler.video_model import demo
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import RenderCancelledError
 from handler.video_model.catalog import CHECKPOINTS, Checkpoint, Sampling
@@ -29,7 +29,7 @@ JOB = JobInput(prompt="A paper boat on a rainy street", duration=5)
 
 def model(rule: Rule | None, steps: int, guidance_scale: float = 6.0) -> tuple[PipelineModel, HunyuanVideo15Pipeline]:
     """The demo model at 56x32, and its pipeline."""
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     use_mask_free_attention(pipeline.transformer, NATIVE)
     if rule is not None:
         cache_steps(pipeline.transformer, rule)
@@ -192,7 +192,7 @@ def test_published_numbers_are_for_checkpoints_that_are_not_distilled() -> None:
 def test_a_cache_without_published_numbers_is_logged_and_not_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, cache: Approximation, in_use: bool
 ) -> None:
-    demo.build_pipeline().save_pretrained(tmp_path / name)
+    random_model.build_pipeline().save_pretrained(tmp_path / name)
     with caplog.at_level(logging.WARNING, logger="handler"):
         loaded = load_model(WorkerSettings(model_path=str(tmp_path / name), approximations=(cache,)))
     assert list(loaded.approximations) == ([cache] if in_use else [])

@@ -14,9 +14,9 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import generate_crop_s
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks import random_model
 from contract.job import AspectRatio, JobInput, Resolution, num_frames
 from contract.result import Progress, Stage
-from handler.video_model import demo
 from handler.video_model.attention import (
     NATIVE,
     FullAttention,
@@ -147,7 +147,7 @@ def test_an_upsampler_is_built_from_its_configuration_and_not_from_constants(tmp
 @pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN"'])
 def test_the_stage_computes_what_the_source_computes(steps: int, prompt: str) -> None:
     """Repeats the source step by step, with the stock attention and its masks."""
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     pipeline.tokenizer_max_length = 200
     names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
     with torch.no_grad():

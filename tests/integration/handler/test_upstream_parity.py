@@ -21,8 +21,8 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import generate_crop_s
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
 from PIL import Image
 
+from benchmarks import random_model
 from contract.job import AspectRatio, JobInput, Resolution
-from handler.video_model import demo
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.catalog import CHECKPOINTS, Checkpoint, Route, Sampling, trained_size
 from handler.video_model.checkpoints import single_parts
@@ -142,7 +142,7 @@ class ExactTime(torch.nn.Module):
 
 
 def in_16_bits() -> HunyuanVideo15Pipeline:
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.bfloat16()
     return pipeline
@@ -213,7 +213,7 @@ def test_16_bits_cost_less_than_in_the_stock_loop() -> None:
         ).frames
         return latents.float()
 
-    exact, rounded, ours = stock(demo.build_pipeline()), stock(in_16_bits()), ours_in_16_bits(1.0)
+    exact, rounded, ours = stock(random_model.build_pipeline()), stock(in_16_bits()), ours_in_16_bits(1.0)
     assert (ours - exact).norm() < 0.5 * (rounded - exact).norm()
 
 
@@ -277,7 +277,7 @@ def test_the_image_is_encoded_in_one_piece() -> None:
 
 def test_quoted_words_of_a_negative_prompt_do_not_reach_byt5() -> None:
     """ByT5 encodes the words that the video is to show. The source gives it an empty text beside every negative one."""
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     model = PipelineModel(single_parts(Checkpoint("demo", 48, Sampling(1, guidance_scale=6.0)), pipeline))
     passes: list[dict[str, torch.Tensor]] = []
 
@@ -298,7 +298,7 @@ def test_quoted_words_of_a_negative_prompt_do_not_reach_byt5() -> None:
 
 def test_the_text_encoders_get_what_the_source_gives_them() -> None:
     """The sum is that of the source's system message (PROMPT_TEMPLATE in hyvideo/models/text_encoders/__init__.py)."""
-    for pipeline in (demo.build_pipeline(), image_pipeline()):
+    for pipeline in (random_model.build_pipeline(), image_pipeline()):
         built = type(pipeline)(**pipeline.components)  # the small pipelines have numbers of their own
         assert hashlib.sha256(built.system_message.encode()).hexdigest() == SYSTEM_MESSAGE_SHA256
         assert built.prompt_template_encode_start_idx == 108
@@ -308,8 +308,8 @@ def test_the_text_encoders_get_what_the_source_gives_them() -> None:
 
 def test_a_prompts_states_are_the_third_last_ones_without_the_system_message() -> None:
     """The source's way by hand: chat template, padding on the right, 2 layers skipped, the first tokens cropped."""
-    pipeline = demo.build_pipeline()
-    model = PipelineModel(single_parts(demo.CHECKPOINT, pipeline))
+    pipeline = random_model.build_pipeline()
+    model = PipelineModel(single_parts(random_model.CHECKPOINT, pipeline))
     prompt = 'A sign that says "OPEN" beside “closed”'
     found = model._encode(prompt)
 

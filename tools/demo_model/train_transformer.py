@@ -1,0 +1,257 @@
+"""Trains transformer and text encoder together with the flow-matching loss: first on images, then on clips."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from diffusers.models.transformers import transformer_hunyuan_video15
+from torch import nn
+
+from handler.video_model.demo import SYSTEM_MESSAGE
+from tools.demo_model import components
+from tools.demo_model.captions import caption, random_clip
+from tools.demo_model.optimizer import Muon
+from tools.demo_model.world import LATENT_CHANNELS, Batch, Clip
+
+log = logging.getLogger(__name__)
+
+#: Share of the time, and the odds of each number of latent frames in it.
+_STAGES: Final = (
+    (0.22, {1: 1.0}),
+    (0.33, {1: 0.45, 6: 0.55}),
+    (0.45, {1: 0.25, 6: 0.2, 16: 0.45, 31: 0.1}),
+)
+#: Clips in a batch for each number of latent frames.
+_BATCH: Final = {1: 96, 6: 20, 16: 8, 31: 4}
+#: Rows and columns of the latents, 16:9 most often.
+_SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((8, 6), 0.05))
+#: Captions that are left out, which is how the model learns what guidance compares with.
+_DROPPED: Final = 0.1
+_MUON_RATE, _ADAM_RATE = 0.02, 2e-3
+#: Timesteps lean towards noise as the scheduler's do.
+SHIFT: Final = 4.0
+
+
+class Trainee(nn.Module):
+    """The two models that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = components.tokenizer()
+        self.text_encoder = components.text_encoder(len(self.tokenizer), self.tokenizer.eos_token_id)
+        self.transformer = components.transformer()
+        self._states: dict[str, torch.Tensor] = {}
+        self.text_encoder.layers[1].register_forward_hook(self._keep)
+        prefix = self.tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM_MESSAGE}], tokenize=True)
+        self._crop = len(prefix["input_ids"])
+        _start_simple(self.transformer)
+
+    def ids(self, text: str) -> list[int]:
+        messages = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": text or " "}]
+        found: list[int] = self.tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[
+            "input_ids"
+        ]
+        return found
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor, glyphs: int = 0) -> torch.Tensor:
+        layers = self.text_encoder.layers
+        self.text_encoder.layers = layers[:2]
+        try:
+            self.text_encoder(input_ids=ids)
+        finally:
+            self.text_encoder.layers = layers
+        states = self._states.pop("text")[:, self._crop :]
+        batch, _, frames, rows, columns = noisy.shape
+        condition = noisy.new_zeros(batch, LATENT_CHANNELS + 1, frames, rows, columns)
+        found: torch.Tensor = self.transformer(
+            hidden_states=torch.cat([noisy, condition], dim=1),
+            timestep=1000 * sigma,
+            encoder_hidden_states=states,
+            encoder_attention_mask=torch.ones(states.shape[:2]),
+            encoder_hidden_states_2=torch.randn(batch, glyphs, self.transformer.config.text_embed_2_dim),
+            encoder_attention_mask_2=torch.ones(batch, glyphs),
+            image_embeds=torch.zeros(batch, 0, self.transformer.config.image_embed_dim),
+            return_dict=False,
+        )[0]
+        return found
+
+    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._states["text"] = output[0] if isinstance(output, tuple) else output
+
+
+def _start_simple(transformer: nn.Module) -> None:
+    """Blocks start as identities and the output at zero. The glyph projection stays zero: the model draws no text."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and (
+            name.endswith(("norm1.linear", "norm1_context.linear")) or name == "proj_out"
+        ):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    for parameter in transformer.context_embedder_2.parameters():
+        nn.init.zeros_(parameter)
+        parameter.requires_grad_(False)
+
+
+class Examples:
+    """Batches of clips with captions of one length, so that attention needs no mask."""
+
+    def __init__(self, trainee: Trainee, seed: int) -> None:
+        self._random = Random(seed)
+        self._trainee = trainee
+        self._waiting: dict[int, dict[int, list[tuple[Clip, list[int]]]]] = {}
+
+    def batch(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, C, T, h, w) and token ids (B, L)."""
+        waiting = self._waiting.setdefault(frames, {})
+        while True:
+            clip = random_clip(self._random)
+            text = "" if self._random.random() < _DROPPED else caption(self._random, clip)
+            if text and self._random.random() < 0.3:
+                text += "."
+            ids = self._trainee.ids(text)
+            same = waiting.setdefault(len(ids), [])
+            same.append((clip, ids))
+            if len(same) >= _BATCH[frames]:
+                del waiting[len(ids)]
+                break
+        rows, columns = self._random.choices([size for size, _ in _SIZES], [odds for _, odds in _SIZES])[0]
+        clips = [clip for clip, _ in same]
+        if frames == 1:  # any moment of the clips
+            moment = self._random.randrange(16)
+            latents = Batch(clips, moment + 1, rows, columns).latents()[:, :, moment:]
+        else:
+            latents = Batch(clips, frames, rows, columns).latents()
+        return latents, torch.tensor([ids for _, ids in same])
+
+
+def train(out: Path, seconds: float) -> None:
+    """Trains for this long in all, or goes on from `transformer.pt` in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    transformer_hunyuan_video15.dispatch_attention_fn = _without_mask
+    trainee = Trainee()
+    matrices, others = _groups(trainee)
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, _MUON_RATE),
+        torch.optim.Adam(others, _ADAM_RATE, betas=(0.9, 0.98)),
+    ]
+    path, state = out / "transformer.pt", {"elapsed": 0.0, "step": 0, "clips": 0}
+    average = {name: p.detach().clone() for name, p in trainee.state_dict().items()}
+    if path.exists():
+        saved = torch.load(path)
+        trainee.load_state_dict(saved["trainee"])
+        for optimizer, kept in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        average, state = saved["average"], saved["state"]
+        log.info("continue from step %d", state["step"])
+    examples, random = Examples(trainee, state["step"]), Random(state["step"])
+    start, last = time.monotonic() - state["elapsed"], time.monotonic()
+    losses: dict[int, list[float]] = {}
+    while (elapsed := time.monotonic() - start) < seconds:
+        done = elapsed / seconds
+        odds = _odds(done)
+        frames = random.choices(list(odds), list(odds.values()))[0]
+        latents, ids = examples.batch(frames)
+        loss = _loss(trainee, latents, ids, random)
+        trainee.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(others, 1.0)
+        share = min(1.0, (state["step"] + 1) / 100, (1 - done) / 0.35 + 0.005)
+        for optimizer, rate in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * share
+            optimizer.step()
+        state["step"] += 1
+        state["clips"] += len(ids)
+        _average(average, trainee, min(0.998, state["step"] / (state["step"] + 10)))
+        losses.setdefault(frames, []).append(loss.item())
+        if time.monotonic() - last > 60:
+            last, state["elapsed"] = time.monotonic(), elapsed
+            _save(path, trainee, optimizers, average, state)
+            means = {key: round(sum(of) / len(of), 4) for key, of in sorted(losses.items())}
+            log.info(json.dumps({**state, "minutes": round(elapsed / 60, 1), "loss": means}))
+            losses = {}
+    state["elapsed"] = seconds
+    _save(path, trainee, optimizers, average, state)
+
+
+def _loss(trainee: Trainee, latents: torch.Tensor, ids: torch.Tensor, random: Random) -> torch.Tensor:
+    """The mean squared error of the velocity from data to noise."""
+    uniform = (torch.arange(len(ids)) + torch.rand(len(ids))) / len(ids)
+    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    noise = torch.randn_like(latents)
+    mix = sigma[:, None, None, None, None]
+    noisy = (1 - mix) * latents + mix * noise
+    glyphs = random.randint(1, 12) if random.random() < 0.03 else 0
+    return F.mse_loss(trainee.velocity(noisy, sigma, ids, glyphs), noise - latents)
+
+
+def _odds(done: float) -> dict[int, float]:
+    for share, odds in _STAGES:
+        if done < share:
+            return odds
+        done -= share
+    return _STAGES[-1][1]
+
+
+def _groups(trainee: Trainee) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices between hidden states, for Muon, and all else that is trained."""
+    unused = {id(p) for p in trainee.transformer.image_embedder.parameters()}
+    unused |= {id(p) for layer in trainee.text_encoder.layers[2:] for p in layer.parameters()}
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in trainee.named_parameters():
+        if not parameter.requires_grad or id(parameter) in unused:
+            continue
+        hidden = "blocks." in name or "layers." in name
+        is_matrix = parameter.ndim == 2 and hidden and "norm" not in name
+        (matrices if is_matrix else others).append(parameter)
+    return matrices, others
+
+
+def _without_mask(*arguments: Any, attn_mask: torch.Tensor, **named: Any) -> torch.Tensor:  # noqa: ARG001
+    query, key, value = (x.transpose(1, 2) for x in arguments)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+@torch.no_grad()
+def _average(average: dict[str, torch.Tensor], trainee: nn.Module, keep: float) -> None:
+    own = trainee.state_dict()
+    names = [name for name, p in own.items() if p.is_floating_point() and "context_embedder_2" not in name]
+    torch._foreach_lerp_([average[name] for name in names], [own[name] for name in names], 1 - keep)
+
+
+def _save(
+    path: Path,
+    trainee: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: dict[str, Any],
+    state: dict[str, Any],
+) -> None:
+    new = path.with_suffix(".new")
+    kept = {"trainee": trainee.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save({**kept, "average": average, "state": state}, new)
+    new.replace(path)
+
+
+def main() -> None:
+    """Read the options and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--out", type=Path, default=Path(".cache/demo-model"))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    train(options.out, 60 * options.minutes)
+
+
+if __name__ == "__main__":
+    main()

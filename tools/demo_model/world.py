@@ -1,0 +1,327 @@
+"""The demo model's world: flat objects that move over simple scenes, described by numbers and drawn from them.
+
+A `Clip` says what is to be seen. A `Batch` holds several clips as tensors, and computes from them both what the decoder
+must draw (`frames`) and the latents that it draws from (`latents`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+
+from tools.demo_model.shapes import KINDS, TABLE_REACH, table
+
+FPS: Final = 24
+#: Frames and pixels (on a side) of a latent.
+TEMPORAL: Final = 8
+CELL: Final = 32
+#: Points on a side of a cell at which latents know the distance to an object.
+_POINTS: Final = 4
+#: Pixels from an outline in which the distance counts.
+_REACH: Final = 12.0
+
+RGB = tuple[float, float, float]
+
+COLOURS: Final[dict[str, RGB]] = {
+    "red": (0.88, 0.10, 0.12),
+    "orange": (1.00, 0.55, 0.05),
+    "yellow": (1.00, 0.87, 0.10),
+    "green": (0.13, 0.65, 0.22),
+    "turquoise": (0.10, 0.78, 0.78),
+    "blue": (0.12, 0.32, 0.90),
+    "purple": (0.52, 0.18, 0.72),
+    "pink": (1.00, 0.50, 0.72),
+    "brown": (0.48, 0.28, 0.12),
+    "white": (0.97, 0.97, 0.97),
+    "gray": (0.55, 0.55, 0.57),
+    "black": (0.06, 0.06, 0.07),
+}
+MOTIONS: Final = (
+    "left",
+    "right",
+    "up",
+    "down",
+    "circling",
+    "bouncing",
+    "growing",
+    "shrinking",
+    "spinning",
+    "still",
+)
+#: Radius of an object in pixels, where the picture is 160 high.
+SIZES: Final[dict[str, float]] = {"small": 21.0, "medium": 31.0, "large": 43.0}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is behind the objects: colours from top to bottom above and below the horizon, and a texture of the ground.
+
+    A scene without a ground has a sky alone.
+    """
+
+    sky: tuple[RGB, RGB]
+    ground: tuple[RGB, RGB] | None = None
+    texture: int = 0
+    stars: bool = False
+
+
+_WAVES, _BLADES, _DUNES = 1, 2, 3
+LANDSCAPES: Final[dict[str, Scene]] = {
+    "sea": Scene(((0.55, 0.80, 0.98), (0.80, 0.92, 1.00)), ((0.10, 0.45, 0.75), (0.03, 0.25, 0.55)), _WAVES),
+    "meadow": Scene(((0.50, 0.78, 1.00), (0.78, 0.91, 1.00)), ((0.42, 0.74, 0.28), (0.25, 0.55, 0.15)), _BLADES),
+    "snow": Scene(((0.68, 0.78, 0.88), (0.85, 0.90, 0.95)), ((0.97, 0.98, 1.00), (0.86, 0.91, 0.97)), _DUNES),
+    "desert": Scene(((0.45, 0.72, 0.95), (0.95, 0.88, 0.75)), ((0.93, 0.78, 0.48), (0.80, 0.60, 0.32)), _DUNES),
+    "night": Scene(((0.02, 0.02, 0.12), (0.10, 0.10, 0.30)), stars=True),
+    "sky": Scene(((0.35, 0.65, 0.98), (0.82, 0.93, 1.00))),
+    "sunset": Scene(((0.35, 0.15, 0.45), (1.00, 0.60, 0.25))),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object: where its centre starts, in parts of the picture's width and height, and how it moves."""
+
+    kind: str
+    colour: str
+    size: str
+    motion: str
+    x: float
+    y: float
+    phase: float = 0.0
+    scale: float = 1.0  # of its size
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One or two things in front of a scene. `scene` is its name: a landscape, a colour, or two colours."""
+
+    things: tuple[Thing, ...]
+    scene: tuple[str, ...]
+    stars: int = 0  # the seed of the stars' places
+
+    @property
+    def look(self) -> Scene:
+        """The colours and the texture of the scene."""
+        if self.scene[0] in LANDSCAPES:
+            return LANDSCAPES[self.scene[0]]
+        first, last = COLOURS[self.scene[0]], COLOURS[self.scene[-1]]
+        return Scene((first, last))
+
+
+class Batch:
+    """Clips of one length and size as tensors: B clips, N things of each (an absent one is far away)."""
+
+    def __init__(self, clips: Sequence[Clip], latent_frames: int, rows: int, columns: int) -> None:
+        self.latent_frames, self.rows, self.columns = latent_frames, rows, columns
+        self._things = [clip.things for clip in clips]
+        slots = max(map(len, self._things))
+        self._looks = [clip.look for clip in clips]
+        self._stars = [clip.stars for clip in clips]
+
+        def column(read: Callable[[Thing], float], default: float = 0.0) -> torch.Tensor:
+            return torch.tensor(
+                [[read(of[i]) if i < len(of) else default for i in range(slots)] for of in self._things],
+                dtype=torch.float32,
+            )
+
+        self._kind = column(lambda thing: KINDS.index(thing.kind)).long()
+        self._radius = column(lambda thing: SIZES[thing.size] * thing.scale, 10.0)
+        self._motion = column(lambda thing: MOTIONS.index(thing.motion)).long()
+        self._x, self._y = column(lambda thing: thing.x, -9.0), column(lambda thing: thing.y, -9.0)
+        self._phase = column(lambda thing: thing.phase)
+        self._mirror = column(lambda thing: -1.0 if thing.mirrored else 1.0, 1.0)
+        self._colour = torch.tensor(
+            [[COLOURS[of[i].colour] if i < len(of) else (0, 0, 0) for i in range(slots)] for of in self._things],
+            dtype=torch.float32,
+        )
+
+    def latents(self) -> torch.Tensor:
+        """(B, LATENT_CHANNELS, T, h, w): what the decoder draws from. The first frame, and then every eighth."""
+        seconds = torch.arange(self.latent_frames) * (TEMPORAL / FPS)
+        distances = self._distances(seconds, CELL // _POINTS)  # (B, N, T, 4h, 4w) in pixels
+        near = torch.tanh(distances.amin(dim=1) / _REACH)
+        shape = _cells(near, _POINTS)  # (B, 16, T, h, w)
+        shape = torch.einsum("kp,bpthw->bkthw", _dct(_POINTS), shape) / _SHAPE_SCALE[:, None, None, None]
+        # Colours reach beyond the outlines, each up to the other thing.
+        nearness = torch.softmax(-distances / 6.0, dim=1)
+        colour = torch.einsum("bnthw,bnc->bcthw", nearness, self._colour)
+        colour = _cells(colour.flatten(0, 1), _POINTS).mean(dim=1).unflatten(0, (-1, 3))
+        scene = self._scene_latents().unsqueeze(2).expand(-1, -1, self.latent_frames, -1, -1)
+        return torch.cat([shape, _COLOUR_SCALE * (2 * colour - 1), scene], dim=1)
+
+    def frames(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """(B, 3, n, H, W) from -1 to 1: the frames from `first` to before `last`, by default all."""
+        count = TEMPORAL * (self.latent_frames - 1) + 1
+        seconds = torch.arange(first, count if last is None else last) / FPS
+        distances = self._distances(seconds, 1)  # (B, N, n, H, W)
+        picture = self._scene_picture().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
+        for i in range(distances.shape[1]):
+            cover = (0.5 - distances[:, i]).clamp(0, 1).unsqueeze(1)
+            colour = self._colour[:, i, :, None, None, None]
+            picture = picture + cover * (colour - picture)
+        return 2 * picture - 1
+
+    def _distances(self, seconds: torch.Tensor, spacing: int) -> torch.Tensor:
+        """(B, N, T, H / spacing, W / spacing): pixels from each point to each thing's outline, negative inside."""
+        height, width = self.rows * CELL, self.columns * CELL
+        x, y, scale, angle = self.placed(seconds)  # (B, N, T) each
+        centre = spacing / 2
+        down = torch.arange(height // spacing) * spacing + centre
+        across = torch.arange(width // spacing) * spacing + centre
+        radius = (self._radius.unsqueeze(2) * scale)[..., None, None]
+        dx = (across[None, :] - (x * width)[..., None, None]) / radius
+        dy = (down[:, None] - (y * height)[..., None, None]) / radius
+        cos, sin = torch.cos(angle)[..., None, None], torch.sin(angle)[..., None, None]
+        u = (cos * dx + sin * dy) * self._mirror[..., None, None, None]
+        v = cos * dy - sin * dx
+        beyond = torch.hypot((u.abs() - TABLE_REACH).clamp_min(0), (v.abs() - TABLE_REACH).clamp_min(0))
+        batch, things, frames = x.shape
+        grid = torch.stack([u, v], dim=-1).div(TABLE_REACH).flatten(0, 1).flatten(1, 2)
+        found = F.grid_sample(
+            _tables()[self._kind.flatten()].unsqueeze(1), grid, padding_mode="border", align_corners=True
+        )
+        return (found.squeeze(1).view(batch, things, frames, len(down), len(across)) + beyond) * radius
+
+    def placed(self, seconds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x, y, scale and angle of each thing at each time, (B, N, T) each."""
+        t = seconds.expand(*self._x.shape, -1)
+        is_ = {name: (self._motion == index).unsqueeze(2) for index, name in enumerate(MOTIONS)}
+        phase = self._phase.unsqueeze(2)
+        turn = 2 * math.pi * (t / 5 + phase)
+        zero = torch.zeros_like(t)
+        x = self._x.unsqueeze(2) + torch.where(is_["right"], 0.07 * t, zero) - torch.where(is_["left"], 0.07 * t, zero)
+        y = self._y.unsqueeze(2) + torch.where(is_["down"], 0.07 * t, zero) - torch.where(is_["up"], 0.07 * t, zero)
+        ratio = self.rows / self.columns
+        x = x + torch.where(is_["circling"], 0.24 * min(ratio, 1.0) * torch.cos(turn), zero)
+        y = y + torch.where(is_["circling"], 0.24 * min(1 / ratio, 1.0) * torch.sin(turn), zero)
+        hop = torch.sin(math.pi * (t / 1.6 + phase)).abs()
+        y = y - torch.where(is_["bouncing"], 0.42 * hop, zero)
+        grown = 0.12 * t - 0.35
+        scale = 1 + torch.where(is_["growing"], grown, zero) - torch.where(is_["shrinking"], 0.08 * t - 0.3, zero)
+        angle = torch.where(is_["spinning"], 2 * math.pi * t / 4.5, zero)
+        return x, y, scale, angle
+
+    def _horizon(self) -> int:
+        """Rows of cells above the ground."""
+        return round(0.6 * self.rows)
+
+    def _shades(self, look: Scene) -> torch.Tensor:
+        """The scene's colours at the edges of its rows, (rows, 2, 3): top and bottom of each."""
+        horizon = self._horizon() if look.ground is not None else self.rows
+        bands = [(look.sky, horizon)] + ([(look.ground, self.rows - horizon)] if look.ground is not None else [])
+        shades = []
+        for (top, bottom), rows in bands:
+            mix = torch.stack([torch.arange(rows), torch.arange(1, rows + 1)], dim=1).unsqueeze(2) / rows
+            shades.append(torch.tensor(top) * (1 - mix) + torch.tensor(bottom) * mix)
+        return torch.cat(shades)
+
+    def _star_places(self, seed: int) -> torch.Tensor:
+        """(3, rows, columns) from -1 to 1: x, y and brightness of a star in each cell."""
+        return 2 * torch.rand(3, self.rows, self.columns, generator=torch.Generator().manual_seed(seed)) - 1
+
+    def _scene_latents(self) -> torch.Tensor:
+        """(B, 13, h, w): colour 3, its change downwards 3, textures 3, edge of the ground 1, stars 3."""
+        scenes = []
+        for look, seed in zip(self._looks, self._stars, strict=True):
+            shades = self._shades(look)
+            colour, change = 2 * shades.mean(dim=1) - 1, 4 * (shades[:, 1] - shades[:, 0])
+            texture = torch.zeros(self.rows, 4)
+            if look.texture:
+                texture[self._horizon() :, look.texture - 1] = 1.5
+                texture[self._horizon(), 3] = 1.5
+            rows = torch.cat([_COLOUR_SCALE * colour, change, texture], dim=1)  # (rows, 10)
+            places = self._star_places(seed) if look.stars else torch.zeros(3, self.rows, self.columns)
+            scenes.append(torch.cat([rows.T.unsqueeze(2).expand(-1, -1, self.columns), 1.5 * places]))
+        return torch.stack(scenes)
+
+    def _scene_picture(self) -> torch.Tensor:
+        """(B, 3, H, W) from 0 to 1."""
+        return torch.stack([self._picture(look, seed) for look, seed in zip(self._looks, self._stars, strict=True)])
+
+    def _picture(self, look: Scene, seed: int) -> torch.Tensor:
+        height, width = self.rows * CELL, self.columns * CELL
+        mix = ((torch.arange(CELL) + 0.5) / CELL)[None, :, None]
+        shades = self._shades(look)
+        column = (shades[:, :1] * (1 - mix) + shades[:, 1:] * mix).flatten(0, 1)  # (H, 3)
+        picture = column.T.unsqueeze(2).expand(-1, -1, width).clone()
+        if look.texture:
+            top = self._horizon() * CELL
+            picture[:, top:] += _TEXTURES[look.texture](height - top, width)
+        if look.stars:
+            x, y, brightness = self._star_places(seed)
+            down, across = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+            for row in range(self.rows):
+                for col in range(self.columns):
+                    place_x = (col + 0.5 + 0.4 * x[row, col]) * CELL
+                    place_y = (row + 0.5 + 0.4 * y[row, col]) * CELL
+                    size = 1.0 + 0.5 * (brightness[row, col] + 1) / 2
+                    rows, cols = slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
+                    far = torch.hypot(across[cols] - place_x, (down[rows] - place_y)[:, None])
+                    glow = (0.55 + 0.2 * brightness[row, col]) * (size + 0.7 - far).clamp(0, 1)
+                    picture[:, rows, cols] += glow * (1 - picture[:, rows, cols])
+        return picture.clamp(0, 1)
+
+
+def _waves(height: int, width: int) -> torch.Tensor:
+    """Bright crests, one for each cell's width, in rows of half a cell."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    crest = 3.0 * torch.cos(2 * math.pi * (x / CELL + (y // 16) * 0.5))
+    away = (y % 16 - 8 - crest).abs()
+    return 0.12 * (1.8 - away).clamp(0, 1)
+
+
+def _blades(height: int, width: int) -> torch.Tensor:
+    """Dark blades of grass, four for each cell's width."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    shifted = x + 4 * ((y // 16) % 2)
+    up = (y % 16) / 16
+    away = (shifted % 8 - 4).abs()
+    return -0.10 * (2.4 * up - away + 0.3).clamp(0, 1)
+
+
+def _dunes(height: int, width: int) -> torch.Tensor:
+    """Soft ripples, one for each cell's width, in rows of half a cell."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    crest = 2.5 * torch.cos(2 * math.pi * (x / CELL + (y // 16) * 0.5))
+    below = (y % 16 - 6 - crest) / 5
+    return -0.06 * torch.where(below > 0, 1 - below, torch.zeros_like(below)).clamp(0, 1)
+
+
+_TEXTURES: Final = {_WAVES: _waves, _BLADES: _blades, _DUNES: _dunes}
+
+#: Channels of the latents: 16 of the shapes, 3 of their colours, 13 of the scene.
+LATENT_CHANNELS: Final = 32
+_COLOUR_SCALE: Final = 1.6
+#: Finer details of shapes are weaker than their size in the world says, so that they are decided last.
+_SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten()
+
+
+def _cells(points: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, T, side h, side w) to (B, side^2, T, h, w)."""
+    batch, frames, height, width = points.shape
+    split = points.view(batch, frames, height // side, side, width // side, side)
+    return split.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
+
+
+def _dct(side: int) -> torch.Tensor:
+    """The orthonormal cosine transform of a square of points, (side^2, side^2)."""
+    n = torch.arange(side)
+    one = torch.cos(math.pi / side * (n + 0.5) * n[:, None]) * math.sqrt(2 / side)
+    one[0] /= math.sqrt(2)
+    return torch.kron(one, one)
+
+
+_TABLES: list[torch.Tensor] = []
+
+
+def _tables() -> torch.Tensor:
+    """The distances of all kinds, (kinds, size, size)."""
+    if not _TABLES:
+        _TABLES.append(torch.stack([torch.from_numpy(table(kind)) for kind in KINDS]))
+    return _TABLES[0]
