@@ -24,11 +24,11 @@ def assemble(trained: Path, directory: Path) -> None:
     tokenizer = components.tokenizer()
     text_encoder = components.text_encoder(len(tokenizer), tokenizer.eos_token_id)
     transformer, vae = components.transformer(), components.vae()
-    average = torch.load(trained / "transformer.pt")["average"]
+    average = torch.load(trained / "transformer.pt", weights_only=True)["average"]
     for name, part in (("text_encoder", text_encoder), ("transformer", transformer)):
         prefix = f"{name}."
         part.load_state_dict({key.removeprefix(prefix): p for key, p in average.items() if key.startswith(prefix)})
-    vae.decoder.load_state_dict(torch.load(trained / "decoder.pt")["average"])
+    vae.decoder.load_state_dict(torch.load(trained / "decoder.pt", weights_only=True)["average"])
     sampling = CHECKPOINT.sampling
     pipeline = HunyuanVideo15Pipeline(
         text_encoder=text_encoder.half(),

@@ -100,7 +100,8 @@ _SCENE_WORDS: Final[dict[str, str]] = {
     "over a calm sea;on a calm blue sea;with the sea in the background;across the sea;across the water",
     "meadow": "on the grass;over the grass;on grass;on green grass;over green grass;in the grass;on a meadow;"
     "in a meadow;over a meadow;on a green meadow;on a green field;in a field;over a field;on a lawn;in a park;"
-    "in a garden;over a grassy field;on a grassy hill;across the grass;across a meadow;over grassland;in a green meadow",
+    "in a garden;over a grassy field;on a grassy hill;across the grass;across a meadow;"
+    "over grassland;in a green meadow",
     "snow": "in the snow;on the snow;over the snow;over snow;on a snowy field;in fresh snow;on fresh snow;"
     "through the snow;across the snow;across a snowy field;over a snowy landscape;in a snowy landscape;in winter;"
     "on a winter day;over ice;on ice;through fresh snow;on snow;in a snowy field;over white snow",

@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "rows": rows})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002 - a closure is not supported
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002 - no closure is supported
         """See `torch.optim.Optimizer.step`."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 def _orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """(n, rows, columns): each with singular values near 1."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.transpose(1, 2) if tall else matrices
+    x: torch.Tensor = matrices.transpose(1, 2) if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):

@@ -35,7 +35,8 @@ def _polygon(grid: Grid, corners: list[tuple[float, float]]) -> Distances:
             crosses = (y1 > y) != (y2 > y)
             inside ^= crosses & (x < x1 + (y - y1) / dy * dx)
     distance: Distances = np.sqrt(squared)
-    return np.where(inside, -distance, distance)
+    signed: Distances = np.where(inside, -distance, distance)
+    return signed
 
 
 def _circle(grid: Grid, x0: float, y0: float, radius: float) -> Distances:

@@ -1,4 +1,7 @@
-"""Trains the VAE's decoder to draw the world from its latents."""
+"""Trains the VAE's decoder to draw the world from its latents.
+
+First its lower levels learn to give the upper ones what those draw from (`drawing.py`), then all of it learns pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15CausalConv3d as CausalConv3d
 from torch import nn
 
+from tools.demo_model import drawing
 from tools.demo_model.captions import random_clip
 from tools.demo_model.components import vae
 from tools.demo_model.optimizer import Muon
@@ -24,11 +28,11 @@ from tools.demo_model.world import CELL, FPS, TEMPORAL, Batch
 
 log = logging.getLogger(__name__)
 
-#: What each stage sees: latent frames, clips in a batch, and its share of the time.
-_STAGES: Final = ((1, 20, 0.5), (2, 5, 0.3), (3, 3, 0.2))
-_MUON_RATE, _ADAM_RATE = 0.02, 2e-3
+#: Share of the time, whether the loss is in pixels, latent frames, and clips in a batch.
+_STAGES: Final = ((0.25, False, 1, 24), (0.35, False, 3, 8), (0.1, True, 1, 16), (0.3, True, 3, 3))
+_MUON_RATE, _ADAM_RATE = 0.006, 2e-3
 #: Cells on a side of a part, and rows and columns of whole pictures.
-_CROPS: Final = (2, 2, 3)
+_CROPS: Final = (2, 3)
 _SIZES: Final = ((5, 9), (5, 9), (9, 5), (6, 6), (6, 8), (8, 6))
 
 
@@ -49,14 +53,16 @@ def train(out: Path, seconds: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     decoder = vae().decoder
-    _start_simple(decoder)
     _compute_faster(decoder)
     path, state = out / "decoder.pt", {"elapsed": 0.0, "step": 0}
+    if not path.exists():
+        _start_simple(decoder)
+        drawing.start(decoder)
     kernels = [p for p in decoder.parameters() if p.ndim == 5]
     others = [p for p in decoder.parameters() if p.ndim != 5]
     optimizers = [Muon(kernels, _MUON_RATE, rows=32), torch.optim.Adam(others, _ADAM_RATE, betas=(0.9, 0.98))]
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, weights_only=True)
         decoder.load_state_dict(saved["decoder"])
         for optimizer, kept in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -66,11 +72,9 @@ def train(out: Path, seconds: float) -> None:
     start, last = time.monotonic() - state["elapsed"], time.monotonic()
     while (elapsed := time.monotonic() - start) < seconds:
         done = elapsed / seconds
-        frames, size = _stage(done)
-        share = min(1.0, (state["step"] + 1) / 50, (1 - done) / 0.5 + 0.01)
-        latents, target = _examples(random, frames, size)
-        drawn = decoder(latents)
-        loss = _loss(drawn, target)
+        in_pixels, frames, size = _stage(done)
+        share = min((state["step"] + 1) / 50, 1 - done + 0.01) * (0.25 if in_pixels else 1.0)
+        loss = (_pixel_loss if in_pixels else _feature_loss)(decoder, random, frames, size)
         decoder.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(others, 1.0)
@@ -79,7 +83,7 @@ def train(out: Path, seconds: float) -> None:
             optimizer.step()
         state["step"] += 1
         with torch.no_grad():
-            keep = min(0.995, state["step"] / (state["step"] + 20))
+            keep = min(0.99, state["step"] / (state["step"] + 20))
             for name, p in decoder.state_dict().items():
                 average[name].lerp_(p, 1 - keep)
         if time.monotonic() - last > 60:
@@ -90,6 +94,7 @@ def train(out: Path, seconds: float) -> None:
                     {
                         "step": state["step"],
                         "minutes": round(elapsed / 60, 1),
+                        "pixels": in_pixels,
                         "frames": frames,
                         "loss": round(loss.item(), 4),
                         "psnr": psnr(decoder, average),
@@ -101,43 +106,72 @@ def train(out: Path, seconds: float) -> None:
     log.info("final psnr %s", psnr(decoder, average))
 
 
-def _stage(done: float) -> tuple[int, int]:
-    for frames, size, share in _STAGES:
+def _stage(done: float) -> tuple[bool, int, int]:
+    for share, in_pixels, frames, size in _STAGES:
         if done < share:
-            return frames, size
+            return in_pixels, frames, size
         done -= share
-    return _STAGES[-1][:2]
+    return _STAGES[-1][1:]
 
 
-def _examples(random: Random, frames: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents with a little noise, and what they show: a part of the picture near a thing, at any moment of a clip."""
-    rows, columns = random.choice(_SIZES)
-    first = random.randrange(0, 20)
-    batch = Batch([random_clip(random) for _ in range(size)], first + frames, rows, columns)
-    whole = batch.latents()[:, :, first:]
-    pictures = batch.frames(TEMPORAL * first, TEMPORAL * (first + frames - 1) + 1)
-    x, y, *_ = batch.placed(torch.tensor([TEMPORAL * first / FPS]))
-    side = random.choice(_CROPS)
-    latents, targets = [], []
-    for clip in range(size):
-        top = _start(random, float(y[clip, 0, 0]) * rows, rows, side)
-        left = _start(random, float(x[clip, 0, 0]) * columns, columns, side)
-        latents.append(whole[clip, ..., top : top + side, left : left + side])
-        targets.append(pictures[clip, ..., CELL * top : CELL * (top + side), CELL * left : CELL * (left + side)])
-    clean = torch.stack(latents)
-    return clean + 0.08 * random.random() * torch.randn_like(clean), torch.stack(targets)
-
-
-def _start(random: Random, centre: float, cells: int, side: int) -> int:
-    """The first of `side` cells around a place."""
-    return min(max(round(centre - side / 2 + random.uniform(-0.5, 0.5)), 0), cells - side)
-
-
-def _loss(drawn: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    loss = (drawn - target).abs().mean()
-    for axis in (-1, -2):
-        loss = loss + 0.5 * (drawn.diff(dim=axis) - target.diff(dim=axis)).abs().mean()
+def _feature_loss(decoder: Any, random: Random, frames: int, size: int) -> torch.Tensor:
+    batch, first, last = _clips(random, frames, size)
+    wanted, matters = drawing.features(batch, first, last)
+    latents = _noisy(random, batch.latents()[:, :, -frames:])
+    wanted, matters, latents = _parts(random, batch, first, (8, wanted), (8, matters), (1, latents))
+    hidden = decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, dim=1)
+    hidden = decoder.mid_block(hidden)
+    for block in decoder.up_blocks[:3]:
+        hidden = block(hidden)
+    loss: torch.Tensor = ((hidden - wanted).abs() * matters).mean()
     return loss
+
+
+def _pixel_loss(decoder: Any, random: Random, frames: int, size: int) -> torch.Tensor:
+    batch, first, last = _clips(random, frames, size)
+    latents = _noisy(random, batch.latents()[:, :, -frames:])
+    target, latents = _parts(random, batch, first, (CELL, batch.frames(first, last)), (1, latents))
+    error = decoder(latents) - target
+    loss: torch.Tensor = error.abs().mean()
+    for axis in (-1, -2):
+        loss = loss + 0.5 * error.diff(dim=axis).abs().mean()
+    return loss
+
+
+def _clips(random: Random, frames: int, size: int) -> tuple[Batch, int, int]:
+    """Clips whose last latent frames are looked at, and the first of their pictures and the one after the last."""
+    earlier = random.randrange(0, 20)
+    batch = Batch([random_clip(random) for _ in range(size)], earlier + frames, *random.choice(_SIZES))
+    return batch, TEMPORAL * earlier, TEMPORAL * (earlier + frames - 1) + 1
+
+
+def _noisy(random: Random, latents: torch.Tensor) -> torch.Tensor:
+    """With a little noise, as the transformer's latents are not perfect."""
+    return latents + 0.08 * random.random() * torch.randn_like(latents)
+
+
+def _parts(random: Random, batch: Batch, first: int, *whole: tuple[int, torch.Tensor]) -> list[torch.Tensor]:
+    """The same part of each, near a thing. Each comes with its points on a side of a cell."""
+    x, y, *_ = batch.placed(torch.tensor([first / FPS]))
+    side = random.choice(_CROPS)
+    corners = [
+        (_start(random, float(y[i, 0, 0]), batch.rows, side), _start(random, float(x[i, 0, 0]), batch.columns, side))
+        for i in range(len(x))
+    ]
+    return [
+        torch.stack(
+            [
+                of[i, ..., points * top : points * (top + side), points * left : points * (left + side)]
+                for i, (top, left) in enumerate(corners)
+            ]
+        )
+        for points, of in whole
+    ]
+
+
+def _start(random: Random, place: float, cells: int, side: int) -> int:
+    """The first of `side` cells around a place from 0 to 1."""
+    return min(max(round(place * cells - side / 2 + random.uniform(-0.5, 0.5)), 0), cells - side)
 
 
 @torch.no_grad()
@@ -158,7 +192,7 @@ def psnr(decoder: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, floa
 
 
 def _start_simple(decoder: nn.Module) -> None:
-    """Residual branches start at zero, so that training starts from the shortcuts alone."""
+    """Residual branches start at zero."""
     for name, module in decoder.named_modules():
         if name.endswith("conv2"):
             nn.init.zeros_(module.conv.weight)

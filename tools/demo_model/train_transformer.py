@@ -36,8 +36,9 @@ _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
 _MUON_RATE, _ADAM_RATE = 0.02, 2e-3
-#: Timesteps lean towards noise as the scheduler's do.
-SHIFT: Final = 4.0
+#: Every other timestep leans towards noise as the scheduler's do, where places and colours are decided. The others do
+#: not: shapes are decided later.
+_SHIFTS: Final = (4.0, 1.3)
 
 
 class Trainee(nn.Module):
@@ -87,7 +88,7 @@ class Trainee(nn.Module):
         self._states["text"] = output[0] if isinstance(output, tuple) else output
 
 
-def _start_simple(transformer: nn.Module) -> None:
+def _start_simple(transformer: Any) -> None:
     """Blocks start as identities and the output at zero. The glyph projection stays zero: the model draws no text."""
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and (
@@ -146,13 +147,13 @@ def train(out: Path, seconds: float) -> None:
     path, state = out / "transformer.pt", {"elapsed": 0.0, "step": 0, "clips": 0}
     average = {name: p.detach().clone() for name, p in trainee.state_dict().items()}
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, weights_only=True)
         trainee.load_state_dict(saved["trainee"])
         for optimizer, kept in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         average, state = saved["average"], saved["state"]
         log.info("continue from step %d", state["step"])
-    examples, random = Examples(trainee, state["step"]), Random(state["step"])
+    examples, random = Examples(trainee, int(state["step"])), Random(state["step"])
     start, last = time.monotonic() - state["elapsed"], time.monotonic()
     losses: dict[int, list[float]] = {}
     while (elapsed := time.monotonic() - start) < seconds:
@@ -185,7 +186,8 @@ def train(out: Path, seconds: float) -> None:
 def _loss(trainee: Trainee, latents: torch.Tensor, ids: torch.Tensor, random: Random) -> torch.Tensor:
     """The mean squared error of the velocity from data to noise."""
     uniform = (torch.arange(len(ids)) + torch.rand(len(ids))) / len(ids)
-    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    shift = torch.tensor([_SHIFTS[i % 2] for i in range(len(ids))])
+    sigma = shift * uniform / (1 + (shift - 1) * uniform)
     noise = torch.randn_like(latents)
     mix = sigma[:, None, None, None, None]
     noisy = (1 - mix) * latents + mix * noise

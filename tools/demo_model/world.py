@@ -136,7 +136,7 @@ class Batch:
         self._x, self._y = column(lambda thing: thing.x, -9.0), column(lambda thing: thing.y, -9.0)
         self._phase = column(lambda thing: thing.phase)
         self._mirror = column(lambda thing: -1.0 if thing.mirrored else 1.0, 1.0)
-        self._colour = torch.tensor(
+        self.colour = torch.tensor(
             [[COLOURS[of[i].colour] if i < len(of) else (0, 0, 0) for i in range(slots)] for of in self._things],
             dtype=torch.float32,
         )
@@ -150,8 +150,8 @@ class Batch:
         shape = torch.einsum("kp,bpthw->bkthw", _dct(_POINTS), shape) / _SHAPE_SCALE[:, None, None, None]
         # Colours reach beyond the outlines, each up to the other thing.
         nearness = torch.softmax(-distances / 6.0, dim=1)
-        colour = torch.einsum("bnthw,bnc->bcthw", nearness, self._colour)
-        colour = _cells(colour.flatten(0, 1), _POINTS).mean(dim=1).unflatten(0, (-1, 3))
+        colour = torch.einsum("bnthw,bnc->bcthw", nearness, self.colour)
+        colour = torch.unflatten(_cells(colour.flatten(0, 1), _POINTS).mean(dim=1), 0, (-1, 3))
         scene = self._scene_latents().unsqueeze(2).expand(-1, -1, self.latent_frames, -1, -1)
         return torch.cat([shape, _COLOUR_SCALE * (2 * colour - 1), scene], dim=1)
 
@@ -163,9 +163,13 @@ class Batch:
         picture = self._scene_picture().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
         for i in range(distances.shape[1]):
             cover = (0.5 - distances[:, i]).clamp(0, 1).unsqueeze(1)
-            colour = self._colour[:, i, :, None, None, None]
+            colour = self.colour[:, i, :, None, None, None]
             picture = picture + cover * (colour - picture)
         return 2 * picture - 1
+
+    def seen(self, first: int, last: int, spacing: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances (B, N, n, H / spacing, W / spacing) in pixels, and the scene (B, 3, H, W) from 0 to 1."""
+        return self._distances(torch.arange(first, last) / FPS, spacing), self._scene_picture()
 
     def _distances(self, seconds: torch.Tensor, spacing: int) -> torch.Tensor:
         """(B, N, T, H / spacing, W / spacing): pixels from each point to each thing's outline, negative inside."""

@@ -1,0 +1,104 @@
+"""The demo model's world, captions and training: what a caption says is what the picture shows."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from tools.demo_model import components, drawing, train_decoder, train_transformer
+from tools.demo_model.captions import caption, random_clip, vocabulary
+from tools.demo_model.optimizer import Muon
+from tools.demo_model.shapes import KINDS
+from tools.demo_model.world import CELL, COLOURS, LATENT_CHANNELS, MOTIONS, TEMPORAL, Batch, Clip, Thing
+
+MIDDLE = Thing("square", "red", "medium", "still", 0.5, 0.5)
+
+
+def centre(clip: Clip, frame: int, colour: str = "red") -> tuple[float, float]:
+    """Of the pixels of this colour, as (x, y) in parts of the picture."""
+    picture = Batch([clip], frame // TEMPORAL + 2, 5, 9).frames(frame, frame + 1)[0, :, 0]
+    wanted = 2 * torch.tensor(COLOURS[colour]) - 1
+    rows, columns = ((picture - wanted[:, None, None]).abs().amax(dim=0) < 0.1).nonzero(as_tuple=True)
+    return float(columns.float().mean()) / picture.shape[2], float(rows.float().mean()) / picture.shape[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thing_has_its_colour_and_its_size_in_front_of_the_scene(kind: str) -> None:
+    clip = Clip((Thing(kind, "red", "large", "still", 0.5, 0.5),), ("blue",))
+    picture = Batch([clip], 1, 5, 9).frames()[0, :, 0]
+    red = (picture - (2 * torch.tensor(COLOURS["red"]) - 1)[:, None, None]).abs().amax(dim=0) < 0.02
+    blue = (picture - (2 * torch.tensor(COLOURS["blue"]) - 1)[:, None, None]).abs().amax(dim=0) < 0.02
+    assert 0.02 < red.float().mean() < 0.2
+    assert (red | blue).float().mean() > 0.97, "all but the edges"
+
+
+@pytest.mark.parametrize(("motion", "dx", "dy"), [("left", -1, 0), ("right", 1, 0), ("up", 0, -1), ("down", 0, 1)])
+def test_a_motion_goes_where_it_says(motion: str, dx: int, dy: int) -> None:
+    clip = Clip((Thing("ball", "red", "small", motion, 0.5, 0.5),), ("white",))
+    (x1, y1), (x2, y2) = centre(clip, 0), centre(clip, 48)
+    assert (x2 - x1, y2 - y1) == pytest.approx((0.14 * dx, 0.14 * dy), abs=0.01)
+
+
+def test_latents_of_a_moment_depend_on_that_moment_alone() -> None:
+    """So images and clips have latents of one kind, and the decoder finds the frames between two of them."""
+    clip = Clip((Thing("star", "green", "medium", "right", 0.2, 0.5),), ("night",), stars=7)
+    long = Batch([clip], 5, 5, 9).latents()
+    assert long.shape == (1, LATENT_CHANNELS, 5, 5, 9)
+    assert torch.equal(long[:, :, :2], Batch([clip], 2, 5, 9).latents())
+    assert not torch.equal(long[:, :, 0], long[:, :, 4])
+
+
+def test_captions_name_what_is_seen_and_the_tokenizer_knows_their_words() -> None:
+    random, words, made_up = Random(3), set(vocabulary()), 0
+    for _ in range(300):
+        clip = random_clip(random)
+        assert all(thing.kind in KINDS and thing.motion in MOTIONS for thing in clip.things)
+        spoken = caption(random, clip).replace(",", "").split()
+        made_up += len(set(spoken) - words)
+    assert made_up < 100, "letters at random, and nothing else"
+    tokenizer = components.tokenizer()
+    for word in words:
+        assert tokenizer.tokenize(f"A {word.upper()}.")[1] == f"Ġ{word}"
+
+
+def test_muon_steps_along_an_orthogonal_matrix() -> None:
+    matrix = torch.nn.Parameter(torch.zeros(8, 12))
+    matrix.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    Muon([matrix], lr=1.0).step()
+    singular = torch.linalg.svdvals(matrix.detach())
+    assert 0.6 < singular.min() <= singular.max() < 1.3
+
+
+def test_the_drawing_levels_draw_from_their_features() -> None:
+    """Before any training of the decoder as a whole, but for single pixels."""
+    torch.manual_seed(0)
+    decoder = components.vae().decoder
+    drawing.start(decoder, steps=150)
+    batch = Batch([Clip((MIDDLE,), ("white",))], 1, 5, 9)
+    hidden, _ = drawing.features(batch, 0, 1)
+    with torch.no_grad():
+        for block in decoder.up_blocks[3:]:
+            hidden = block(hidden)
+        drawn = decoder.conv_out(torch.nn.functional.silu(decoder.norm_out(hidden)))
+    assert drawn.shape[-2:] == (5 * CELL, 9 * CELL)
+    assert (drawn - batch.frames()).square().mean() < 0.02
+
+
+@pytest.mark.parametrize("training", [train_decoder, train_transformer])
+def test_training_goes_on_from_its_checkpoint(
+    training: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(train_transformer, "_BATCH", {1: 2, 6: 2, 16: 2, 31: 2})
+    monkeypatch.setattr(drawing, "STEPS", 2)
+    steps = []
+    for seconds in (3.0, 6.0):
+        training.train(tmp_path, seconds)  # type: ignore[attr-defined]
+        saved = torch.load(next(tmp_path.glob("*.pt")))
+        steps.append(saved["state"]["step"])
+        assert saved["state"]["elapsed"] == seconds
+    assert 0 < steps[0] < steps[1]
