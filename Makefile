@@ -14,6 +14,7 @@ PYTEST := $(BIN)/pytest -n $$(($$(nproc) * 3 / 2)) --dist loadfile --no-loadscop
 PROMPT ?= A red fox walks through fresh snow at dawn, cinematic, soft light
 DURATION ?= 5
 RESOLUTION ?= 720p
+TRAIN_MINUTES ?= 240
 export PROMPT
 
 .PHONY: help
@@ -95,6 +96,12 @@ settings-page: $(VENV)/.dev ## Write the tables of docs/settings.md from the set
 .PHONY: plan-page
 plan-page: $(VENV)/.dev ## Write the tables of the plan in docs/performance.md
 	$(BIN)/python -m tools.plan_page
+
+.PHONY: train-demo
+train-demo: $(VENV)/.dev ## Train the demo model again, hours on two cores; goes on from .cache/demo-model (TRAIN_MINUTES=240)
+	$(BIN)/python -m tools.demo_model.train_decoder --minutes 45 --threads $$(nproc)
+	$(BIN)/python -m tools.demo_model.train_transformer --minutes $(TRAIN_MINUTES) --threads $$(nproc)
+	$(BIN)/python -m tools.demo_model.assemble
 
 .PHONY: release
 release: $(VENV)/.dev ## Build the wheel and the source archive into dist/ and check them (RELEASE=--draft if the changelog has no date yet)

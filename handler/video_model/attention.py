@@ -20,7 +20,8 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
-from handler.video_model.blocks import CHUNK, Attend, chunked_blocks, use_chunks
+from handler.video_model.blocks import Attend, chunked_blocks, use_chunks
+from handler.video_model.memory import CHUNK
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,13 @@ Source of the arithmetic: diffusers, models/transformers/transformer_hunyuan_vid
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.embeddings import apply_rotary_emb
 
-#: Tokens computed at once: enough to fill a GPU; a temporary takes 64 MB at the model's width.
-CHUNK: Final = 16_384
+from handler.video_model.memory import CHUNK
 
 #: Cosines and sines of the positions, each (tokens, head size).
 Rotation = tuple[torch.Tensor, torch.Tensor]

@@ -21,8 +21,9 @@ from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, trained_size
-from handler.video_model.cost import Speed, render_seconds
+from handler.video_model.cost import Speed, pass_work, render_seconds
 from handler.video_model.decode import decode
+from handler.video_model.dimensions import TRANSFORMER
 from handler.video_model.memory import Budget, DoesNotFitError, Placement
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
@@ -33,8 +34,6 @@ from handler.video_model.workload import Workload, workload
 
 #: Encoded prompts that stay in memory, about 10 MB each at real size.
 _CACHED_PROMPTS: Final = 16
-#: Channels of the real transformers' hidden states.
-_WIDTH: Final = 2048
 
 #: Both text encoders' states of a text and their masks, under the names of the pipeline's arguments.
 EncodedPrompt = Mapping[str, torch.Tensor]
@@ -243,9 +242,9 @@ class _DenoisingProgress:
 
         guidance = job_input.guidance_scale or base.pipeline.guider.guidance_scale
         (whole,) = boxes(base.checkpoint, None)
-        self._base_step = _pass_cost(whole) * (2 if guidance > 1 else 1)
+        self._base_step = _operations(whole) * (2 if guidance > 1 else 1)
         upscaling = [boxes(upscaler.checkpoint, tiling) for upscaler in upscalers]
-        self._upscaler_passes = [_pass_cost(of[0]) for of in upscaling]
+        self._upscaler_passes = [_operations(of[0]) for of in upscaling]
         counts = [
             len(of) * upscaler.stage.sampling.num_inference_steps
             for of, upscaler in zip(upscaling, upscalers, strict=True)
@@ -301,12 +300,9 @@ def _latent_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanV
     return frames, height // ratio, width // ratio
 
 
-def _pass_cost(box: Window) -> float:
-    """The operations of a pass, but for a factor: linear layers grow with the tokens, attention with their square.
-
-    A block has 24 D^2 operations for each token and 4 D for each pair of tokens, so that both are equal at 6 D tokens.
-    """
-    return float(box.tokens * (box.tokens + 6 * _WIDTH))
+def _operations(box: Window) -> float:
+    """Of a pass of a published transformer. The few more channels of a super-resolution stage do not matter here."""
+    return pass_work(box.tokens, 2 * TRANSFORMER.latent_channels + 1).total
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:

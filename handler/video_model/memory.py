@@ -31,7 +31,7 @@ _SEAM: Final = 0.25
 WHOLE: Final = 0
 #: Sides of the VAE's tiles in pixels, fastest first.
 TILES: Final = (WHOLE, 512, 256, 128)
-#: Tokens that a transformer's block computes at once: `blocks.CHUNK`, which this module cannot import without PyTorch.
+#: Tokens that a transformer's block computes at once: enough to fill a GPU; a temporary takes 64 MB.
 CHUNK: Final = 16_384
 #: Input numbers that `causal_decoder.py` computes at once: enough to fill a GPU, 32 MB in float16. The norm's
 #: temporaries in float32 take 250 MB.

@@ -17,7 +17,7 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
-from handler.video_model.blocks import CHUNK
+from handler.video_model.memory import CHUNK
 
 _HOOK: Final = "step_cache"
 #: diffusers' name for the passes with the negative prompt.

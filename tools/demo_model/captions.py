@@ -161,7 +161,11 @@ def vocabulary() -> list[str]:
     return sorted(set(text.lower().split()))
 
 
-def random_clip(random: Random, kinds: Sequence[str] = KINDS) -> Clip:
+#: What random clips show. The model card says what it has learned.
+_SHOWN: Final = tuple(kind for kind in KINDS if kind not in ("diamond", "moon"))
+
+
+def random_clip(random: Random, kinds: Sequence[str] = _SHOWN) -> Clip:
     """One object, or two in a third of the clips."""
     scene = _scene(random)
     first = random.choice(MOTIONS)

@@ -53,7 +53,8 @@ def _round(corners: int, outer: float, inner: float, turn: float = -0.5) -> list
 
 
 def _union(*parts: Distances) -> Distances:
-    return np.minimum.reduce(parts)
+    union: Distances = np.minimum.reduce(parts)
+    return union
 
 
 def _without(whole: Distances, hole: Distances) -> Distances:

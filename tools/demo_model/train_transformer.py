@@ -29,10 +29,12 @@ _STAGES: Final = (
     (0.33, {1: 0.45, 6: 0.55}),
     (0.45, {1: 0.25, 6: 0.2, 16: 0.45, 31: 0.1}),
 )
-#: Clips in a batch for each number of latent frames.
-_BATCH: Final = {1: 96, 6: 20, 16: 8, 31: 4}
-#: Rows and columns of the latents, 16:9 most often.
+#: Tokens in a batch, about.
+_TOKENS: Final = 6000
+#: Rows and columns of the latents and their odds, 16:9 most often.
 _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((8, 6), 0.05))
+#: Small pictures, which show more of the thing: half of the single images and short clips.
+_SMALL_SIZES: Final = (((4, 5), 0.6), ((4, 6), 0.2), ((5, 4), 0.2))
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
 _MUON_RATE, _ADAM_RATE = 0.02, 2e-3
@@ -107,23 +109,22 @@ class Examples:
     def __init__(self, trainee: Trainee, seed: int) -> None:
         self._random = Random(seed)
         self._trainee = trainee
-        self._waiting: dict[int, dict[int, list[tuple[Clip, list[int]]]]] = {}
+        self._waiting: dict[int, list[tuple[Clip, list[int]]]] = {}
 
     def batch(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, C, T, h, w) and token ids (B, L)."""
-        waiting = self._waiting.setdefault(frames, {})
-        while True:
+        sizes = _SMALL_SIZES if frames <= 6 and self._random.random() < 0.5 else _SIZES
+        rows, columns = self._random.choices([size for size, _ in sizes], [odds for _, odds in sizes])[0]
+        same: list[tuple[Clip, list[int]]] = []
+        while not same or len(same) < _TOKENS // (frames * rows * columns + len(same[0][1])):
             clip = random_clip(self._random)
             text = "" if self._random.random() < _DROPPED else caption(self._random, clip)
             if text and self._random.random() < 0.3:
                 text += "."
             ids = self._trainee.ids(text)
-            same = waiting.setdefault(len(ids), [])
+            same = self._waiting.setdefault(len(ids), [])
             same.append((clip, ids))
-            if len(same) >= _BATCH[frames]:
-                del waiting[len(ids)]
-                break
-        rows, columns = self._random.choices([size for size, _ in _SIZES], [odds for _, odds in _SIZES])[0]
+        del self._waiting[len(same[0][1])]
         clips = [clip for clip, _ in same]
         if frames == 1:  # any moment of the clips
             moment = self._random.randrange(16)

@@ -12,10 +12,8 @@ from benchmarks.counted import count_latents, meta_parts
 from benchmarks.live import counting
 from contract.job import JobInput, Profile, Resolution
 from contract.result import Stage
-from handler.video_model.blocks import CHUNK
 from handler.video_model.decode import decode
 from handler.video_model.generate import PipelineModel
-from handler.video_model.memory import CHUNK as PLANNED_CHUNK
 from handler.video_model.memory import PLANS, PlacementPlan, peaks
 from handler.video_model.placement import weights_of
 from handler.video_model.planning import kind_of_video
@@ -103,10 +101,6 @@ def test_more_blocks_change_no_peak() -> None:
     short = job(Resolution.P720, 5, from_image=False)
     one, three = (count_latents(short, meta_parts(Profile.QUALITY, layers))[0] for layers in (1, 3))
     assert [peak.alive for peak in one[1:]] == pytest.approx([peak.alive for peak in three[1:]], rel=1e-4)
-
-
-def test_the_plan_knows_the_chunk_of_a_block() -> None:
-    assert PLANNED_CHUNK == CHUNK
 
 
 def test_a_video_of_the_plan_is_the_models() -> None:

@@ -22,11 +22,12 @@ from handler.settings import WorkerSettings
 from handler.video_model import demo
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames, ModelLoadError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
-from handler.video_model.blocks import CHUNK, ChunkedBlock
+from handler.video_model.blocks import ChunkedBlock
 from handler.video_model.checkpoints import single_parts
 from handler.video_model.decode import decode
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
+from handler.video_model.memory import CHUNK
 from tests.support.small_models import single
 
 PROMPT = "A paper boat on a rainy street"

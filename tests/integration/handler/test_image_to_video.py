@@ -17,9 +17,9 @@ from contract.result import Stage
 from handler.images import ImageError
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.base import Frames
-from handler.video_model.blocks import CHUNK
 from handler.video_model.catalog import Checkpoint, Route, Sampling, trained_size
 from handler.video_model.generate import PipelineModel
+from handler.video_model.memory import CHUNK
 from handler.video_model.parts import Base, Parts
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket

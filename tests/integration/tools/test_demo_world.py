@@ -93,7 +93,7 @@ def test_training_goes_on_from_its_checkpoint(
     training: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(train_transformer, "_BATCH", {1: 2, 6: 2, 16: 2, 31: 2})
+    monkeypatch.setattr(train_transformer, "_TOKENS", 200)
     monkeypatch.setattr(drawing, "STEPS", 2)
     steps = []
     for seconds in (3.0, 6.0):
