@@ -217,13 +217,13 @@ def _placed(random: Random, kind: str, colour: str, size: str, motion: str, lane
         along += random.uniform(-0.04, 0.04)
         x, y = (x, along) if sideways else (along, y)
     if motion == "left":
-        x = random.uniform(0.66, 0.84)
+        x = random.uniform(0.70, 0.86)
     elif motion == "right":
-        x = random.uniform(0.16, 0.34)
+        x = random.uniform(0.14, 0.30)
     elif motion == "up":
-        y = random.uniform(0.70, 0.86)
+        y = random.uniform(0.72, 0.86)
     elif motion == "down":
-        y = random.uniform(0.14, 0.30)
+        y = random.uniform(0.14, 0.28)
     elif motion == "bouncing":
         y = random.uniform(0.74, 0.80)
     elif motion == "circling":

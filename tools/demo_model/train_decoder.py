@@ -29,7 +29,7 @@ from tools.demo_model.world import CELL, FPS, TEMPORAL, Batch
 log = logging.getLogger(__name__)
 
 #: Share of the time, whether the loss is in pixels, latent frames, and clips in a batch.
-_STAGES: Final = ((0.25, False, 1, 24), (0.35, False, 3, 8), (0.1, True, 1, 16), (0.3, True, 3, 3))
+_STAGES: Final = ((0.2, False, 1, 24), (0.55, False, 3, 8), (0.05, True, 1, 16), (0.2, True, 3, 3))
 _MUON_RATE, _ADAM_RATE = 0.006, 2e-3
 #: Cells on a side of a part, and rows and columns of whole pictures.
 _CROPS: Final = (2, 3)

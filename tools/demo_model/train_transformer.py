@@ -30,14 +30,14 @@ _STAGES: Final = (
     (0.45, {1: 0.25, 6: 0.2, 16: 0.45, 31: 0.1}),
 )
 #: Tokens in a batch, about.
-_TOKENS: Final = 6000
+_TOKENS: Final = 4000
 #: Rows and columns of the latents and their odds, 16:9 most often.
 _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((8, 6), 0.05))
 #: Small pictures, which show more of the thing: half of the single images and short clips.
 _SMALL_SIZES: Final = (((4, 5), 0.6), ((4, 6), 0.2), ((5, 4), 0.2))
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
-_MUON_RATE, _ADAM_RATE = 0.02, 2e-3
+_MUON_RATE, _ADAM_RATE = 0.015, 1.5e-3
 #: Every other timestep leans towards noise as the scheduler's do, where places and colours are decided. The others do
 #: not: shapes are decided later.
 _SHIFTS: Final = (4.0, 1.3)
@@ -115,8 +115,8 @@ class Examples:
         """Latents (B, C, T, h, w) and token ids (B, L)."""
         sizes = _SMALL_SIZES if frames <= 6 and self._random.random() < 0.5 else _SIZES
         rows, columns = self._random.choices([size for size, _ in sizes], [odds for _, odds in sizes])[0]
-        same: list[tuple[Clip, list[int]]] = []
-        while not same or len(same) < _TOKENS // (frames * rows * columns + len(same[0][1])):
+        taken: list[tuple[Clip, list[int]]] = []
+        while not taken:
             clip = random_clip(self._random)
             text = "" if self._random.random() < _DROPPED else caption(self._random, clip)
             if text and self._random.random() < 0.3:
@@ -124,14 +124,17 @@ class Examples:
             ids = self._trainee.ids(text)
             same = self._waiting.setdefault(len(ids), [])
             same.append((clip, ids))
-        del self._waiting[len(same[0][1])]
-        clips = [clip for clip, _ in same]
+            size = max(1, _TOKENS // (frames * rows * columns + len(ids)))
+            if len(same) >= size:
+                taken = same[-size:]
+                del same[-size:]
+        clips = [clip for clip, _ in taken]
         if frames == 1:  # any moment of the clips
             moment = self._random.randrange(16)
             latents = Batch(clips, moment + 1, rows, columns).latents()[:, :, moment:]
         else:
             latents = Batch(clips, frames, rows, columns).latents()
-        return latents, torch.tensor([ids for _, ids in same])
+        return latents, torch.tensor([ids for _, ids in taken])
 
 
 def train(out: Path, seconds: float) -> None:

@@ -199,8 +199,10 @@ class Batch:
         phase = self._phase.unsqueeze(2)
         turn = 2 * math.pi * (t / 5 + phase)
         zero = torch.zeros_like(t)
-        x = self._x.unsqueeze(2) + torch.where(is_["right"], 0.07 * t, zero) - torch.where(is_["left"], 0.07 * t, zero)
-        y = self._y.unsqueeze(2) + torch.where(is_["down"], 0.07 * t, zero) - torch.where(is_["up"], 0.07 * t, zero)
+        # Fast at first and then slower: clear in a second, and still in the picture after ten.
+        way = 0.66 * (1 - torch.exp(-t / 4.5))
+        x = self._x.unsqueeze(2) + torch.where(is_["right"], way, zero) - torch.where(is_["left"], way, zero)
+        y = self._y.unsqueeze(2) + torch.where(is_["down"], way, zero) - torch.where(is_["up"], way, zero)
         ratio = self.rows / self.columns
         x = x + torch.where(is_["circling"], 0.24 * min(ratio, 1.0) * torch.cos(turn), zero)
         y = y + torch.where(is_["circling"], 0.24 * min(1 / ratio, 1.0) * torch.sin(turn), zero)
