@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-WIDTH, HEIGHT, FPS, SECONDS = 288, 160, 6, 5
+WIDTH, HEIGHT, FPS, SECONDS = 288, 160, 4, 5
 #: Pixels are drawn four times as large and scaled down.
 _FINER = 4
 

@@ -64,7 +64,7 @@ def background_rows(picture: Lab) -> Lab:
     Of the frequent colours of each row, takes the one that most pixels have and that changes least from row to row.
     An object may cover most of some rows; at a horizon the colour changes once.
     """
-    colours, shares = _frequent_colours(picture[::2, :, ::2])
+    colours, shares = _frequent_colours(picture[::3, :, ::3])
     height = len(colours)
     change = np.clip((_pairwise(colours[:-1], colours[1:]) - 0.02) / 0.1, 0, 1) * 0.12 * height
     cost, came_from = 1 - shares[0], []

@@ -20,7 +20,7 @@ _SIZE: Final = 64
 #: Share of a silhouette's square that it covers. Spread-out ones, such as a crescent, need the space around.
 _AREA: Final = 0.2
 #: Pixels of the square that templates are drawn on. Their coordinates are from -1 to 1, y downwards.
-_CANVAS: Final = 256
+_CANVAS: Final = 160
 _STRETCH: Final = (0.87, 1.0, 1.15)
 _ANGLES: Final = range(0, 360, 10)
 #: The least likeness, from 0 to 1, at which an object has a kind at all.
