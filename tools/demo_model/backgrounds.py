@@ -17,7 +17,7 @@ _GRADIENT: Final = 0.1
 #: OKLab chroma under which a colour has no hue.
 _COLOURLESS: Final = 0.025
 #: Lightness by which a star is brighter than the sky, and the least number of stars, as a share of the pixels.
-_STAR: Final = 0.15
+_STAR: Final = 0.1
 _STARS: Final = 0.0004
 
 

@@ -48,7 +48,7 @@ class Track:
     @property
     def aspect(self) -> float:
         """Width of the picture over its height."""
-        return self.parts[0].mask.shape[1] / self.height
+        return float(self.parts[0].mask.shape[1] / self.height)
 
     def positions(self) -> npt.NDArray[np.float64]:
         """Centres (frames, 2)."""

@@ -76,10 +76,11 @@ class Prompt:
 
 def held_out(number: int = HELD_OUT, seed: int = 0) -> list[Prompt]:
     """The first prompts of those with this seed: the hand-written ones among those made of words, always the same."""
-    made = _Maker(random.Random(seed))
+    draw = random.Random(seed)  # nosec B311 # not for secrets
+    made = _Maker(draw)
     mixed = [_parsed(*each) for each in HANDWRITTEN]
     mixed += [made.prompt() for _ in range(max(HELD_OUT, number) - len(mixed))]
-    random.Random(seed).shuffle(mixed)
+    draw.shuffle(mixed)
     return mixed[:number]
 
 

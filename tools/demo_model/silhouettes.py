@@ -226,7 +226,8 @@ def normalised(coverage: npt.NDArray[np.float32] | Mask, angle: float = 0.0) -> 
 
 def _coverage(image: Image.Image) -> npt.NDArray[np.float32]:
     """A picture's brightness, from 0 to 1."""
-    return np.divide(np.asarray(image), 255, dtype=np.float32)
+    coverage: npt.NDArray[np.float32] = np.asarray(image, np.float32) / np.float32(255)
+    return coverage
 
 
 def likeness(one: Silhouette, other: Silhouette) -> float:
@@ -237,7 +238,7 @@ def likeness(one: Silhouette, other: Silhouette) -> float:
 
 def kind_of(masks: Sequence[Mask]) -> str:
     """The kind of an object that does not turn, from its masks in some frames: one of `KINDS`, or `UNKNOWN`."""
-    mean: Silhouette = sum((normalised(mask) for mask in masks), np.zeros((_SIZE, _SIZE), np.float32)) / len(masks)
+    mean: Silhouette = np.add.reduce([normalised(mask) for mask in masks]) / len(masks)
     return _best([mean])
 
 
