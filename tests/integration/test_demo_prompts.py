@@ -14,6 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from contract.job import FPS, num_frames
+from handler.encode import Target, encode
+from tests.support.drawn_clips import FPS as DRAWN_FPS
+from tests.support.drawn_clips import Drawn, clip
 from tests.support.mp4 import decoded
 from tests.support.service import RENDER_SECONDS, Service, running_service
 from tools.demo_model.prompts import AskedObject, Prompt
@@ -84,6 +87,17 @@ def download(service: Service, task_id: str, directory: Path) -> Path:
 def watched(prompt: Prompt, path: Path) -> Video:
     frames = decoded(path, 288, 162)
     return Video(prompt, frames, look_at(frames, FPS))
+
+
+def test_the_analysis_sees_through_the_encoder(tmp_path: Path) -> None:
+    """A drawn clip that took the way of a render, scaled to 720p and encoded with H.264, is seen as it was drawn."""
+    drawn = [Drawn("pink", "star", "left", 0.13, (0.3, 0.4)), Drawn("yellow", "fish", "left", 0.19, (0.75, 0.6))]
+    frames = clip("sea", drawn).repeat(FPS // DRAWN_FPS, axis=0)[: num_frames(SECONDS)]
+    target = Target(tmp_path / "drawn.mp4", tmp_path / "drawn.jpg", 1280, 720, len(frames))
+    encode([frames], target, lambda _: None)
+    seen = look_at(decoded(target.video, 288, 162), FPS)
+    assert sorted(map(str, seen.objects)) == ["pink star, left", "yellow fish, left"]
+    assert "sea" in seen.background.names
 
 
 def test_every_video_is_whole(videos: list[Video]) -> None:
