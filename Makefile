@@ -61,6 +61,10 @@ bench-http: $(VENV)/.dev ## Measure GET /status and GET /health beside a bare Fa
 picture: $(VENV)/.dev ## Take docs/page.png again: the page of a server with the demo model; needs chromium
 	$(BIN)/python -m tests.support.page_picture docs/page.png
 
+.PHONY: eval-demo
+eval-demo: $(VENV)/.dev ## Score the demo model on 200 held-out prompts, by pixels, about half an hour (EVAL="--prompts 40 --sheet failures.png")
+	$(BIN)/python -m tools.demo_model.evaluation.evaluate $(EVAL)
+
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
 	$(BIN)/ruff format --check .

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import imageio_ffmpeg
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,15 @@ def _boxes(path: Path) -> tuple[str, ...]:
                 break
             file.seek(size - read, 1)
     return tuple(boxes)
+
+
+def decoded(path: Path, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """All frames (frames, height, width, 3) in RGB, scaled to this size."""
+    command = [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-xerror", "-i", str(path)),
+        *("-vf", f"scale={width}:{height}:flags=area:in_color_matrix=bt709", "-pix_fmt", "rgb24"),
+        *("-f", "rawvideo", "-"),
+    ]
+    run = subprocess.run(command, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+    return np.frombuffer(run.stdout, np.uint8).reshape(-1, height, width, 3)

@@ -1,0 +1,135 @@
+"""The demo model makes what prompts ask for: eight of them through POST /generate, judged by the pixels of their MP4s.
+
+`make eval-demo` does the same with 200 prompts, without a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from contract.job import FPS, num_frames
+from handler.encode import Target, encode
+from tests.support.drawn_clips import FPS as DRAWN_FPS
+from tests.support.drawn_clips import Drawn, clip
+from tests.support.mp4 import decoded
+from tests.support.service import RENDER_SECONDS, Service, running_service
+from tools.demo_model.evaluation.prompts import AskedObject, Prompt
+from tools.demo_model.evaluation.scores import judge
+from tools.demo_model.evaluation.seen import Seen, look_at
+
+pytestmark = pytest.mark.timeout(600)
+
+SEED = 4
+SECONDS = 5
+
+
+def asked(text: str, objects: str, scene: str) -> Prompt:
+    """`objects` is "red ball left", or two of these with a comma between them."""
+    return Prompt(text, tuple(AskedObject(*each.split()) for each in objects.split(", ")), scene)
+
+
+PROMPTS = (
+    asked("A red ball moves to the left on a plain white background", "red ball left", "white"),
+    asked("A yellow star rises slowly in the night sky", "yellow star up", "night"),
+    asked("A white boat sails to the right over the sea", "white boat right", "sea"),
+    asked("A purple heart sinks slowly over a green meadow", "purple heart down", "meadow"),
+    asked("A black square moves to the right on a yellow background", "black square right", "yellow"),
+    asked("A green tree stays perfectly still in a snowy landscape", "green tree still", "snow"),
+    asked("Two red balls move upwards on a black background", "red ball up, red ball up", "black"),
+    asked(
+        "A blue diamond and a pink ring drift leftwards on a white background",
+        "blue diamond left, pink ring left",
+        "white",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Video:
+    prompt: Prompt
+    frames: npt.NDArray[np.uint8]
+    seen: Seen
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service"), HUNYUAN_SHUTDOWN_GRACE="0") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def videos(service: Service, tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
+    """All prompts' videos, from one server."""
+    directory = tmp_path_factory.mktemp("videos")
+    tasks = [
+        service.generate(prompt=prompt.text, duration=SECONDS, resolution="720p", seed=SEED + index)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    return [
+        watched(prompt, download(service, task_id, directory)) for prompt, task_id in zip(PROMPTS, tasks, strict=True)
+    ]
+
+
+def download(service: Service, task_id: str, directory: Path) -> Path:
+    completed = service.finished(task_id, RENDER_SECONDS)
+    assert completed["status"] == "completed", completed
+    path = directory / f"{task_id}.mp4"
+    path.write_bytes(service.http.get(completed["video_url"]).content)
+    return path
+
+
+def watched(prompt: Prompt, path: Path) -> Video:
+    frames = decoded(path, 288, 162)
+    return Video(prompt, frames, look_at(frames, FPS))
+
+
+def test_the_analysis_sees_through_the_encoder(tmp_path: Path) -> None:
+    """A drawn clip that took the way of a render, scaled to 720p and encoded with H.264, is seen as it was drawn."""
+    drawn = [Drawn("pink", "star", "left", 0.13, (0.3, 0.4)), Drawn("yellow", "fish", "left", 0.19, (0.75, 0.6))]
+    frames = clip("sea", drawn).repeat(FPS // DRAWN_FPS, axis=0)[: num_frames(SECONDS)]
+    target = Target(tmp_path / "drawn.mp4", tmp_path / "drawn.jpg", 1280, 720, len(frames))
+    encode([frames], target, lambda _: None)
+    seen = look_at(decoded(target.video, 288, 162), FPS)
+    assert sorted(map(str, seen.objects)) == ["pink star, left", "yellow fish, left"]
+    assert "sea" in seen.background.names
+
+
+def test_every_video_is_whole(videos: list[Video]) -> None:
+    assert {len(video.frames) for video in videos} == {num_frames(SECONDS)}
+
+
+@pytest.mark.parametrize(
+    ("aspect", "least"),
+    [
+        ("object colour", 7 / 8),
+        ("background", 7 / 8),
+        ("direction of motion", 6 / 7),
+        ("kind", 6 / 8),
+        ("number of objects", 6 / 8),
+    ],
+)
+def test_the_videos_show_what_the_prompts_ask_for(videos: list[Video], aspect: str, least: float) -> None:
+    judged = {video.prompt.text: judge(video.prompt, video.seen) for video in videos}
+    right = [each[aspect] for each in judged.values() if aspect in each]
+    wrong = [
+        f"{video.prompt.text}: {'; '.join(map(str, video.seen.objects)) or 'no object'}, {video.seen.background}"
+        for video in videos
+        if not judged[video.prompt.text].get(aspect, True)
+    ]
+    assert sum(right) >= least * len(right), wrong
+
+
+def test_another_prompt_changes_the_picture(videos: list[Video]) -> None:
+    """A video is more like what its own prompt asks for than like what any other one does."""
+    for video in videos:
+        own, *others = (
+            sum(judge(prompt, video.seen).values())
+            for prompt in sorted(PROMPTS, key=lambda each: each.text != video.prompt.text)
+        )
+        assert own > max(others), video.prompt.text
