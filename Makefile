@@ -11,7 +11,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Three processes for two cores, because tests wait for servers about a third of the time. The tests of a file share servers.
 PYTEST := $(BIN)/pytest -n $$(($$(nproc) * 3 / 2)) --dist loadfile --no-loadscope-reorder
 
-PROMPT ?= A red fox walks through fresh snow at dawn, cinematic, soft light
+# Empty: the prompt of `hunyuan demo`.
+PROMPT ?=
 DURATION ?= 5
 RESOLUTION ?= 720p
 TRAIN_MINUTES ?= 240
@@ -23,7 +24,7 @@ help: ## List the targets
 
 .PHONY: demo
 demo: $(VENV)/.local ## Render demo.mp4 end to end with the demo model (PROMPT=... DURATION=5..10 RESOLUTION=720p|1080p)
-	$(BIN)/hunyuan demo "$$PROMPT" --duration '$(DURATION)' --resolution '$(RESOLUTION)' --output demo.mp4
+	$(BIN)/hunyuan demo $${PROMPT:+"$$PROMPT"} --duration '$(DURATION)' --resolution '$(RESOLUTION)' --output demo.mp4
 
 .PHONY: serve
 serve: $(VENV)/.local ## Start the server on HUNYUAN_PORT (8000) with the model at HUNYUAN_MODEL_PATH, or with the demo model

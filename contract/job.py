@@ -49,7 +49,7 @@ class Profile(StrEnum):
 
 
 KNOWN_MODELS: Final = (DEFAULT_MODEL, *(profile.model for profile in Profile))
-#: HUNYUAN_MODEL_PATH of the demo model, which needs no weights and no GPU. Manifests name it the same.
+#: HUNYUAN_MODEL_PATH of the demo model, which needs no download and no GPU. Manifests name it the same.
 DEMO_MODEL: Final = "demo"
 
 

@@ -19,6 +19,7 @@ from typing import IO, Final
 import imageio_ffmpeg
 
 from contract.job import FPS
+from handler.caption import draw_caption
 from handler.video_model.base import Frames
 
 #: CRF 18 is visually lossless (https://trac.ffmpeg.org/wiki/Encode/H.264#crf). "veryfast" keeps up with the model on
@@ -28,6 +29,8 @@ _X264: Final = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 _NVENC: Final = ("-c:v", "h264_nvenc", "-preset", "p5", "-tune", "hq", "-rc", "vbr", "-cq", "19", "-b:v", "0")
 #: Chunks of frames that may wait for ffmpeg, or be on their way to it, while the model computes the next one.
 _AHEAD: Final = 2
+#: The caption's distance from the edges: the picture's shorter side divided by this.
+_MARGIN: Final = 40
 #: Seconds for the trial of NVENC.
 _TRIAL_TIMEOUT: Final = 30.0
 _MAX_ERROR_TEXT: Final = 2000
@@ -45,13 +48,17 @@ class DiskFullError(EncodeError):
 
 @dataclass(frozen=True)
 class Target:
-    """The files to write, their size in pixels and the number of frames. The poster is the middle frame."""
+    """The files to write, their size in pixels and the number of frames. The poster is the middle frame.
+
+    A `caption` is drawn in the lower left corner of every frame.
+    """
 
     video: Path
     poster: Path
     width: int
     height: int
     num_frames: int
+    caption: str | None = None
 
 
 def encode(
@@ -76,9 +83,16 @@ def encode(
     if first is None:
         raise EncodeError("the model rendered no frames")
     height, width = first.shape[1:3]
-    with os.fdopen(os.memfd_create("ffmpeg"), "w+b") as errors:  # in memory, because the disk may be full
+    with _file_in_memory() as errors, _file_in_memory() as caption:
+        if target.caption is not None:
+            draw_caption(target.caption, target.width, target.height).save(caption, "PNG")
+            caption.seek(0)
         process = subprocess.Popen(
-            _command(width, height, target), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
+            _command(width, height, target, caption.fileno()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=(caption.fileno(),),
         )
         assert process.stdin is not None  # noqa: S101 - tells the type checker about PIPE
         on_start(process.kill)
@@ -101,6 +115,11 @@ def encode(
     if taken != target.num_frames:
         raise EncodeError(f"the model rendered {taken} frames instead of {target.num_frames}")
     return width, height
+
+
+def _file_in_memory() -> IO[bytes]:
+    """A file that needs no disk, because the disk may be full."""
+    return os.fdopen(os.memfd_create("ffmpeg"), "w+b")
 
 
 def _write(
@@ -128,14 +147,23 @@ def _write(
     return taken
 
 
-def _command(width: int, height: int, target: Target) -> list[str]:
+def _command(width: int, height: int, target: Target, caption: int) -> list[str]:
+    """`caption` is the file descriptor of the caption's PNG."""
     size = f"{target.width}:{target.height}"
     # The input is full-range RGB. `scale` converts it to bt709, `setparams` labels it so.
     fit = (
         f"scale={size}:force_original_aspect_ratio=increase:flags=lanczos+accurate_rnd"
         f":out_color_matrix=bt709:out_range=limited,crop={size},format=yuv420p"
-        ",setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709,split[video][stills]"
+        ",setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     )
+    captioned: tuple[str, ...] = ()
+    if target.caption is not None:
+        captioned = ("-f", "png_pipe", "-i", f"pipe:{caption}")
+        margin = 2 * (min(target.width, target.height) // (2 * _MARGIN))  # `overlay` takes even positions
+        fit += (
+            "[plain];[1:v]scale=out_color_matrix=bt709:out_range=limited,format=yuva420p[caption]"
+            f";[plain][caption]overlay=x={margin}:y=main_h-overlay_h-{margin}"
+        )
     poster = (
         f"[stills]select=eq(n\\,{target.num_frames // 2}),scale=in_color_matrix=bt709:out_color_matrix=bt601"
         ":in_range=limited:out_range=full,format=yuvj420p[poster]"
@@ -143,7 +171,7 @@ def _command(width: int, height: int, target: Target) -> list[str]:
     return [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(FPS)),
-        *("-i", "pipe:0", "-filter_complex", f"[0:v]{fit};{poster}"),
+        *("-i", "pipe:0", *captioned, "-filter_complex", f"[0:v]{fit},split[video][stills];{poster}"),
         *("-map", "[video]", *codec(), "-pix_fmt", "yuv420p"),
         *("-movflags", "+faststart", "-f", "mp4", str(target.video)),
         *("-map", "[poster]", "-frames:v", "1", "-q:v", "3", "-update", "1", "-f", "image2", str(target.poster)),

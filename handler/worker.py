@@ -142,9 +142,10 @@ class Worker:
         seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
         with job_directory(self.work_dir) as directory:
             frames = num_frames(job_input.duration)
-            target = Target(directory / "video.mp4", directory / "poster.jpg", *job_input.size, frames)
-            expected = self.model.expected_seconds(job_input)
-            is_demo = self.model.name == DEMO_MODEL
+            files = directory / "video.mp4", directory / "poster.jpg"
+            target = Target(*files, *job_input.size, frames, caption=model.caption(job_input))
+            expected = model.expected_seconds(job_input)
+            is_demo = model.name == DEMO_MODEL
             with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
                 rendered = self._render(job_input, image, seed, target, meter, watch, cancelled)
             meter.reach(Stage.STORING, 0.0)

@@ -66,6 +66,9 @@ class VideoModel(Protocol):
     def attention(self) -> str:
         """The attention kernel in use, in diffusers' names."""
 
+    def caption(self, job_input: JobInput) -> str | None:
+        """Text that the encoder draws in the lower left corner of the video; None for a video without a caption."""
+
     def expected_seconds(self, job_input: JobInput) -> float | None:
         """Seconds that the render should take, calculated; None if the speed of this machine is unknown."""
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from PIL import Image, ImageOps
 
-from contract.job import JobInput, num_frames
+from contract.job import DEMO_MODEL, JobInput, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
@@ -107,6 +107,10 @@ class PipelineModel:
         """The job's stages, with their sizes and passes."""
         routes = self.parts.routes if job_input.image is None else self.parts.image_routes
         return workload(job_input, routes[job_input.model, job_input.resolution], self.parts.checkpoints)
+
+    def caption(self, job_input: JobInput) -> str | None:
+        """See `VideoModel.caption`. Nobody may take a video of the demo model for one of HunyuanVideo-1.5."""
+        return f"demo model: {job_input.prompt}" if self.name == DEMO_MODEL else None
 
     def expected_seconds(self, job_input: JobInput) -> float | None:
         """See `VideoModel.expected_seconds`."""

@@ -1,6 +1,8 @@
 """`hunyuan serve`, `worker`, `demo` and `downgrade-queue`: commands of the server and its workers."""
 
 import re
+import shutil
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,6 +20,17 @@ _UNITS: Final = {
     "d": timedelta(days=1),
     "w": timedelta(weeks=1),
 }
+#: A prompt that the demo model can draw.
+_DEMO_PROMPT: Final = "A red fish swims to the right over the sea"
+_ABOUT_THE_DEMO: Final = """
+This video is from the demo model, a tiny HunyuanVideo-1.5 that was trained on simple moving objects. It draws one or
+two balls, stars, hearts, fish, boats, houses and the like, over the sea, a meadow, snow, a desert or the sky, and
+nothing else. HunyuanVideo-1.5 itself needs an NVIDIA GPU and its weights, which have a licence of their own:
+
+  {program} download-weights fast --to ~/models
+  HUNYUAN_MODEL_PATH=~/models {program} serve
+
+"Real videos" in README.md says which GPU, how much disk, and where the licence applies."""
 
 
 def serve(
@@ -64,7 +77,7 @@ def downgrade_queue(
 
 
 def demo(
-    prompt: tasks.Prompt = "A red fox walks through fresh snow at dawn, cinematic, soft light",
+    prompt: tasks.Prompt = _DEMO_PROMPT,
     duration: Annotated[int, typer.Option(help="Length in seconds, 5-10.")] = tasks.DEFAULT_DURATION,
     resolution: Annotated[Resolution, typer.Option(help="Output size.")] = tasks.DEFAULT_RESOLUTION,
     output: tasks.Output = Path("demo.mp4"),
@@ -77,3 +90,9 @@ def demo(
             tasks.generate_and_save(client, request, output, as_json=False)
     except demo_server.DemoError as exc:
         fail(str(exc), ExitCode.FAILED)
+    typer.echo(_ABOUT_THE_DEMO.format(program=_program()), err=True)
+
+
+def _program() -> str:
+    """How the user can type this command: `make demo` runs one that is not on the PATH."""
+    return "hunyuan" if shutil.which("hunyuan") else str(Path(sys.executable).with_name("hunyuan"))

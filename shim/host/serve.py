@@ -63,7 +63,7 @@ def main(**overrides: Any) -> None:
         log.warning("%s", warning)
     if settings.model_path is None and settings.runpod_endpoint_id is None:
         log.warning(
-            "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, whose videos show nothing real. "
+            "HUNYUAN_MODEL_PATH is not set: serving the DEMO MODEL, which draws only simple objects. "
             "Set it to a HunyuanVideo-1.5 checkpoint directory or hub id."
         )
     if settings.is_open_to_all:

@@ -56,6 +56,15 @@ function fillForm(input) {
   form.elements.prompt.focus();
 }
 
+function useExample({ target }) {
+  const example = target.closest("button");
+  if (example === null) return; // between two buttons
+  form.elements.prompt.value = example.textContent;
+  showErrors();
+  showChoices();
+  form.elements.prompt.focus();
+}
+
 function showChoices() {
   const length = [...form.elements.prompt.value.trim()].length; // code points, as the server counts
   byId("count").textContent = `${length} / ${PROMPT.maxLength}`;
@@ -168,6 +177,7 @@ async function countDown(seconds) {
 
 form.addEventListener("submit", make);
 form.addEventListener("input", showChoices);
+byId("examples").addEventListener("click", useExample);
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
@@ -211,7 +221,7 @@ function showHealth({ status, model_loaded, gpu_available, vram_free, version, m
   showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
   const busy = queue.waiting + queue.running > 0;
   showChip("queue", busy ? `${queue.waiting} waiting, ${queue.running} running` : "Queue empty");
-  byId("demo").hidden = model !== "demo";
+  for (const id of ["demo", "examples"]) byId(id).hidden = model !== "demo";
   byId("version").textContent = `HunyuanVideo ${version}`;
   offerModels(models);
 }

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.mp4 import probe
+from tests.support.mp4 import picture, probe, shows_caption
 from tests.support.service import RENDER_SECONDS, Service, eventually, running_service
 
 pytestmark = pytest.mark.timeout(600)
@@ -78,6 +78,8 @@ def test_a_prompt_becomes_a_video(service: Service, statuses: list[dict[str, Any
     assert (video.codec, video.pixel_format) == ("h264", "yuv420p")
     assert (video.width, video.height, video.fps, video.num_frames) == (1280, 720, 24.0, 121)
     assert "bt709" in video.color
+    for frame in (0, 60, 120):
+        assert shows_caption(picture(path, frame), "demo model: A paper boat on a rainy street")
     assert video.is_faststart
     assert response.headers["etag"] == f'"{hashlib.sha256(response.content).hexdigest()}"'
 

@@ -33,14 +33,16 @@ def run(directory: Path, *command: str | Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def render_the_demo(directory: Path) -> None:
     programs = directory / "venv" / "bin"
     where = run(directory, programs / "python", "-c", "import contract, shim; print(contract.__file__, shim.__file__)")
     assert where.count(f"{directory}/venv/") == 2, f"the wheel's packages must be the ones imported: {where}"
-    run(directory, programs / "hunyuan", "demo", "--output", "video.mp4")
+    text = run(directory, programs / "hunyuan", "demo", "--output", "video.mp4")
+    assert "This video is from the demo model" in text
+    assert "hunyuan download-weights fast --to ~/models\n" in text
     video = probe(directory / "video.mp4")
     assert (video.width, video.height) == (1280, 720)
 

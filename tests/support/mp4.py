@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
+from handler.caption import draw_caption
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,30 @@ def probe(path: Path, *, container: bool = True) -> Video:
         int(frames[-1]),
         _boxes(path) if container else (),
     )
+
+
+def picture(path: Path, frame: int = 0) -> npt.NDArray[np.uint8]:
+    """One frame of a video, or an image, in RGB as a player shows it; of shape (height, width, 3)."""
+    run = subprocess.run(
+        [
+            *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-i", str(path)),
+            *("-vf", f"select=eq(n\\,{frame}),format=rgb24", "-frames:v", "1", "-f", "image2pipe"),
+            *("-c:v", "ppm", "-"),
+        ],
+        capture_output=True,
+        check=True,
+    )
+    return np.asarray(Image.open(io.BytesIO(run.stdout)))
+
+
+def shows_caption(frame: npt.NDArray[np.uint8], text: str) -> bool:
+    """Whether the lower left corner of the frame has this caption: light letters, dark around them."""
+    height, width = frame.shape[:2]
+    margin = min(width, height) // 80 * 2
+    drawn = np.asarray(draw_caption(text, width, height))
+    bottom, right = height - margin, margin + drawn.shape[1]
+    corner = frame[bottom - len(drawn) : bottom, margin:right].mean(axis=2)
+    return bool(np.corrcoef(drawn[..., 0].ravel(), corner.ravel())[0, 1] > 0.8)
 
 
 def _boxes(path: Path) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, chromium
 from tests.support.service import RENDER_SECONDS, running_service
 
 PROMPTS = (
-    "A red fox walks through fresh snow at dawn, cinematic, soft light",
-    "Animated explainer video about data breach notification, minimalist design, smooth transitions",
+    "A red fish swims to the right over the sea",
+    "A yellow star spins in the starry night sky",
 )
 SIZE = (1280, 900)
 

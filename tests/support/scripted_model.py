@@ -31,6 +31,7 @@ class ScriptedModel:
     limits: Sequence[SamplingLimits] = ()
     approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
+    caption_text: str | None = None
     seconds_by_duration: Mapping[int, float] = {}
 
     def __init__(self, before_step: Callable[[int], object] = lambda _: None, missing_frames: int = 0) -> None:
@@ -67,6 +68,9 @@ class ScriptedModel:
             self.before_frames(left)
             yield np.repeat(picture[None], min(left, 8), axis=0)
             left -= 8
+
+    def caption(self, job_input: JobInput) -> str | None:
+        return self.caption_text
 
     def expected_seconds(self, job_input: JobInput) -> float | None:
         return self.seconds_by_duration.get(job_input.duration)

@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -13,9 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
+from contract.job import AspectRatio, Resolution
 from handler.encode import DiskFullError, EncodeError, Target, codec, encode
 from handler.video_model.base import Frames
-from tests.support.mp4 import probe
+from tests.support.mp4 import picture, probe, shows_caption
 
 
 def target(directory: Path, *, width: int = 1280, height: int = 720, num_frames: int = 25) -> Target:
@@ -84,6 +86,38 @@ def test_the_poster_is_the_middle_frame(tmp_path: Path) -> None:
     assert np.allclose(pixel(tmp_path / "poster.jpg", 640, 360), (120, 120, 120), atol=3)
     poster = probe(tmp_path / "poster.jpg", container=False)
     assert (poster.width, poster.height) == (1280, 720)
+
+
+CAPTION = "demo model: A red fish swims to the right over the sea"
+
+
+@pytest.mark.parametrize(("resolution", "ratio"), list(product(Resolution, AspectRatio)))
+def test_a_caption_is_in_the_lower_left_corner_of_every_frame_and_of_the_poster(
+    tmp_path: Path, resolution: Resolution, ratio: AspectRatio
+) -> None:
+    width, height = resolution.sizes[ratio]
+    files = target(tmp_path, width=width, height=height, num_frames=5)
+    colour = (90, 200, 120)
+    encode(flat(colour, 5), replace(files, caption=CAPTION), ignore)
+    video = probe(files.video)
+    assert (video.width, video.height, video.num_frames, video.pixel_format) == (width, height, 5, "yuv420p")
+    assert video.color == "tv, bt709, progressive"
+    for shown in (picture(files.video), picture(files.video, 4), picture(files.poster)):
+        assert shows_caption(shown, CAPTION)
+        assert not shows_caption(shown, CAPTION.replace("red fish", "blue boat"))
+        rest = shown.astype(int)
+        rest[height * 9 // 10 :, : width * 6 // 10] = colour
+        assert np.abs(rest - colour).max() <= 8, "nothing else is drawn"
+
+
+def test_the_captions_own_greys_survive(tmp_path: Path) -> None:
+    """Its background takes 59 % of a white picture's light, and its letters are nearly white."""
+    files = target(tmp_path, num_frames=5)
+    encode(flat((255, 255, 255), 5), replace(files, caption=CAPTION), ignore)
+    for shown in (picture(files.video, 4), picture(files.poster)):
+        corner = shown[650:710, 10:200].astype(int)
+        assert np.percentile(corner, 99) > 235
+        assert abs(np.median(shown[673:675, 100:500].astype(int)) - 255 * (1 - 150 / 255)) < 6
 
 
 def test_the_gpus_encoder_is_used_only_where_it_works() -> None:

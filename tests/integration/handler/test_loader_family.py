@@ -74,6 +74,7 @@ def test_the_checkpoints_present_decide_what_is_offered_and_the_fastest_is_the_d
     for resolution in Resolution:
         assert model.parts.routes["HunyuanVideo-1.5", resolution] == ROUTES[Profile.TURBO, resolution]
         assert model.parts.routes["HunyuanVideo-1.5-balanced", resolution] == ROUTES[Profile.BALANCED, resolution]
+    assert model.caption(JobInput(prompt="A paper boat on a rainy street")) is None
     assert "profile quality: missing 720p_t2v" in caplog.text
     assert "download" in caplog.text
 

@@ -27,7 +27,7 @@ from storage.bucket import Bucket
 from storage.errors import StorageUnavailableError
 from storage.settings import BucketSettings
 from storage.videos import Videos
-from tests.support.mp4 import probe
+from tests.support.mp4 import picture, probe, shows_caption
 from tests.support.s3_servers import juicefs
 from tests.support.scripted_model import ScriptedModel
 
@@ -90,6 +90,17 @@ def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, t
     timings = dict(manifest.timings)
     assert set(timings) == {"encoding_prompt", "denoising", "decoding", "storing", "total"}
     assert timings.pop("total") == pytest.approx(sum(timings.values()), abs=0.01)
+
+
+@pytest.mark.parametrize("caption", [None, "demo model: A paper boat on a rainy street"])
+def test_video_and_poster_carry_the_models_caption_if_it_has_one(
+    bench: Bench, tmp_path: Path, caption: str | None
+) -> None:
+    bench.model.caption_text = caption
+    result = bench.run()
+    for url in (result.video_url, result.poster_url):
+        (tmp_path / "file").write_bytes(httpx.get(url).content)
+        assert shows_caption(picture(tmp_path / "file"), "demo model: A paper boat on a rainy street") == bool(caption)
 
 
 def test_the_manifest_is_written_last(bench: Bench) -> None:

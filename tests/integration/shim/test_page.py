@@ -426,12 +426,44 @@ async def test_the_header_says_why_no_model_is_loaded(site: Site, visit: Visit) 
 async def test_the_page_warns_about_the_demo_model(site: Site, browser: Browser) -> None:
     await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
     async with visiting(browser, site.address) as visit:
-        await expect(visit.page.get_by_text("Demo model: moving colour, no real video.")).to_be_visible()
+        await expect(visit.page.get_by_text("Demo model: it draws a few simple objects")).to_be_visible()
         await expect(visit.page.get_by_role("list", name="The server")).to_contain_text("Model: demo")
         await visit.make()
         await site.take()
         await visit.page.reload()
         await expect(visit.page.locator("#queue")).to_have_text("0 waiting, 1 running")
+
+
+async def test_an_example_of_the_demo_model_fills_the_prompt_by_keyboard_and_by_mouse(
+    site: Site, browser: Browser
+) -> None:
+    await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
+    async with visiting(browser, site.address) as visit:
+        visit.expected.append("status of 400")
+        examples = visit.page.get_by_role("list", name="Prompts that the demo model can draw").get_by_role("button")
+        await expect(examples).to_have_count(5)
+        await visit.make("short")
+        await expect(visit.prompt).to_have_attribute("aria-invalid", "true")
+        await visit.prompt.press("Tab")
+        await expect(examples.first).to_be_focused()
+        await visit.page.keyboard.press("Enter")
+        await expect(visit.prompt).to_be_focused()
+        await expect(visit.prompt).to_have_value(await examples.first.inner_text())
+        await expect(visit.prompt).to_have_attribute("aria-invalid", "false")
+        await examples.last.click()
+        prompt = await examples.last.inner_text()
+        await expect(visit.page.locator("#count")).to_have_text(f"{len(prompt)} / 500")
+        await visit.page.keyboard.press("Control+Enter")
+        _, asked = await site.take()
+        assert asked.prompt == prompt
+        for text in await examples.all_inner_texts():
+            JobInput(prompt=text)
+
+
+async def test_another_model_has_no_examples(site: Site, visit: Visit) -> None:
+    await expect(visit.page.locator("#health")).to_have_text("Healthy")
+    await expect(visit.page.locator("#examples")).to_be_hidden()
+    await expect(visit.page.locator("#demo")).to_be_hidden()
 
 
 async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucket: Bucket, browser: Browser) -> None:
