@@ -43,8 +43,8 @@ PROMPTS = (
     asked("A green tree stays perfectly still in a snowy landscape", "green tree still", "snow"),
     asked("Two red balls move upwards on a black background", "red ball up, red ball up", "black"),
     asked(
-        "A blue diamond and a pink ring drift leftwards on a white background",
-        "blue diamond left, pink ring left",
+        "A blue triangle and a pink ring drift leftwards on a white background",
+        "blue triangle left, pink ring left",
         "white",
     ),
 )

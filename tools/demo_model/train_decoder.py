@@ -28,9 +28,9 @@ from tools.demo_model.world import CELL, FPS, TEMPORAL, Batch
 
 log = logging.getLogger(__name__)
 
-#: Share of the time, whether the loss is in pixels, latent frames, and clips in a batch.
-_STAGES: Final = ((0.2, False, 1, 24), (0.55, False, 3, 8), (0.05, True, 1, 16), (0.2, True, 3, 3))
-_MUON_RATE, _ADAM_RATE = 0.006, 2e-3
+#: Share of the time, whether the loss is in pixels, the largest rates, and latent frames with clips in a batch of it.
+_STAGES: Final = ((0.6, False, 1.0, ((1, 24), (3, 8))), (0.4, True, 0.3, ((1, 16), (3, 3))))
+_MUON_RATE, _ADAM_RATE = 0.002, 1e-3
 #: Cells on a side of a part, and rows and columns of whole pictures.
 _CROPS: Final = (2, 3)
 _SIZES: Final = ((5, 9), (5, 9), (9, 5), (6, 6), (6, 8), (8, 6))
@@ -41,21 +41,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--out", type=Path, default=Path(".cache/demo-model"))
+    parser.add_argument("--from", dest="trained", type=Path, help="a checkpoint to start from")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    train(options.out, 60 * options.minutes)
+    train(options.out, 60 * options.minutes, options.trained)
 
 
-def train(out: Path, seconds: float) -> None:
-    """Trains for this long in all, or goes on from `decoder.pt` in `out`."""
+def train(out: Path, seconds: float, trained: Path | None = None) -> None:
+    """Trains for this long in all, or goes on from `decoder.pt` in `out`. Starts from the weights in `trained`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     decoder = vae().decoder
     _compute_faster(decoder)
     path, state = out / "decoder.pt", {"elapsed": 0.0, "step": 0}
-    if not path.exists():
+    if trained is not None:
+        decoder.load_state_dict(vae().from_pretrained(trained / "vae", dtype=torch.float32).decoder.state_dict())
+    elif not path.exists():
         _start_simple(decoder)
         drawing.start(decoder)
     kernels = [p for p in decoder.parameters() if p.ndim == 5]
@@ -72,8 +75,9 @@ def train(out: Path, seconds: float) -> None:
     start, last = time.monotonic() - state["elapsed"], time.monotonic()
     while (elapsed := time.monotonic() - start) < seconds:
         done = elapsed / seconds
-        in_pixels, frames, size = _stage(done)
-        share = min((state["step"] + 1) / 50, 1 - done + 0.01) * (0.25 if in_pixels else 1.0)
+        in_pixels, share, batches = _stage(done)
+        share *= min(1.0, (state["step"] + 1) / 50)
+        frames, size = random.choice(batches)
         loss = (_pixel_loss if in_pixels else _feature_loss)(decoder, random, frames, size)
         decoder.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -106,12 +110,12 @@ def train(out: Path, seconds: float) -> None:
     log.info("final psnr %s", psnr(decoder, average))
 
 
-def _stage(done: float) -> tuple[bool, int, int]:
-    for share, in_pixels, frames, size in _STAGES:
-        if done < share:
-            return in_pixels, frames, size
-        done -= share
-    return _STAGES[-1][1:]
+def _stage(done: float) -> tuple[bool, float, tuple[tuple[int, int], ...]]:
+    """Whether the loss is in pixels, the rates as a fraction, which falls to zero in each stage, and the batches."""
+    first, second = _STAGES
+    share, in_pixels, rate, batches = first if done < first[0] else second
+    into = done / share if done < first[0] else (done - first[0]) / share
+    return in_pixels, rate * (1.01 - into), batches
 
 
 def _feature_loss(decoder: Any, random: Random, frames: int, size: int) -> torch.Tensor:

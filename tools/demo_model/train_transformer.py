@@ -57,6 +57,12 @@ class Trainee(nn.Module):
         self._crop = len(prefix["input_ids"])
         _start_simple(self.transformer)
 
+    def read(self, directory: Path) -> None:
+        """Takes the weights of a checkpoint that `assemble` wrote."""
+        for own in (self.text_encoder, self.transformer):
+            name = "text_encoder" if own is self.text_encoder else "transformer"
+            own.load_state_dict(type(own).from_pretrained(directory / name, dtype=torch.float32).state_dict())
+
     def ids(self, text: str) -> list[int]:
         messages = [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": text or " "}]
         found: list[int] = self.tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[
@@ -137,12 +143,14 @@ class Examples:
         return latents, torch.tensor([ids for _, ids in taken])
 
 
-def train(out: Path, seconds: float) -> None:
-    """Trains for this long in all, or goes on from `transformer.pt` in `out`."""
+def train(out: Path, seconds: float, trained: Path | None = None) -> None:
+    """Trains for this long in all, or goes on from `transformer.pt` in `out`. Starts from the weights in `trained`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     transformer_hunyuan_video15.dispatch_attention_fn = _without_mask
     trainee = Trainee()
+    if trained is not None:
+        trainee.read(trained)
     matrices, others = _groups(trainee)
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, _MUON_RATE),
@@ -252,11 +260,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--out", type=Path, default=Path(".cache/demo-model"))
+    parser.add_argument("--from", dest="trained", type=Path, help="a checkpoint to start from")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    train(options.out, 60 * options.minutes)
+    train(options.out, 60 * options.minutes, options.trained)
 
 
 if __name__ == "__main__":

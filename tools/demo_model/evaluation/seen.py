@@ -13,7 +13,15 @@ from PIL import Image
 
 from tools.demo_model.evaluation import oklab
 from tools.demo_model.evaluation.backgrounds import Background, background_of
-from tools.demo_model.evaluation.foreground import Colour, Part, background_rows, colours_of, count_of, follow, objects_mask
+from tools.demo_model.evaluation.foreground import (
+    Colour,
+    Part,
+    background_rows,
+    colours_of,
+    count_of,
+    follow,
+    objects_mask,
+)
 from tools.demo_model.evaluation.motions import Track, motion_of
 from tools.demo_model.evaluation.silhouettes import kind_of, kind_of_turning
 
