@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 _STAGES: Final = (
     (0.22, {1: 1.0}),
     (0.33, {1: 0.45, 6: 0.55}),
-    (0.45, {1: 0.25, 6: 0.2, 16: 0.45, 31: 0.1}),
+    (0.45, {1: 0.2, 6: 0.2, 16: 0.55, 31: 0.05}),
 )
 #: Tokens in a batch, about.
 _TOKENS: Final = 4000
 #: Rows and columns of the latents and their odds, 16:9 most often.
 _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((8, 6), 0.05))
-#: Small pictures, which show more of the thing: half of the single images and short clips.
+#: Small pictures, which show more of the thing: most images and clips, but for the longest.
 _SMALL_SIZES: Final = (((4, 5), 0.6), ((4, 6), 0.2), ((5, 4), 0.2))
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
@@ -119,7 +119,7 @@ class Examples:
 
     def batch(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, C, T, h, w) and token ids (B, L)."""
-        sizes = _SMALL_SIZES if frames <= 6 and self._random.random() < 0.5 else _SIZES
+        sizes = _SMALL_SIZES if frames <= 16 and self._random.random() < 0.6 else _SIZES
         rows, columns = self._random.choices([size for size, _ in sizes], [odds for _, odds in sizes])[0]
         taken: list[tuple[Clip, list[int]]] = []
         while not taken:
