@@ -92,6 +92,10 @@ api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 settings-page: $(VENV)/.dev ## Write the tables of docs/settings.md from the settings classes
 	$(BIN)/python -m tools.settings_page
 
+.PHONY: runpod-schema
+runpod-schema: $(VENV)/.dev ## Compare RunPod's published API with infra/runpod/api.schema.json; needs the internet
+	$(BIN)/python -m tools.runpod_schema
+
 .PHONY: plan-page
 plan-page: $(VENV)/.dev ## Write the tables of the plan in docs/performance.md
 	$(BIN)/python -m tools.plan_page
