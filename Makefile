@@ -84,6 +84,10 @@ constraints: ## Pin the newest releases that pyproject.toml allows in constraint
 	$(VENV)/renew/bin/pip freeze --all | grep -vE '^(pip|setuptools|hunyuan-video-service)\b' | sed -E 's/\+[a-z0-9]+$$//' > constraints.txt
 	rm -rf $(VENV)/renew
 
+.PHONY: constraints-cuda
+constraints-cuda: ## Pin the CUDA packages of the worker's image in constraints-cuda.txt (PYTHON=python3.12)
+	$(PYTHON) -m tools.cuda_constraints
+
 .PHONY: api-page
 api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 	$(BIN)/python -m tools.api_page

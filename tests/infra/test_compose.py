@@ -90,12 +90,12 @@ def test_the_bucket_and_its_key_are_created_at_the_first_start_and_kept_at_the_n
 ) -> None:
     """The script of the service, with a stand-in for mc that refuses to attach a policy twice, as mc does."""
     words = tmp_path / "words"
-    script = f'''#!/bin/sh
+    script = f"""#!/bin/sh
 echo "$@" >> {words}
 [ "$3" = info ] && {"echo PolicyName: hunyuan-videos" if attached else "echo AccessKey"}
 [ "$2 $3" = "policy attach" ] && {"exit 1" if attached else "exit 0"}
 exit 0
-'''
+"""
     (tmp_path / "mc").write_text(script)
     (tmp_path / "mc").chmod(0o755)
     service = SERVICES["bucket"]

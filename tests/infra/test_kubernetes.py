@@ -271,7 +271,9 @@ def test_a_worker_may_finish_the_slowest_video_of_the_plan_before_it_is_killed()
     assert worker["terminationGracePeriodSeconds"] == allowed
     assert services["worker-gpu"]["stop_grace_period"] == f"{allowed // 3600}h"
     for page in ("deploy-docker.md", "deploy-kubernetes.md"):
-        assert f"needs {slowest / 3600:.1f} hours on an RTX 4090" in re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text())
+        assert f"needs {slowest / 3600:.1f} hours on an RTX 4090" in re.sub(
+            r"\s+", " ", (ROOT / "docs" / page).read_text()
+        )
 
 
 def test_workers_reach_the_demos_bucket_by_its_pods() -> None:
@@ -314,7 +316,12 @@ def test_the_pages_waits_end() -> None:
     page = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
     assert "rollout status" not in page, "it fails at once if a deployment has missed its progress deadline before"
     real = page.partition("## The real model")[2]
-    steps = ["overlays/gpu", "job/download-weights", "rollout restart deployment/worker", "wait --for=condition=Available"]
+    steps = [
+        "overlays/gpu",
+        "job/download-weights",
+        "rollout restart deployment/worker",
+        "wait --for=condition=Available",
+    ]
     places = [real.index(step) for step in steps]
     assert places == sorted(places)
 
