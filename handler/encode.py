@@ -19,6 +19,7 @@ from typing import IO, Final
 import imageio_ffmpeg
 
 from contract.job import FPS
+from handler.provenance import AI_GENERATED
 from handler.video_model.base import Frames
 
 #: CRF 18 is visually lossless (https://trac.ffmpeg.org/wiki/Encode/H.264#crf). "veryfast" keeps up with the model on
@@ -31,6 +32,8 @@ _AHEAD: Final = 2
 #: Seconds for the trial of NVENC.
 _TRIAL_TIMEOUT: Final = 30.0
 _MAX_ERROR_TEXT: Final = 2000
+#: Marks the MP4 as generated, for people and for programs that know the IPTC's digital source types.
+_AI_GENERATED: Final = f"comment=AI-generated video ({AI_GENERATED})"
 #: How ffmpeg reports a full disk.
 _FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
@@ -145,7 +148,7 @@ def _command(width: int, height: int, target: Target) -> list[str]:
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(FPS)),
         *("-i", "pipe:0", "-filter_complex", f"[0:v]{fit};{poster}"),
         *("-map", "[video]", *codec(), "-pix_fmt", "yuv420p"),
-        *("-movflags", "+faststart", "-f", "mp4", str(target.video)),
+        *("-metadata", _AI_GENERATED, "-movflags", "+faststart", "-f", "mp4", str(target.video)),
         *("-map", "[poster]", "-frames:v", "1", "-q:v", "3", "-update", "1", "-f", "image2", str(target.poster)),
     ]
 

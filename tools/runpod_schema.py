@@ -96,7 +96,7 @@ def main(
 ) -> None:
     """Compares RunPod's OpenAPI document with our schema of its requests."""
     if source.startswith("https://"):
-        with urllib.request.urlopen(source, timeout=_TIMEOUT) as answer:  # noqa: S310 - https only  # nosec B310
+        with urllib.request.urlopen(source, timeout=_TIMEOUT) as answer:  # nosec B310 - https only
             published = json.load(answer)
     else:
         published = json.loads(Path(source).read_text())

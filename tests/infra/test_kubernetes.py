@@ -312,7 +312,7 @@ def test_the_demos_bucket_is_set_up_as_in_compose() -> None:
 
 
 def test_the_pages_waits_end() -> None:
-    """A server is ready after a worker has loaded the model, so nothing waits for servers before the weights are there."""
+    """A server is ready after a worker has loaded the model, so nothing waits for servers before the weights."""
     page = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
     assert "rollout status" not in page, "it fails at once if a deployment has missed its progress deadline before"
     real = page.partition("## The real model")[2]

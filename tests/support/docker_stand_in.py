@@ -40,7 +40,7 @@ def _run(words: list[str]) -> None:
     host, outer, inner = given.publish.split(":")
     assert outer == inner, "the stand-in maps no ports"
     directory = Path(os.environ["CONTAINERS"]) / given.name
-    replaced = {"0.0.0.0": host}  # noqa: S104
+    replaced = {"0.0.0.0": host}
     for volume in given.volume:
         source, inside = volume.split(":")[:2]
         place = Path(source) if source.startswith("/") else directory / source
