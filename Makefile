@@ -44,6 +44,10 @@ unit: $(VENV)/.dev ## Run the tests that start no server process and load no mod
 test-faults: $(VENV)/.dev ## Inject 22 kinds of fault at random during 300 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
 	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
 
+.PHONY: images-check
+images-check: $(VENV)/.dev ## Build both images with buildah on a Debian base and render the demo in them; root, 15 minutes, 20 GB
+	$(BIN)/pytest -p no:xdist --capture=no tests/infra/images_check.py
+
 .PHONY: bench-gpu
 bench-gpu: $(VENV)/.local ## Measure the model at its real size on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
 	$(BIN)/python -m benchmarks.gpu $(BENCH)

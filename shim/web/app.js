@@ -205,7 +205,7 @@ async function watchHealth() {
   }
 }
 
-function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue }) {
+function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider }) {
   showChip("health", ...stateInWords(status, model_loaded, workers));
   showChip("loaded-model", model && `Model: ${model}`);
   showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
@@ -213,6 +213,7 @@ function showHealth({ status, model_loaded, gpu_available, vram_free, version, m
   showChip("queue", busy ? `${queue.waiting} waiting, ${queue.running} running` : "Queue empty");
   byId("demo").hidden = model !== "demo";
   byId("version").textContent = `HunyuanVideo ${version}`;
+  byId("provider").textContent = provider ? `Offered by ${provider}. ` : "";
   offerModels(models);
 }
 

@@ -21,6 +21,7 @@ from contract.job import DEFAULT_MODEL, Resolution
 from contract.result import JobResult, Manifest, Progress, Stage
 from contract.retry import RetryPolicy
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
+from handler.provenance import ProvenanceError
 from handler.worker import Job, JobError, Worker
 from storage import layout
 from storage.bucket import Bucket
@@ -49,11 +50,16 @@ class Bench:
     reports: list[Progress] = field(default_factory=list)
     cancelled: Event = field(default_factory=Event)
     store_seconds: float = 0.0
+    sign: Callable[[Path], None] | None = None
 
     def run(self, task_id: str = "task-1", s3_config: dict[str, Any] | None = None, **fields: Any) -> JobResult:
         job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p", **fields}
         worker = Worker(
-            self.model, self.bucket, version="1.2.3", store_policy=RetryPolicy(total=self.store_seconds, first=0.05)
+            self.model,
+            self.bucket,
+            version="1.2.3",
+            store_policy=RetryPolicy(total=self.store_seconds, first=0.05),
+            sign=self.sign,
         )
         return worker.run(Job(task_id, job_input, s3_config), self.reports.append, self.cancelled)
 
@@ -90,6 +96,27 @@ def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, t
     timings = dict(manifest.timings)
     assert set(timings) == {"encoding_prompt", "denoising", "decoding", "storing", "total"}
     assert timings.pop("total") == pytest.approx(sum(timings.values()), abs=0.01)
+
+
+def test_a_video_is_signed_before_its_size_and_digest_are_taken(bench: Bench) -> None:
+    def sign(video: Path) -> None:
+        with video.open("ab") as file:
+            file.write(b"signed")
+
+    bench.sign = sign
+    result = bench.run()
+    content = httpx.get(result.video_url).content
+    assert content.endswith(b"signed")
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (result.file_size, result.sha256)
+
+
+def test_a_video_that_cannot_be_signed_fails_and_is_not_stored(bench: Bench) -> None:
+    def sign(video: Path) -> None:
+        raise ProvenanceError("the certificate has expired")
+
+    bench.sign = sign
+    assert bench.failure() == (ErrorCode.GENERATION_FAILED, "The video could not be signed")
+    assert not bench.bucket.list_keys(layout.PREFIX)
 
 
 def test_the_manifest_is_written_last(bench: Bench) -> None:
