@@ -88,7 +88,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         for child in reversed(family):
             child.terminate()
-        gone, alive = psutil.wait_procs(family, 60)
+        _, alive = psutil.wait_procs(family, 60)
         for child in alive:
             child.kill()
         process.kill()

@@ -20,8 +20,8 @@ from contract.errors import ErrorCode
 from contract.job import DEFAULT_MODEL, Resolution
 from contract.result import JobResult, Manifest, Progress, Stage
 from contract.retry import RetryPolicy
-from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.provenance import ProvenanceError
+from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
 from storage.bucket import Bucket
