@@ -1,7 +1,7 @@
 # Two images: `--target shim` builds the server, `--target worker` the worker. docs/deploy-docker.md lists the build
 # arguments. tests/infra runs these instructions in empty virtual environments, so everything installs below /opt/hunyuan.
 
-FROM python:3.12.13-slim-trixie AS wheel
+FROM docker.io/library/python:3.12.13-slim-trixie AS wheel
 
 WORKDIR /opt/hunyuan/source
 COPY pyproject.toml README.md LICENSE ./
@@ -13,7 +13,17 @@ COPY storage ./storage
 RUN pip wheel --no-deps --wheel-dir /opt/hunyuan/dist .
 
 
-FROM python:3.12.13-slim-trixie AS shim
+# The dependencies alone, so that no setting of a tool in pyproject.toml makes the large layers new.
+FROM docker.io/library/python:3.12.13-slim-trixie AS requirements
+
+WORKDIR /opt/hunyuan/requirements
+COPY pyproject.toml ./
+RUN python3 -c "import pathlib, tomllib; p = tomllib.loads(pathlib.Path('pyproject.toml').read_text())['project']; \
+shim = p['dependencies']; worker = shim + p['optional-dependencies']['worker']; \
+pathlib.Path('shim.txt').write_text('\\n'.join(shim)); pathlib.Path('worker.txt').write_text('\\n'.join(worker))"
+
+
+FROM docker.io/library/python:3.12.13-slim-trixie AS shim
 
 RUN useradd --uid 10001 --create-home hunyuan \
     && install --directory --owner=10001 --group=10001 /var/lib/hunyuan
@@ -23,12 +33,12 @@ ENV PATH=/opt/hunyuan/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
-# This layer installs the dependencies alone, which change rarely: the package that it builds has no code yet.
+# This layer installs the dependencies alone, which change rarely.
 WORKDIR /opt/hunyuan/source
-COPY pyproject.toml constraints.txt ./
-RUN touch README.md LICENSE \
-    && python3 -m venv /opt/hunyuan/venv \
-    && pip install --constraint constraints.txt .
+COPY constraints.txt ./
+COPY --from=requirements /opt/hunyuan/requirements/shim.txt ./
+RUN python3 -m venv /opt/hunyuan/venv \
+    && pip install --constraint constraints.txt --requirement shim.txt
 
 COPY --from=wheel /opt/hunyuan/dist /opt/hunyuan/dist
 RUN pip install --no-deps --force-reinstall /opt/hunyuan/dist/*.whl
@@ -54,7 +64,7 @@ CMD ["hunyuan", "serve"]
 
 
 # PyPI's torch 2.13 is built for CUDA 13.0 and installs cuBLAS and cuDNN as wheels, so the `base` image is enough.
-FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS worker
+FROM docker.io/nvidia/cuda:13.0.3-base-ubuntu24.04 AS worker
 
 # torch.compile calls a C++ compiler and needs Python's headers when the worker loads the model.
 # Ubuntu removes old package versions, so no version is pinned here; the base image's tag pins the release.
@@ -74,15 +84,15 @@ ENV PATH=/opt/hunyuan/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 
 WORKDIR /opt/hunyuan/source
-COPY pyproject.toml constraints.txt ./
+COPY constraints.txt constraints-cuda.txt ./
+COPY --from=requirements /opt/hunyuan/requirements/worker.txt ./
 ARG PIP_EXTRA_INDEX_URL=""
-RUN touch README.md LICENSE \
-    && python3 -m venv /opt/hunyuan/venv \
-    && pip install --constraint constraints.txt '.[worker]'
+RUN python3 -m venv /opt/hunyuan/venv \
+    && pip install --constraint constraints.txt --constraint constraints-cuda.txt --requirement worker.txt
 
 ARG FLASH_ATTN_WHEEL=""
 RUN if [ -n "$FLASH_ATTN_WHEEL" ]; then \
-        pip install --constraint constraints.txt "$FLASH_ATTN_WHEEL"; \
+        pip install --constraint constraints.txt --constraint constraints-cuda.txt "$FLASH_ATTN_WHEEL"; \
     fi
 
 COPY --from=wheel /opt/hunyuan/dist /opt/hunyuan/dist
@@ -90,6 +100,15 @@ RUN pip install --no-deps --force-reinstall /opt/hunyuan/dist/*.whl
 
 ARG PROFILE=""
 ARG ACCEPT_LICENCE=""
+# A layer for each checkpoint: registries limit the size of a layer, and hosts pull several layers at once.
+RUN if [ -n "$PROFILE" ]; then \
+        hunyuan download-weights "$PROFILE" --first 1 --to /opt/hunyuan/models ${ACCEPT_LICENCE:+--accept-licence}; \
+    fi
+# hadolint ignore=DL3059
+RUN if [ -n "$PROFILE" ]; then \
+        hunyuan download-weights "$PROFILE" --first 2 --to /opt/hunyuan/models ${ACCEPT_LICENCE:+--accept-licence}; \
+    fi
+# hadolint ignore=DL3059
 RUN if [ -n "$PROFILE" ]; then \
         hunyuan download-weights "$PROFILE" --to /opt/hunyuan/models ${ACCEPT_LICENCE:+--accept-licence}; \
     fi

@@ -46,6 +46,10 @@ unit: $(VENV)/.dev ## Run the tests that start no server process and load no mod
 test-faults: $(VENV)/.dev ## Inject 22 kinds of fault at random during 300 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
 	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
 
+.PHONY: images-check
+images-check: $(VENV)/.dev ## Build both images with buildah on a Debian base and render the demo in them; root, 15 minutes, 20 GB
+	$(BIN)/pytest -p no:xdist --capture=no tests/infra/images_check.py
+
 .PHONY: bench-gpu
 bench-gpu: $(VENV)/.local ## Measure the model at its real size on this GPU (BENCH="--stock --vram-limit 12"); needs a CUDA build of torch
 	$(BIN)/python -m benchmarks.gpu $(BENCH)
@@ -90,6 +94,10 @@ constraints: ## Pin the newest releases that pyproject.toml allows in constraint
 	$(VENV)/renew/bin/pip freeze --all | grep -vE '^(pip|setuptools|hunyuan-video-service)\b' | sed -E 's/\+[a-z0-9]+$$//' > constraints.txt
 	rm -rf $(VENV)/renew
 
+.PHONY: constraints-cuda
+constraints-cuda: ## Pin the CUDA packages of the worker's image in constraints-cuda.txt (PYTHON=python3.12)
+	$(PYTHON) -m tools.cuda_constraints
+
 .PHONY: api-page
 api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 	$(BIN)/python -m tools.api_page
@@ -97,6 +105,10 @@ api-page: $(VENV)/.dev ## Write docs/api.md from the server's OpenAPI document
 .PHONY: settings-page
 settings-page: $(VENV)/.dev ## Write the tables of docs/settings.md from the settings classes
 	$(BIN)/python -m tools.settings_page
+
+.PHONY: runpod-schema
+runpod-schema: $(VENV)/.dev ## Compare RunPod's published API with infra/runpod/api.schema.json; needs the internet
+	$(BIN)/python -m tools.runpod_schema
 
 .PHONY: plan-page
 plan-page: $(VENV)/.dev ## Write the tables of the plan in docs/performance.md

@@ -14,6 +14,8 @@ _HEADER_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
 #: compares them with WorkerSettings.
 WORKER_VARIABLES: Final = (
     "HUNYUAN_APPROXIMATIONS",
+    "HUNYUAN_C2PA_CERTIFICATE",
+    "HUNYUAN_C2PA_KEY",
     "HUNYUAN_CACHE_DIR",
     "HUNYUAN_COMPILE",
     "HUNYUAN_ENABLE_FLASH_ATTN",
@@ -49,6 +51,7 @@ KNOWN_VARIABLES: Final = frozenset(
         "HUNYUAN_PLATFORM_TOKEN",
         "HUNYUAN_PLATFORM_URL",
         "HUNYUAN_PORT",
+        "HUNYUAN_PROVIDER",
         "HUNYUAN_PUBLIC_URL",
         "HUNYUAN_RATE_LIMIT",
         "HUNYUAN_SERVER",

@@ -19,6 +19,7 @@ from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
 from handler.allocator import configure_allocator
+from handler.provenance import ProvenanceError, Signer
 from handler.report import Reporter
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError, VideoModel
@@ -39,6 +40,7 @@ def main() -> None:
     exit_on_sigterm()
     # 1. Read the settings
     settings, bucket = _settings()
+    signer = _signer(settings)
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
     for warning in warnings_of_unknown_variables():
         log.warning("%s", warning)
@@ -61,6 +63,7 @@ def main() -> None:
             Bucket(bucket) if bucket else None,
             version=version(_DISTRIBUTION),
             work_dir=settings.work_dir,
+            sign=signer.sign if signer is not None else None,
             store_policy=RetryPolicy(total=settings.store_patience),
             watchdog=Watchdog(
                 stall_timeout=settings.stall_timeout,
@@ -91,6 +94,17 @@ def _settings() -> tuple[WorkerSettings, BucketSettings | None]:
         return WorkerSettings(), bucket_settings()
     except ValidationError as exc:
         _exit(explain(exc), WorkerExit.BAD_SETTINGS)
+
+
+def _signer(settings: WorkerSettings) -> Signer | None:
+    if settings.c2pa_certificate is None and settings.c2pa_key is None:
+        return None
+    if settings.c2pa_certificate is None or settings.c2pa_key is None:
+        _exit("HUNYUAN_C2PA_CERTIFICATE and HUNYUAN_C2PA_KEY need each other: set both", WorkerExit.BAD_SETTINGS)
+    try:
+        return Signer.load(settings.c2pa_certificate, settings.c2pa_key, version(_DISTRIBUTION))
+    except ProvenanceError as exc:
+        _exit(str(exc), WorkerExit.BAD_SETTINGS)
 
 
 def _check(bucket: BucketSettings, reporter: Reporter) -> None:

@@ -20,6 +20,7 @@ import imageio_ffmpeg
 
 from contract.job import FPS
 from handler.caption import draw_caption
+from handler.provenance import AI_GENERATED
 from handler.video_model.base import Frames
 
 #: CRF 18 is visually lossless (https://trac.ffmpeg.org/wiki/Encode/H.264#crf). "veryfast" keeps up with the model on
@@ -34,6 +35,8 @@ _MARGIN: Final = 40
 #: Seconds for the trial of NVENC.
 _TRIAL_TIMEOUT: Final = 30.0
 _MAX_ERROR_TEXT: Final = 2000
+#: Marks the MP4 as generated, for people and for programs that know the IPTC's digital source types.
+_AI_GENERATED: Final = f"comment=AI-generated video ({AI_GENERATED})"
 #: How ffmpeg reports a full disk.
 _FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
@@ -173,7 +176,7 @@ def _command(width: int, height: int, target: Target, caption: int) -> list[str]
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(FPS)),
         *("-i", "pipe:0", *captioned, "-filter_complex", f"[0:v]{fit},split[video][stills];{poster}"),
         *("-map", "[video]", *codec(), "-pix_fmt", "yuv420p"),
-        *("-movflags", "+faststart", "-f", "mp4", str(target.video)),
+        *("-metadata", _AI_GENERATED, "-movflags", "+faststart", "-f", "mp4", str(target.video)),
         *("-map", "[poster]", "-frames:v", "1", "-q:v", "3", "-update", "1", "-f", "image2", str(target.poster)),
     ]
 

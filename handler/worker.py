@@ -22,6 +22,7 @@ from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
+from handler.provenance import ProvenanceError
 from handler.store import NOT_STORED, JobStore
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.watchdog import Watch, Watchdog
@@ -89,6 +90,8 @@ class Worker:
     store_policy: RetryPolicy = _STORE_RETRIES
     load_image: Callable[[str], Image.Image] = load_image
     watchdog: Watchdog = field(default_factory=Watchdog)
+    #: Signs the MP4 in place. None leaves it unsigned.
+    sign: Callable[[Path], None] | None = None
 
     def run(self, job: Job, on_progress: OnProgress, cancelled: Event) -> JobResult:
         """Renders and stores the job's video. If its manifest exists already, that is the result.
@@ -148,6 +151,8 @@ class Worker:
             is_demo = model.name == DEMO_MODEL
             with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
                 rendered = self._render(job_input, image, seed, target, meter, watch, cancelled)
+            if self.sign is not None:
+                self.sign(target.video)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()
             manifest = _completed(
@@ -259,6 +264,9 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
             if isinstance(exc, StorageFullError) and not detail:
                 detail = ": the disk of the bucket is full"
             return JobError.of(NOT_STORED.error_code, f"{NOT_STORED.error}{detail}")
+        case ProvenanceError():
+            log.error("the video can't be signed: %s", exc)
+            return JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be signed")
         case WorkDirError():
             log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)
             return JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")

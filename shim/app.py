@@ -49,8 +49,10 @@ def create_app(
     store_timeout: float = 10.0,
     routers: Sequence[APIRouter] = (),
     access: Access = OPEN_TO_ALL,
+    provider: str | None = None,
 ) -> FastAPI:
     """The REST server over `queue` and `bucket`, which the caller closes. `routers` are further routes.
+    `provider` is the legal name of who offers the service.
 
     `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
     A download fails if the bucket sends nothing for `store_timeout` seconds.
@@ -68,6 +70,7 @@ def create_app(
             ),
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
+            provider=provider,
             readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,

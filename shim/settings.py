@@ -123,6 +123,14 @@ class ShimSettings(LogOptions):
         description="Videos per minute that each key may request; each client address, if HUNYUAN_API_KEYS is unset. "
         "Default: no limit.",
     )
+    provider: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        validation_alias="HUNYUAN_PROVIDER",
+        description="Legal name of who offers this service to others, for the page and /health. The licence of the "
+        "weights asks for it.",
+    )
     cors_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(split_commas)
     ] = Field(

@@ -224,7 +224,8 @@ class Bucket:
     def list_objects(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[ObjectInfo]:
         """The first objects whose keys begin with `prefix` and follow `start_after`, in the order of their keys.
 
-        At most `limit`, and never more than 1000. An empty list is the end.
+        At most `limit`, and never more than 1000. An empty list is the end. SeaweedFS lists `a/` before `a.json`; each
+        object still comes once.
         """
         with self._requesting("list_objects", self._named(f"{prefix}*")):
             answer = self._client.list_objects_v2(

@@ -49,8 +49,10 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 }
 
 
-def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub, *, images: bool = False) -> None:
-    """Downloads every checkpoint that the profile needs into `to`, and skips those that are complete.
+def download(
+    profile: Profile, to: Path, fetch: Fetch = fetch_from_hub, *, images: bool = False, first: int | None = None
+) -> None:
+    """Downloads every checkpoint that the profile needs into `to`, or the `first` ones, and skips complete ones.
 
     With `images` also the one for videos that start from an image. A checkpoint gets its name when it is complete.
     Checkpoints with the same text encoders and VAE share them as hard links. A checkpoint that is converted needs its
@@ -59,7 +61,7 @@ def download(profile: Profile, to: Path, fetch: Fetch = fetch_from_hub, *, image
     Raises:
         WeightsError, OSError: a file cannot be downloaded, converted or written. Another call resumes.
     """
-    for name in sorted(needed(profile) | ({IMAGE_BASES[profile]} if images else set())):
+    for name in sorted(needed(profile) | ({IMAGE_BASES[profile]} if images else set()))[:first]:
         final = to / name
         if _is_complete(final):
             print(f"{name}: already complete")

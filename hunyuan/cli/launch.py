@@ -83,12 +83,12 @@ def _start_errors() -> Iterator[None]:
         fail(str(exc), ExitCode.USAGE)
 
 
-def download_weights(profile: Profile, to: Path, *, images: bool) -> None:
-    """Downloads the checkpoints that a profile needs into `to`."""
+def download_weights(profile: Profile, to: Path, *, images: bool, first: int | None = None) -> None:
+    """Downloads the checkpoints that a profile needs into `to`, or the `first` ones."""
     with _weights_errors():
         from handler.weights.download import download
 
-        download(profile, to, images=images)
+        download(profile, to, images=images, first=first)
 
 
 def convert_weights(source: Path, target: Path, name: str | None) -> None:

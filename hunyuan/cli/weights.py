@@ -21,6 +21,10 @@ def download_weights(
     images: Annotated[
         bool, typer.Option("--images", help="Also download what videos that start from an image need.")
     ] = False,
+    first: Annotated[
+        int | None,
+        typer.Option(min=1, help="Download only so many checkpoints, in the order of their names.", show_default=False),
+    ] = None,
     accept_licence: Annotated[
         bool, typer.Option("--accept-licence", help="Confirm that you have read the licence and accept it.")
     ] = False,
@@ -29,7 +33,7 @@ def download_weights(
     typer.echo(LICENCE)
     if not accept_licence:
         end("Pass --accept-licence to accept this licence.", ExitCode.USAGE)
-    launch.download_weights(profile, to, images=images)
+    launch.download_weights(profile, to, images=images, first=first)
 
 
 def convert_weights(

@@ -63,6 +63,7 @@ class Services:
     bucket_http: httpx.AsyncClient
     metrics: Metrics
     version: str
+    provider: str | None
     readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None

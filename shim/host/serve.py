@@ -167,7 +167,13 @@ def _http_server(
 ) -> HttpServer:
     public_url = str(settings.public_url) if settings.public_url is not None else None
     app = create_app(
-        queue, store.bucket, metrics=metrics, public_url=public_url, routers=routers, access=settings.access
+        queue,
+        store.bucket,
+        metrics=metrics,
+        public_url=public_url,
+        routers=routers,
+        access=settings.access,
+        provider=settings.provider,
     )
     limits = ConnectionLimits(per_address=settings.max_connections_per_address)
     return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)

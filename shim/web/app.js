@@ -215,7 +215,7 @@ async function watchHealth() {
   }
 }
 
-function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue }) {
+function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider }) {
   showChip("health", ...stateInWords(status, model_loaded, workers));
   showChip("loaded-model", model && `Model: ${model}`);
   showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
@@ -223,6 +223,7 @@ function showHealth({ status, model_loaded, gpu_available, vram_free, version, m
   showChip("queue", busy ? `${queue.waiting} waiting, ${queue.running} running` : "Queue empty");
   for (const id of ["demo", "examples"]) byId(id).hidden = model !== "demo";
   byId("version").textContent = `HunyuanVideo ${version}`;
+  byId("provider").textContent = provider ? `Offered by ${provider}. ` : "";
   offerModels(models);
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,13 +53,61 @@ def test_images_are_built_here_or_have_an_exact_tag(name: str) -> None:
         assert service["build"]["target"] in STAGES
         assert (COMPOSE.parent / service["build"]["context"]).resolve() == ROOT
     else:
-        assert re.search(r":(\d+\.\d+-\w+|RELEASE\.\d{4}-\d\d-\d\dT[\d-]+Z)$", service["image"])
+        assert service["image"].startswith("docker.io/"), "podman searches no registry for a short name"
+        assert re.search(r":(\d+\.\d+-\w+$|RELEASE\.\d{4}-\d\d-\d\dT[\d-]+Z@sha256:[0-9a-f]{64}$)", service["image"])
 
 
 @EACH
 def test_settings_and_commands_exist(name: str) -> None:
     assert {variable for variable in environment(name) if variable.startswith(OUR_PREFIXES)} <= SETTINGS
     check_command(SERVICES[name].get("command", []))
+
+
+def test_podman_knows_the_servers_health_check() -> None:
+    """Podman ignores the HEALTHCHECK of an OCI image, so compose.yaml says it again."""
+    checks = [str(STAGES["shim"].last("HEALTHCHECK").argument), str(SERVICES["shim"]["healthcheck"])]
+    for check in checks:
+        assert "/health" in check
+        assert "8000" in check
+    interval, timeout, start = (SERVICES["shim"]["healthcheck"][key] for key in ("interval", "timeout", "start_period"))
+    assert f"--interval={interval} --timeout={timeout} --start-period={start} --retries=3" in checks[0]
+
+
+def test_the_root_key_of_minio_is_in_no_presigned_url() -> None:
+    """A presigned URL names its access key. Only MinIO and the service that creates the other key know the root's."""
+    holders = {name for name, service in SERVICES.items() if "MINIO_ROOT_USER" in str(service.get("environment"))}
+    assert holders == {"minio", "bucket"}
+    policy = json.loads(environment("bucket")["POLICY"] or "")
+    assert {statement["Resource"].removesuffix("/*") for statement in policy["Statement"]} == {
+        f"arn:aws:s3:::{environment('shim')['BUCKET_NAME']}"
+    }
+    assert not [action for statement in policy["Statement"] for action in statement["Action"] if "*" in action]
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_bucket_and_its_key_are_created_at_the_first_start_and_kept_at_the_next(
+    attached: bool, tmp_path: Path
+) -> None:
+    """The script of the service, with a stand-in for mc that refuses to attach a policy twice, as mc does."""
+    words = tmp_path / "words"
+    script = f"""#!/bin/sh
+echo "$@" >> {words}
+[ "$3" = info ] && {"echo PolicyName: hunyuan-videos" if attached else "echo AccessKey"}
+[ "$2 $3" = "policy attach" ] && {"exit 1" if attached else "exit 0"}
+exit 0
+"""
+    (tmp_path / "mc").write_text(script)
+    (tmp_path / "mc").chmod(0o755)
+    service = SERVICES["bucket"]
+    command = service["command"][0].replace("$$", "$").replace("/tmp/policy.json", f"{tmp_path}/policy.json")
+    given = {**environment("bucket"), "BUCKET_ACCESS_KEY_ID": "key", "BUCKET_SECRET_ACCESS_KEY": "secret"}
+    given["PATH"] = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run([*service["entrypoint"], command], env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "policy.json").read_text()) == json.loads(given["POLICY"] or "")
+    called = words.read_text().splitlines()
+    assert "admin user add store key secret" in called
+    assert ("admin policy attach store hunyuan-videos --user key" in called) is not attached
 
 
 @EACH
@@ -98,7 +148,7 @@ def test_the_bucket_is_reached_inside_by_its_service_and_outside_by_its_port(nam
     assert given["BUCKET_ENDPOINT_URL"] == "http://minio:9000"
     assert given["BUCKET_PUBLIC_ENDPOINT_URL"] == "${BUCKET_PUBLIC_ENDPOINT_URL:-http://localhost:9000}"
     assert examples()["BUCKET_PUBLIC_ENDPOINT_URL"] == "http://localhost:9000"
-    assert given["BUCKET_NAME"] == SERVICES["bucket"]["command"][-1].removeprefix("store/")
+    assert f"mc mb --ignore-existing store/{given['BUCKET_NAME']}\n" in SERVICES["bucket"]["command"][0]
     assert set(SERVICES[name]["networks"]) & set(SERVICES["minio"]["networks"])
 
 
@@ -132,8 +182,10 @@ def test_each_variable_stands_in_the_example_and_secrets_have_no_default() -> No
     known = examples()
     assert named | passed_on == set(known) - {"COMPOSE_PROFILES"}
     required = set(re.findall(r"\$\{(\w+):\?", TEXT))
-    assert {variable for variable, value in known.items() if not value} < required
+    assert {variable for variable, value in known.items() if not value} == required
     assert required == {
+        "MINIO_ROOT_USER",
+        "MINIO_ROOT_PASSWORD",
         "BUCKET_ACCESS_KEY_ID",
         "BUCKET_SECRET_ACCESS_KEY",
         "POSTGRES_PASSWORD",

@@ -66,8 +66,15 @@ def test_targets_arguments_profiles_and_services_exist(page: Path) -> None:
 
 @PAGES
 def test_foreign_images_have_the_same_tags_as_in_compose(page: Path) -> None:
-    named = set(re.findall(r"\bquay\.io/\S+|\bpostgres:\d\S+", page.read_text()))
+    named = set(re.findall(r"\bdocker\.io/(?:pgsty|library)/\S+", page.read_text()))
     assert named <= {service["image"] for service in SERVICES.values()}
+
+
+@PAGES
+def test_foreign_images_have_an_exact_version(page: Path) -> None:
+    """The images of the stores are named with their digest, too."""
+    for image in re.findall(r"\b(?:docker|quay|ghcr)\.io/\S+:\S+", page.read_text()):
+        assert re.search(r":\d+\.\d+-\w+$|:[\w.-]+@sha256:[0-9a-f]{64}$", image), image
 
 
 def test_every_build_argument_is_in_the_table() -> None:
@@ -84,7 +91,7 @@ def test_the_loop_fills_the_example_file(tmp_path: Path) -> None:
     subprocess.run(["bash", "-e", "-c", loop], cwd=tmp_path, check=True)
     filled = dict(re.findall(r"^([A-Z_]+)=(.*)$", (tmp_path / "infra" / ".env").read_text(), re.M))
     blank = re.findall(r"^([A-Z_]+)=$", ENV_EXAMPLE.read_text(), re.M)
-    assert len(blank) == 3
-    assert all(re.fullmatch(r"[0-9a-f]{48}", filled[name]) for name in blank)
+    assert len(blank) == 6
+    assert all(re.fullmatch(r"[0-9a-f]{40}", filled[name]) for name in blank)
     assert len({filled[name] for name in blank}) == len(blank)
     assert filled["COMPOSE_PROFILES"] == "cpu"

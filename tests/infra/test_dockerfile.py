@@ -5,11 +5,17 @@ from __future__ import annotations
 import fnmatch
 import re
 import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
+from contract.job import Profile
+from handler.video_model.catalog import needed
 from tests.infra.dockerfile import Stage
 from tests.infra.offered import DOCKERFILE, OUR_PREFIXES, ROOT, SCRIPTS, SETTINGS, STAGES, check_command
+from tools.cuda_constraints import added, normal
 
 #: What PyPI's Linux wheel of a torch requires of NVIDIA's `cuda-toolkit` package, by the versions that both begin with.
 CUDA_OF_TORCH = {"2.13": "13.0"}
@@ -56,11 +62,50 @@ def test_images_say_what_they_are(stage: Stage) -> None:
 @TARGETS
 def test_code_that_changes_leaves_the_layers_of_the_dependencies_alone(stage: Stage) -> None:
     steps = [f"{instruction.keyword} {instruction.argument}" for instruction in stage.instructions]
-    dependencies = next(i for i, step in enumerate(steps) if "--constraint constraints.txt ." in step.replace("'", ""))
+    dependencies = next(i for i, step in enumerate(steps) if "--requirement" in step)
     code = next(i for i, step in enumerate(steps) if step.startswith("COPY --from=wheel"))
     copied = {name for step in steps[:dependencies] if step.startswith("COPY") for name in step.split()[1:-1]}
-    assert copied == {"pyproject.toml", "constraints.txt"}
+    given = {"constraints.txt", "constraints-cuda.txt"} if stage.name == "worker" else {"constraints.txt"}
+    assert copied == {"--from=requirements", f"/opt/hunyuan/requirements/{stage.name}.txt", *given}
     assert dependencies < code
+
+
+def test_the_requirements_are_those_of_the_package_without_the_settings_of_tools(tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    written: list[dict[str, str]] = []
+    for number, addition in enumerate(("", "\n[tool.another]\nline-length = 99\n")):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + addition)
+        (run,) = STAGES["requirements"].all("RUN")
+        command = ["sh", "-ec", run.argument.replace("python3", sys.executable)]
+        subprocess.run(command, cwd=directory, check=True)
+        written.append({name: (directory / f"{name}.txt").read_text() for name in ("shim", "worker")})
+    assert written[0] == written[1]
+    assert written[0]["shim"].split("\n") == project["dependencies"]
+    assert written[0]["worker"].split("\n") == project["dependencies"] + project["optional-dependencies"]["worker"]
+
+
+def test_the_workers_image_pins_the_packages_of_cuda_too() -> None:
+    files = ((ROOT / name).read_text() for name in ("constraints.txt", "constraints-cuda.txt"))
+    general, cuda = (
+        {normal(line.partition("==")[0]) for line in re.findall(r"^\S+==\S+$", text, re.M)} for text in files
+    )
+    assert not general & cuda, "one place for each version"
+    assert {"triton", "cuda-toolkit", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13"} <= cuda
+    assert not any(name.startswith(("nvidia-c", "cuda-")) for name in general)
+
+
+def test_the_packages_of_cuda_are_those_that_the_other_file_lacks() -> None:
+    names = ("hunyuan-video-service", "torch", "nvidia_cudnn_cu13", "huggingface-hub")
+    report = {"install": [{"metadata": {"name": name, "version": "1.2"}} for name in names]}
+    assert added(report, "torch==1.2\nhuggingface_hub==1.2\n") == ["nvidia_cudnn_cu13==1.2"]
+
+
+def test_baked_weights_have_a_layer_for_each_checkpoint() -> None:
+    runs = [run.argument for run in STAGES["worker"].all("RUN") if "download-weights" in run.argument]
+    assert len(runs) == max(len(needed(profile)) for profile in Profile)
+    assert [re.findall(r"--first (\d)", run) for run in runs] == [*([str(n)] for n in range(1, len(runs))), []]
 
 
 def test_what_is_copied_exists_and_reaches_the_builder() -> None:

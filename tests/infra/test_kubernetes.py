@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -15,10 +16,12 @@ import yaml
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateTable
 
+from handler.video_model import planning
+from handler.video_model.cost import GPUS
 from shim.queue.base import JobState
 from shim.queue.schema import jobs
 from shim.settings import ShimSettings
-from tests.infra.offered import KUBERNETES, OUR_PREFIXES, SCRIPTS, SETTINGS, VERSION, check_command
+from tests.infra.offered import COMPOSE, KUBERNETES, OUR_PREFIXES, ROOT, SCRIPTS, SETTINGS, VERSION, check_command
 
 SCHEMA_OF_CUSTOM_RESOURCES = Path(__file__).with_name("custom_resources.schema.json")
 CUSTOM_GROUPS = ("keda.sh/", "monitoring.coreos.com/")
@@ -255,6 +258,72 @@ def test_nothing_goes_in_or_out_but_what_is_named() -> None:
         for rule in (*policy.get("ingress", []), *policy.get("egress", [])):
             assert rule["ports"], name
     assert "Ingress" not in policies["worker"]["policyTypes"], "nobody calls a worker"
+
+
+def test_a_worker_may_finish_the_slowest_video_of_the_plan_before_it_is_killed() -> None:
+    slowest = max(row.seconds for gpu in GPUS.values() for row in planning.rows(gpu))
+    (worker,) = (pod for name, pod in pod_specs().items() if name.endswith("Deployment/worker"))
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    unit = re.search(r"^TimeoutStopSec=(\d+)$", (ROOT / "docs" / "deploy-on-prem.md").read_text(), re.M)
+    assert unit is not None
+    allowed = int(unit[1])
+    assert slowest <= allowed <= 1.5 * slowest
+    assert worker["terminationGracePeriodSeconds"] == allowed
+    assert services["worker-gpu"]["stop_grace_period"] == f"{allowed // 3600}h"
+    for page in ("deploy-docker.md", "deploy-kubernetes.md"):
+        assert f"needs {slowest / 3600:.1f} hours on an RTX 4090" in re.sub(
+            r"\s+", " ", (ROOT / "docs" / page).read_text()
+        )
+
+
+def test_workers_reach_the_demos_bucket_by_its_pods() -> None:
+    """Cilium applies a rule with ipBlock to no pod."""
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind("NetworkPolicy").values()}
+    (rule,) = policies["worker-to-minio"]["egress"]
+    (deployment,) = (d for name, d in of_kind("Deployment").items() if name.endswith("Deployment/minio"))
+    assert rule["to"] == [{"podSelector": deployment["spec"]["selector"]}]
+    assert policies["worker-to-minio"]["podSelector"]["matchLabels"] == {NAME: "worker"}
+
+
+def test_pods_of_ours_name_the_registrys_secret() -> None:
+    for name, pod in pod_specs().items():
+        ours = any(container["image"].startswith("hunyuan-video-") for container in pod["containers"])
+        assert pod.get("imagePullSecrets", []) == ([{"name": "registry"}] if ours else []), name
+
+
+def test_foreign_images_are_those_of_compose() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"].values()
+    foreign = {c["image"] for c in containers().values() if not c["image"].startswith("hunyuan-video-")}
+    assert foreign <= {service["image"] for service in services}
+
+
+def test_the_demos_bucket_is_set_up_as_in_compose() -> None:
+    """The root key stays in MinIO's own secret, and the other key reaches one bucket."""
+    minio = containers()["overlays/cpu-demo/minio.yaml:Deployment/minio/minio"]
+    bucket = yaml.safe_load(COMPOSE.read_text())["services"]["bucket"]
+    policy = next(variable["value"] for variable in minio["env"] if variable["name"] == "POLICY")
+    assert json.loads(policy) == json.loads(bucket["environment"]["POLICY"])
+    script = minio["lifecycle"]["postStart"]["exec"]["command"][-1]
+    assert set(bucket["command"][0].replace("$$", "$").splitlines()) <= set(script.splitlines())
+    for name, container in containers().items():
+        assert (("minio", None) in referenced(container, "secret")) is False
+        root = {key for secret, key in referenced(container, "secret") if secret == "minio"}
+        assert bool(root) == (container is minio or name.endswith("/minio/minio")), name
+
+
+def test_the_pages_waits_end() -> None:
+    """A server is ready after a worker has loaded the model, so nothing waits for servers before the weights."""
+    page = (ROOT / "docs" / "deploy-kubernetes.md").read_text()
+    assert "rollout status" not in page, "it fails at once if a deployment has missed its progress deadline before"
+    real = page.partition("## The real model")[2]
+    steps = [
+        "overlays/gpu",
+        "job/download-weights",
+        "rollout restart deployment/worker",
+        "wait --for=condition=Available",
+    ]
+    places = [real.index(step) for step in steps]
+    assert places == sorted(places)
 
 
 def test_the_scalers_query_counts_what_waits_and_runs() -> None:

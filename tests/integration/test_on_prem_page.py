@@ -1,13 +1,15 @@
 """The commands of docs/deploy-on-prem.md, run as they are printed. Three loopback addresses stand for three hosts.
 
-Two things differ from the page: instead of its containers, the tests' own bucket and database servers run under the
-same addresses and keys; and `pip install` does nothing, because tests/infra runs those commands.
+Three things differ from the page: `docker` is a stand-in that starts the container's SeaweedFS as a process, the
+tests' own PostgreSQL runs under the same address, and `pip install` does nothing, because tests/infra runs those
+commands. MinIO runs nowhere here; tests/infra reads its commands.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,12 +19,11 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
-from pydantic import HttpUrl, SecretStr
 
-from storage.settings import BucketSettings
+from tests.support.docker_stand_in import make_docker
 from tests.support.mp4 import probe
 from tests.support.postgres import running_postgres
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import SEAWEEDFS_OPTIONS
 from tests.support.service import eventually
 
 PAGE = Path(__file__).parents[2] / "docs" / "deploy-on-prem.md"
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def block(heading: str, number: int = 0) -> str:
     """The n-th block of commands under a heading of the page."""
-    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
+    section = re.search(rf"^##+ {heading}$(.*?)(?=^##+ |\Z)", PAGE.read_text(), re.M | re.S)
     assert section is not None
     commands: list[str] = re.findall(r"^```bash\n(.*?)^```", section[1], re.M | re.S)
     return commands[number]
@@ -51,6 +52,7 @@ def host(tmp_path: Path) -> Path:
     ):
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
+    make_docker(programs, tmp_path / "containers")
     return tmp_path
 
 
@@ -92,18 +94,20 @@ def settings(host: Path) -> dict[str, str]:
 def store(host: Path) -> Iterator[None]:
     """The bucket and the database that the page starts in containers."""
     given = settings(host)
-    bucket = BucketSettings(
-        endpoint_url=HttpUrl(f"http://{given['STORE']}:9000"),
-        access_key_id=given["BUCKET_ACCESS_KEY_ID"],
-        secret_access_key=SecretStr(given["BUCKET_SECRET_ACCESS_KEY"]),
-        name=given["BUCKET_NAME"],
-    )
-    (host / "videos").mkdir()
-    with juicefs(host / "videos", bucket), running_postgres(given["STORE"], 5432) as server:
+    with running_postgres(given["STORE"], 5432) as server:
         with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
             connection.execute("CREATE ROLE hunyuan LOGIN")
             connection.execute("CREATE DATABASE hunyuan OWNER hunyuan")
-        yield
+        type_in(host, block("The store"))
+        try:
+            type_in(host, block("SeaweedFS"))
+            yield
+        finally:
+            os.kill(int((host / "containers" / "seaweedfs" / "pid").read_text()), signal.SIGKILL)
+
+
+def test_seaweedfs_runs_with_the_options_that_the_conformance_suite_tests() -> None:
+    assert set(SEAWEEDFS_OPTIONS) <= set(block("SeaweedFS").split())
 
 
 def test_the_page_leads_to_a_video(host: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -75,11 +77,51 @@ def moto(directory: Path) -> Iterator[BucketSettings]:
         yield settings
 
 
+@contextmanager
+def seaweedfs(directory: Path, settings: BucketSettings | None = None) -> Iterator[BucketSettings]:
+    """SeaweedFS as docs/deploy-on-prem.md starts it. The settings have a key for their bucket alone."""
+    settings = settings or _settings()
+    administrator = settings.model_copy(
+        update={"access_key_id": secrets.token_hex(8), "secret_access_key": SecretStr(secrets.token_hex(16))}
+    )
+    (directory / "s3.json").write_text(json.dumps(seaweedfs_identities(administrator, settings)))
+    (directory / "data").mkdir()
+    command = [str(SCRIPTS / "weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={directory}/data"]
+    command += [f"-s3.ip.bind={settings.endpoint_url.host}", f"-s3.port={settings.endpoint_url.port}"]
+    command += [f"-s3.config={directory}/s3.json", *SEAWEEDFS_OPTIONS, "-master.electionTimeout=1s"]
+    others = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    command += [f"-{option}={_free_port()}" for option in (*others, "s3.port.grpc")]
+    with _running(command, {}, directory, administrator, stop=signal.SIGKILL):  # after SIGTERM it waits for 15 s
+        yield settings
+
+
+#: The options that docs/deploy-on-prem.md passes besides addresses and paths.
+SEAWEEDFS_OPTIONS = (
+    *("-volume.max=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"),
+    *("-filer", "-s3", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+)
+
+
+def seaweedfs_identities(administrator: BucketSettings, scoped: BucketSettings) -> dict[str, object]:
+    """The configuration that names both keys. The second one reads and writes objects of its bucket alone."""
+
+    def identity(name: str, keys: BucketSettings, actions: list[str]) -> dict[str, object]:
+        secret = keys.secret_access_key.get_secret_value()
+        credentials = [{"accessKey": keys.access_key_id, "secretKey": secret}]
+        return {"name": name, "credentials": credentials, "actions": actions}
+
+    own = [f"{action}:{scoped.name}" for action in ("Read", "Write", "List")]
+    return {
+        "identities": [identity("administrator", administrator, ["Admin"]), identity("hunyuan", scoped, own)],
+    }
+
+
 #: Each takes an empty directory and yields the settings of a bucket that exists.
 S3_SERVERS: dict[str, Callable[[Path], AbstractContextManager[BucketSettings]]] = {
     "juicefs": juicefs,
     "rclone": rclone,
     "moto": moto,
+    "seaweedfs": seaweedfs,
 }
 
 
@@ -88,11 +130,15 @@ def behind(settings: BucketSettings) -> FaultProxy:
     return FaultProxy((str(settings.endpoint_url.host), settings.endpoint_url.port or 80), http=True)
 
 
-def _settings() -> BucketSettings:
+def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _settings() -> BucketSettings:
     return BucketSettings(
-        endpoint_url=HttpUrl(f"http://127.0.0.1:{port}"),
+        endpoint_url=HttpUrl(f"http://127.0.0.1:{_free_port()}"),
         access_key_id=secrets.token_hex(8),
         secret_access_key=SecretStr(secrets.token_hex(16)),
         name="test-videos",
@@ -105,7 +151,11 @@ def _address(settings: BucketSettings) -> str:
 
 @contextmanager
 def _running(
-    command: Sequence[str], environment: dict[str, str], directory: Path, settings: BucketSettings
+    command: Sequence[str],
+    environment: dict[str, str],
+    directory: Path,
+    settings: BucketSettings,
+    stop: signal.Signals = signal.SIGTERM,
 ) -> Iterator[None]:
     """Run the server until the block ends. The bucket exists when the block begins."""
     log_file = directory / "server.log"
@@ -121,7 +171,7 @@ def _running(
         bucket.create()
         yield
     finally:
-        process.terminate()
+        process.send_signal(stop)
         process.wait(20)
 
 

@@ -433,6 +433,17 @@ def test_complete_checkpoints_are_not_downloaded_again(tmp_path: Path, hub: Loca
     assert {path.name for path in tmp_path.iterdir()} == needed(Profile.FAST) | needed(Profile.BALANCED)
 
 
+def test_a_download_of_the_first_checkpoints_is_completed_by_the_next_one(tmp_path: Path, hub: LocalHub) -> None:
+    """The image has a layer for each checkpoint."""
+    names = sorted(needed(Profile.FAST))
+    for number in range(1, len(names) + 1):
+        download(Profile.FAST, tmp_path, hub, first=number)
+        assert sorted(path.name for path in tmp_path.iterdir()) == names[:number]
+    asked = len(hub.asked)
+    download(Profile.FAST, tmp_path, hub)
+    assert len(hub.asked) == asked
+
+
 @pytest.mark.parametrize("breaks_at", [1, 2, 3, 4])
 def test_an_interrupted_download_leaves_no_partial_checkpoint_and_resumes(
     tmp_path: Path, hub: LocalHub, breaks_at: int

@@ -20,6 +20,7 @@ from contract.errors import ErrorCode
 from contract.job import DEFAULT_MODEL, Resolution
 from contract.result import JobResult, Manifest, Progress, Stage
 from contract.retry import RetryPolicy
+from handler.provenance import ProvenanceError
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
@@ -49,11 +50,16 @@ class Bench:
     reports: list[Progress] = field(default_factory=list)
     cancelled: Event = field(default_factory=Event)
     store_seconds: float = 0.0
+    sign: Callable[[Path], None] | None = None
 
     def run(self, task_id: str = "task-1", s3_config: dict[str, Any] | None = None, **fields: Any) -> JobResult:
         job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p", **fields}
         worker = Worker(
-            self.model, self.bucket, version="1.2.3", store_policy=RetryPolicy(total=self.store_seconds, first=0.05)
+            self.model,
+            self.bucket,
+            version="1.2.3",
+            store_policy=RetryPolicy(total=self.store_seconds, first=0.05),
+            sign=self.sign,
         )
         return worker.run(Job(task_id, job_input, s3_config), self.reports.append, self.cancelled)
 
@@ -101,6 +107,27 @@ def test_video_and_poster_carry_the_models_caption_if_it_has_one(
     for url in (result.video_url, result.poster_url):
         (tmp_path / "file").write_bytes(httpx.get(url).content)
         assert shows_caption(picture(tmp_path / "file"), "demo model: A paper boat on a rainy street") == bool(caption)
+
+
+def test_a_video_is_signed_before_its_size_and_digest_are_taken(bench: Bench) -> None:
+    def sign(video: Path) -> None:
+        with video.open("ab") as file:
+            file.write(b"signed")
+
+    bench.sign = sign
+    result = bench.run()
+    content = httpx.get(result.video_url).content
+    assert content.endswith(b"signed")
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (result.file_size, result.sha256)
+
+
+def test_a_video_that_cannot_be_signed_fails_and_is_not_stored(bench: Bench) -> None:
+    def sign(video: Path) -> None:
+        raise ProvenanceError("the certificate has expired")
+
+    bench.sign = sign
+    assert bench.failure() == (ErrorCode.GENERATION_FAILED, "The video could not be signed")
+    assert not bench.bucket.list_keys(layout.PREFIX)
 
 
 def test_the_manifest_is_written_last(bench: Bench) -> None:

@@ -62,3 +62,12 @@ async def test_the_page_is_not_in_the_openapi_document(tmp_path: Path) -> None:
     async with client(tmp_path) as http:
         document = (await http.get("/openapi.json")).json()
         assert FILES.keys() & document["paths"].keys() == set()
+
+
+async def test_the_footer_has_the_notice_and_the_licence_that_health_states(tmp_path: Path) -> None:
+    async with client(tmp_path) as http:
+        health = (await http.get("/health")).json()
+        page = (await http.get("/")).text
+    footer = page.partition("<footer")[2].partition("</footer>")[0]
+    assert health["notice"] in footer
+    assert f'href="{health["licence"]}"' in footer
