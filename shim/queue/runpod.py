@@ -16,7 +16,8 @@ import httpx
 from pydantic import ValidationError
 
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
-from contract.job import JobInput
+from contract.job import JobInput, Profile
+from contract.render_times import execution_timeout
 from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
 from shim.http_client import HttpClient
@@ -90,9 +91,10 @@ class _RetryableStatusError(Exception):
 class RunPodQueue:
     """A `JobQueue` over a RunPod serverless endpoint.
 
-    `base_url` is RunPod's (`https://api.runpod.ai/v2`); RunPod ends a job after `execution_timeout` seconds. The limit
-    of waiting jobs applies to the endpoint's own count, which other servers may change at the same moment: it is exact
-    for one server, approximate for several. RunPod has no idempotency keys, so this object keeps them in memory.
+    `base_url` is RunPod's (`https://api.runpod.ai/v2`). `profile` renders DEFAULT_MODEL on the endpoint; with None, jobs
+    of that model get the time limit of the slowest one. The limit of waiting jobs applies to the endpoint's own
+    count, which other servers may change at the same moment: it is exact for one server, approximate for several.
+    RunPod has no idempotency keys, so this object keeps them in memory.
     `observer` receives the end of a job when a client asks for it and this server saw the job wait or run before.
     """
 
@@ -103,7 +105,7 @@ class RunPodQueue:
         api_key: str,
         base_url: str = "https://api.runpod.ai/v2",
         max_queue_size: int = 10,
-        execution_timeout: float = 3600.0,
+        profile: Profile | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         retries: RetryPolicy = _RETRIES,
@@ -117,7 +119,7 @@ class RunPodQueue:
             transport=transport,
         )
         self._max_queue_size = max_queue_size
-        self._execution_timeout = execution_timeout
+        self._profile = profile
         self._clock = clock
         self._retries = retries
         self._observer = observer or JobObserver()
@@ -158,7 +160,7 @@ class RunPodQueue:
                 check()
             body = {
                 "input": job_input.wire(),
-                "policy": {"executionTimeout": int(self._execution_timeout * 1000)},
+                "policy": {"executionTimeout": 1000 * execution_timeout(job_input, self._profile)},
             }
             answer = _body(await self._request("POST", "/run", json=body, repeatable=False))
             job = JobSnapshot(str(answer["id"]), JobState.QUEUED)
