@@ -28,7 +28,7 @@ POOLS: Final[Mapping[str, Pool]] = {
     "ADA_24": Pool(24, 41, 6.0),  # RTX 4090
     "ADA_48_PRO": Pool(48, 48, 5.5),  # L40; the L40S and the RTX 6000 Ada are faster
     "AMPERE_80": Pool(80, 80, 3.2),  # A100
-    "ADA_80_PRO": Pool(80, 80, 1.4),  # H100 PCIe; the H100 SXM is the measure
+    "ADA_80_PRO": Pool(80, 80, 1.31),  # H100 PCIe; the H100 SXM is the measure
     "HOPPER_141": Pool(141, 141, 1.0),  # H200
 }
 #: A second costs most on these, and a video least. Every profile fits them, and so does one checkpoint alone.

@@ -91,8 +91,8 @@ class _RetryableStatusError(Exception):
 class RunPodQueue:
     """A `JobQueue` over a RunPod serverless endpoint.
 
-    `base_url` is RunPod's (`https://api.runpod.ai/v2`). `profile` renders DEFAULT_MODEL on the endpoint; with None, jobs
-    of that model get the time limit of the slowest one. The limit of waiting jobs applies to the endpoint's own
+    `base_url` is RunPod's (`https://api.runpod.ai/v2`). `profile` renders DEFAULT_MODEL on the endpoint. If it is None,
+    jobs of that model get the time limit of the slowest one. The limit of waiting jobs applies to the endpoint's own
     count, which other servers may change at the same moment: it is exact for one server, approximate for several.
     RunPod has no idempotency keys, so this object keeps them in memory.
     `observer` receives the end of a job when a client asks for it and this server saw the job wait or run before.

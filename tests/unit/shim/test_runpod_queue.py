@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from contract.errors import ErrorCode, JobFailure
+from contract.job import Profile, Resolution
+from contract.render_times import execution_timeout
 from contract.result import Manifest
 from contract.retry import RetryPolicy
 from shim.queue.base import JobObserver, JobState, QueueFullError, QueueUnavailableError
@@ -72,7 +74,24 @@ async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
     assert run.headers["authorization"] == f"Bearer {KEY}"
     body = json.loads(run.content)
     assert body["input"] == JOB.wire()
-    assert body["policy"]["executionTimeout"] >= 600_000
+    assert body["policy"] == {"executionTimeout": 1000 * execution_timeout(JOB)}
+
+
+async def test_each_job_has_a_time_limit_of_its_own() -> None:
+    cloud = Cloud(run=(200, {"id": "job-1", "status": "IN_QUEUE"}))
+    queue = RunPodQueue(
+        endpoint_id="ep", api_key=KEY, transport=httpx.MockTransport(cloud), profile=Profile.FAST, max_queue_size=2
+    )
+    short = JOB.model_copy(update={"duration": 5, "resolution": Resolution.P720})
+    long = JOB.model_copy(update={"duration": 10, "resolution": Resolution.P1080})
+    named = long.model_copy(update={"model": Profile.QUALITY.model})
+    for job in (short, long, named):
+        await queue.submit(job)
+    limits = [
+        json.loads(request.content)["policy"]["executionTimeout"] for request in cloud.requests if request.content
+    ]
+    assert limits == [1000 * execution_timeout(job, Profile.FAST) for job in (short, long, named)]
+    assert limits[0] < limits[1] < limits[2] == 1000 * execution_timeout(named)
 
 
 @pytest.mark.parametrize(
