@@ -62,6 +62,11 @@ _CACHE_SECONDS: Final = 1.0
 _CACHE_SIZE: Final = 10_000
 _RETRIES: Final = RetryPolicy(first=0.25, longest=5.0, attempts=5)
 
+_NO_BUCKET: Final = JobFailure(
+    error="The workers of the RunPod endpoint have no bucket, so the server has no video: set their BUCKET_* variables",
+    error_code=ErrorCode.STORAGE_UNAVAILABLE,
+)
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -300,6 +305,8 @@ class RunPodQueue:
         return JobSnapshot(task_id, state, elapsed_time=elapsed, failure=_failure(word, answer))
 
     def _completed(self, task_id: str, elapsed: float, output: Any) -> JobSnapshot:
+        if isinstance(output, dict) and "video_base64" in output:
+            return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=_NO_BUCKET)
         manifest = valid_manifest(output)
         if manifest is None:
             return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=NO_VIDEO)

@@ -14,7 +14,7 @@ import pytest
 from contract.errors import ErrorCode, JobFailure
 from contract.job import Profile, Resolution
 from contract.render_times import execution_timeout
-from contract.result import Manifest
+from contract.result import InlineResult, Manifest
 from contract.retry import RetryPolicy
 from shim.queue.base import JobObserver, JobState, QueueFullError, QueueUnavailableError
 from shim.queue.runpod import RunPodQueue
@@ -122,6 +122,16 @@ async def test_a_failure_of_our_handler_is_returned_and_a_traceback_is_not() -> 
         else:
             assert job.failure.error_code is ErrorCode.GENERATION_FAILED
             assert "secret path" not in job.failure.error
+
+
+async def test_a_video_in_the_result_of_a_worker_without_a_bucket_is_named_as_lost() -> None:
+    inline = InlineResult(**result("job-1").model_dump(), video_base64="AAAA").model_dump(mode="json")
+    job = await queue_on(Cloud(status=job_status("COMPLETED", output=inline))).get("job-1")
+    assert job is not None
+    assert job.result is None
+    assert job.failure is not None
+    assert job.failure.error_code is ErrorCode.STORAGE_UNAVAILABLE
+    assert "BUCKET_*" in job.failure.error
 
 
 async def test_a_job_that_runpod_has_deleted_is_none() -> None:
