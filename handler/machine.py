@@ -41,7 +41,8 @@ def _read(path: Path) -> str:
 
 def is_writable(path: Path) -> bool:
     """Whether this process may create files in the directory, or the directory itself if it does not exist."""
-    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    # os.path.exists, because Path.exists raises an error below a directory that this user may not enter.
+    existing = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))  # noqa: PTH110
     return os.access(existing, os.W_OK | os.X_OK)
 
 

@@ -38,10 +38,11 @@ class DeploySettings(Settings):
         validation_alias="RUNPOD_ENDPOINT_BASE_URL",
         description="Base of RunPod's endpoint API.",
     )
-    profile: Profile = Field(
-        default=Profile.TURBO,
+    profile: Profile | None = Field(
+        default=None,
         validation_alias="HUNYUAN_PROFILE",
-        description="Selects the GPU pools and the execution timeout, and the profile that workers serve by default.",
+        description="The profile that workers serve; it also decides how long a job may run. Default: that of the "
+        "endpoint, and `turbo` for a new one.",
     )
 
 

@@ -37,7 +37,9 @@ Variables = Annotated[
 def runpod(
     image: Annotated[str, typer.Option(help="The worker's image, with registry and tag.")],
     name: Name = "hunyuan-video",
-    profile: Annotated[Profile | None, typer.Option(help="Profile to serve. Default: HUNYUAN_PROFILE.")] = None,
+    profile: Annotated[
+        Profile | None, typer.Option(help="Profile to serve. Default: HUNYUAN_PROFILE, and then the endpoint's.")
+    ] = None,
     gpu: GpuPools = None,
     execution_timeout: Timeout = None,
     disk: Annotated[int, typer.Option(min=1, help="Container disk in GB.")] = 100,
@@ -73,7 +75,7 @@ def runpod(
     _deploy(settings, wanted, dry_run=dry_run)
 
 
-def _worker_variables(profile: Profile, secrets: Collection[str], variables: Collection[str]) -> dict[str, str]:
+def _worker_variables(profile: Profile | None, secrets: Collection[str], variables: Collection[str]) -> dict[str, str]:
     try:
         return deployment.worker_variables(deployed_environment(), profile, secrets, variables)
     except deployment.IncompleteError as exc:

@@ -17,12 +17,14 @@ from hunyuan.settings import BUCKET_SECRET, INIT_TIMEOUT, REQUIRED_BUCKET_VARIAB
 
 #: The fields that an endpoint copies from its template.
 _CONTAINER: Final = ("image", "disk", "env", "registry")
+_PROFILE: Final = "HUNYUAN_PROFILE"
 #: RunPod adds a worker when a job has waited for this many seconds; its default.
 _QUEUE_DELAY: Final = 4
 
 
-#: The time that a cold start may take: the download of 34 GB at 25 MB/s takes 23 minutes, and the load some more.
-INIT_SECONDS: Final = 1800
+#: What workers get if neither the operator nor the endpoint says otherwise. The seconds are those that a cold start may
+#: take: the download of 34 GB at 25 MB/s takes 23 minutes, and the load some more.
+DEFAULT_VARIABLES: Final = {_PROFILE: Profile.TURBO.value, INIT_TIMEOUT: "1800"}
 
 _ENV_OPTION: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _SECRET_OPTION: Final = re.compile(r"([A-Z_][A-Z0-9_]*)=([A-Za-z0-9_-]+)")
@@ -39,7 +41,7 @@ class IncompleteError(Exception):
 
 
 def worker_variables(
-    environment: Mapping[str, str], profile: Profile, secrets: Iterable[str], settings: Iterable[str] = ()
+    environment: Mapping[str, str], profile: Profile | None, secrets: Iterable[str], settings: Iterable[str] = ()
 ) -> dict[str, str]:
     """The workers' environment: ours, the profile, and a placeholder for each of `secrets` (`VARIABLE=SECRET`).
 
@@ -48,7 +50,7 @@ def worker_variables(
     Raises:
         IncompleteError: one of `secrets` or `settings` is malformed.
     """
-    variables = {INIT_TIMEOUT: str(INIT_SECONDS), **environment, "HUNYUAN_PROFILE": profile.value}
+    variables = {**environment, **({_PROFILE: profile.value} if profile is not None else {})}
     for option in secrets:
         parts = _SECRET_OPTION.fullmatch(option)
         if parts is None:
@@ -58,7 +60,7 @@ def worker_variables(
         parts = _ENV_OPTION.fullmatch(option)
         if parts is None:
             raise IncompleteError("--env takes VARIABLE=VALUE, or VARIABLE= to remove the variable")
-        if parts[1] == "HUNYUAN_PROFILE":
+        if parts[1] == _PROFILE:
             raise IncompleteError("--env HUNYUAN_PROFILE: pass --profile, which also sets the time limit")
         variables[parts[1]] = parts[2]
     return variables
@@ -68,7 +70,7 @@ def worker_variables(
 class Deployment:
     """A template and an endpoint of one name. Times in seconds, `disk` in GB.
 
-    `env` names HUNYUAN_PROFILE. With an `execution_timeout` of None, profile and pools decide.
+    `plan` completes `env`. With an `execution_timeout` of None, its HUNYUAN_PROFILE and the pools decide.
     """
 
     name: str
@@ -121,7 +123,7 @@ class Deployment:
 
     @property
     def _served(self) -> tuple[Profile, tuple[str, ...], str | None]:
-        return Profile(self.env["HUNYUAN_PROFILE"]), self.pools, self.env.get("HUNYUAN_MODEL_PATH")
+        return Profile(self.env[_PROFILE]), self.pools, self.env.get("HUNYUAN_MODEL_PATH")
 
     def _clear_text(self) -> list[str]:
         """The variables whose secret values the template contains."""
@@ -132,7 +134,9 @@ class Deployment:
         ]
 
     def check(self) -> None:
-        """Raises IncompleteError if only a part of BUCKET_* is set."""
+        """Raises IncompleteError if only a part of BUCKET_* is set, or if the endpoint has an unknown profile."""
+        if self.env[_PROFILE] not in list(Profile):
+            raise IncompleteError(f"{_PROFILE}: the endpoint has {self.env[_PROFILE]!r}; pass --profile")
         missing = [name for name in REQUIRED_BUCKET_VARIABLES if name not in self.env]
         if missing and len(missing) < len(REQUIRED_BUCKET_VARIABLES):
             raise IncompleteError(f"{', '.join(missing)}: Field required")
@@ -201,7 +205,7 @@ def plan(api: RunPodApi, wanted: Deployment) -> Plan:
 
     Raises:
         RunPodError: also if the endpoint of that name has no job queue.
-        IncompleteError: only a part of BUCKET_* is set.
+        IncompleteError: see `Deployment.check`.
     """
     template = api.find(Kind.TEMPLATE, wanted.name)
     endpoint = api.find(Kind.ENDPOINT, wanted.name)
@@ -212,7 +216,7 @@ def plan(api: RunPodApi, wanted: Deployment) -> Plan:
                 f"endpoint {wanted.name} has type {endpoint['type']}, which can't be changed; pass another --name"
             )
     present = (endpoint or template or {}).get("env") or {}
-    env = {name: value for name, value in {**present, **wanted.env}.items() if value}
+    env = {name: value for name, value in {**DEFAULT_VARIABLES, **present, **wanted.env}.items() if value}
     wanted = replace(wanted, env=env)
     wanted.check()
     api.hide(wanted.secrets)

@@ -22,10 +22,10 @@ def respect_permissions() -> None:
 
 
 def make_read_only(directory: Path) -> None:
-    """Takes away everyone's right to write below the directory, and gives it to another user where we may."""
+    """Lets everyone read below the directory and nobody write, and gives it to another user where we may."""
     for path in (directory, *directory.rglob("*")):
         if not path.is_symlink():
-            path.chmod(path.stat().st_mode & ~0o222)
+            path.chmod(0o555 if path.is_dir() else 0o444)
             if os.geteuid() == 0:
                 os.chown(path, 12345, 12345)
 

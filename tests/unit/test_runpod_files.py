@@ -23,7 +23,7 @@ from handler.video_model.dimensions import HALF, TRANSFORMER
 from handler.video_model.memory import DoesNotFitError, Placement, budget
 from handler.video_model.planning import kind_of_video, published_weights
 from handler.video_model.workload import kind_of_job, workload
-from hunyuan.deploy.deployment import IncompleteError, worker_variables
+from hunyuan.deploy.deployment import DEFAULT_VARIABLES, IncompleteError, worker_variables
 from hunyuan.deploy.pools import DEFAULT_POOLS, OTHER_POOLS, POOLS, execution_timeout, pool_warnings
 from hunyuan.settings import deployed_environment
 from storage.settings import BucketSettings
@@ -196,7 +196,7 @@ def cold_start(profile: Profile) -> tuple[float, float]:
 
 @pytest.mark.parametrize("profile", Profile)
 def test_runpod_waits_for_a_load_of_seven_minutes_and_for_the_longest_one(profile: Profile) -> None:
-    sent = worker_variables({}, profile, [])
+    sent = {**DEFAULT_VARIABLES, **worker_variables({}, profile, [])}
     hub = {variable["key"]: variable.get("value") for variable in HUB["config"]["env"]}
     for environment in (sent, hub):
         waits = int(environment.get("RUNPOD_INIT_TIMEOUT") or GIVEN_UP)

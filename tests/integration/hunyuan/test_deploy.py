@@ -150,21 +150,18 @@ async def test_only_the_fields_that_differ_are_updated(bench: Bench) -> None:
 async def test_what_others_have_set_stays_until_it_is_removed(bench: Bench) -> None:
     """RunPod's console changes the endpoint alone."""
     await bench.deploy(*UP, HUNYUAN_ENABLE_SAGE_ATTN="true")
-    bench.account.endpoint["env"] |= {"SET_IN_THE_CONSOLE": "yes", "HUNYUAN_LOG_LEVEL": "DEBUG"}
+    in_console = {"SET_IN_THE_CONSOLE": "yes", "RUNPOD_INIT_TIMEOUT": "3600", "HUNYUAN_PROFILE": "fast"}
+    bench.account.endpoint["env"] |= {**in_console, "HUNYUAN_LOG_LEVEL": "DEBUG"}
     run = await bench.deploy(*UP, "--env", "HUNYUAN_LOG_LEVEL=INFO", "--env", "HUNYUAN_ENABLE_SAGE_ATTN=")
     assert run.code == 0, run.err
     for resource in (bench.account.template, bench.account.endpoint):
-        assert resource["env"] == {
-            **BUCKET,
-            "HUNYUAN_LOG_LEVEL": "INFO",
-            "HUNYUAN_PROFILE": "turbo",
-            "RUNPOD_INIT_TIMEOUT": "1800",
-            "SET_IN_THE_CONSOLE": "yes",
-        }
+        assert resource["env"] == {**BUCKET, **in_console, "HUNYUAN_LOG_LEVEL": "INFO"}
     assert "  env: -HUNYUAN_ENABLE_SAGE_ATTN ~HUNYUAN_LOG_LEVEL" in run.err
     again = await bench.deploy(*UP, **dict.fromkeys(BUCKET, ""))
     assert again.code == 0, "the endpoint has the bucket's settings"
     assert "no BUCKET_* is set" not in again.err
+    bench.account.endpoint["env"]["HUNYUAN_PROFILE"] = "best"
+    assert "HUNYUAN_PROFILE: the endpoint has 'best'; pass --profile" in (await bench.deploy(*UP)).err
 
 
 async def test_variables_of_the_hub_and_of_runpod_are_passed_on_without_paths_of_this_machine(bench: Bench) -> None:

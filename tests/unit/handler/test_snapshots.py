@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from handler.weights.snapshots import RUNPOD_CACHE, caches, download_directory, find_snapshot
+from tests.support.unprivileged import make_read_only, make_writable, respect_permissions
 
 REPOSITORY = "owner/a-checkpoint"
 COMPONENTS = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
@@ -78,6 +81,29 @@ def test_a_damaged_index_is_not_taken_for_a_checkpoint(tmp_path: Path, content: 
     index.resolve().write_bytes(content.encode("latin-1"))
     found = find_snapshot(REPOSITORY, [tmp_path])
     assert found is None or content == '{"vae": 3}', "an index without components names nothing that is absent"
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["readable", "closed"])
+def test_a_download_goes_elsewhere_if_the_directory_belongs_to_another_user(tmp_path: Path, mode: int) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    make_read_only(cache)
+    cache.chmod(mode)
+    script = (
+        "from pathlib import Path; from handler.weights.snapshots import *; "
+        f"print(find_snapshot('{REPOSITORY}', caches(None)), download_directory('{REPOSITORY}', None), sep='\\n')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HF_HUB_CACHE": str(cache), "HOME": str(tmp_path)},
+        preexec_fn=respect_permissions,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    make_writable(cache)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["None", str(tmp_path / ".cache/huggingface/hub")]
 
 
 def test_the_configured_directory_comes_first_and_runpods_is_always_looked_into(tmp_path: Path) -> None:
