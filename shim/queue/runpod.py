@@ -56,6 +56,9 @@ _FAILURES: Final = {
     "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
 }
 
+#: Seconds that a job may wait in RunPod's queue; its default. RunPod deletes a job at the end of its `ttl`, even one that
+#: runs. Source: https://docs.runpod.io/serverless/endpoints/send-requests.
+_LONGEST_WAIT: Final = 86_400
 #: Seconds for which pollers share one response.
 _CACHE_SECONDS: Final = 1.0
 #: The number of jobs whose last response is kept, and of idempotency keys.
@@ -163,10 +166,9 @@ class RunPodQueue:
                 raise QueueFullError(f"The queue is full: {len(backlog.waiting)} tasks are waiting")
             if check is not None:
                 check()
-            body = {
-                "input": job_input.wire(),
-                "policy": {"executionTimeout": 1000 * execution_timeout(job_input, self._profile)},
-            }
+            limit = execution_timeout(job_input, self._profile)
+            policy = {"executionTimeout": 1000 * limit, "ttl": 1000 * (_LONGEST_WAIT + limit)}
+            body = {"input": job_input.wire(), "policy": policy}
             answer = _body(await self._request("POST", "/run", json=body, repeatable=False))
             job = JobSnapshot(str(answer["id"]), JobState.QUEUED)
             if idempotency is not None:

@@ -45,6 +45,11 @@ def address(bucket: BucketSettings) -> tuple[str, int]:
     return host, port
 
 
+def end(worker: WorkerProcess) -> None:
+    if worker.process is not None:
+        worker.kill()
+
+
 def test_the_first_job_after_a_restore_is_rendered_stored_and_delivered(
     platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
 ) -> None:
@@ -55,7 +60,7 @@ def test_the_first_job_after_a_restore_is_rendered_stored_and_delivered(
         through_proxy = bucket.model_copy(update={"endpoint_url": HttpUrl(store.url)})
         worker = WorkerProcess(tmp_path, through_proxy, platform=network.url, token="a-token-of-the-tests")
         worker.start("--clock", str(clock))
-        stack.callback(lambda: worker.process and worker.kill())
+        stack.callback(end, worker)
         # 1. A job, which leaves connections to the platform and to the bucket.
         first = platform.submit()
         eventually("the first result", lambda: platform.delivered() == [first], DEADLINE)

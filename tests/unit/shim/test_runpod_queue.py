@@ -74,7 +74,8 @@ async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
     assert run.headers["authorization"] == f"Bearer {KEY}"
     body = json.loads(run.content)
     assert body["input"] == JOB.wire()
-    assert body["policy"] == {"executionTimeout": 1000 * execution_timeout(JOB)}
+    limit = execution_timeout(JOB)
+    assert body["policy"] == {"executionTimeout": 1000 * limit, "ttl": 1000 * (86_400 + limit)}
 
 
 async def test_each_job_has_a_time_limit_of_its_own() -> None:
