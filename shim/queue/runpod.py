@@ -56,7 +56,7 @@ _FAILURES: Final = {
     "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
 }
 
-#: Seconds that a job may wait in RunPod's queue; its default. RunPod deletes a job at the end of its `ttl`, even one that
+#: Seconds that a job may wait in RunPod's queue; its default. RunPod deletes a job at the end of its `ttl`, even if it
 #: runs. Source: https://docs.runpod.io/serverless/endpoints/send-requests.
 _LONGEST_WAIT: Final = 86_400
 #: Seconds for which pollers share one response.
