@@ -32,9 +32,9 @@ class Progress(BaseModel):
     elapsed_time: float = Field(default=0.0, ge=0, description="Seconds since the worker took the job.")
 
 
-def _key_without_attempt(extension: str) -> Any:
+def _key_without_attempt(extension: str, *, exclude: bool = False) -> Any:
     """Workers of releases before the attempt keys named no keys: every attempt wrote to the same ones."""
-    return Field(default_factory=lambda fields: f"videos/{fields.get('task_id')}.{extension}")
+    return Field(default_factory=lambda fields: f"videos/{fields.get('task_id')}.{extension}", exclude=exclude)
 
 
 class Manifest(BaseModel):
@@ -119,3 +119,13 @@ class JobResult(Manifest):
 
     video_url: str
     poster_url: str
+
+
+class InlineResult(JobResult):
+    """What a job on RunPod returns whose worker has no bucket: the MP4 itself, and no keys or URLs of objects."""
+
+    video_key: str = _key_without_attempt("mp4", exclude=True)
+    poster_key: str = _key_without_attempt("jpg", exclude=True)
+    video_url: str = Field(default="", exclude=True)
+    poster_url: str = Field(default="", exclude=True)
+    video_base64: str

@@ -19,11 +19,12 @@ from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
 from handler.allocator import configure_allocator
+from handler.machine import first_lines
 from handler.provenance import ProvenanceError, Signer
 from handler.report import Reporter
-from handler.settings import WorkerSettings
+from handler.settings import WorkerSettings, unresolved_references
 from handler.video_model.base import ModelLoadError, VideoModel
-from handler.work_dir import remove_leftovers
+from handler.work_dir import WorkDirError, remove_leftovers
 from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError
 from storage.settings import BucketSettings, bucket_settings
@@ -42,6 +43,8 @@ def main() -> None:
     settings, bucket = _settings()
     signer = _signer(settings)
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
+    for line in first_lines():
+        log.info("%s", line)
     for warning in warnings_of_unknown_variables():
         log.warning("%s", warning)
     key = settings.platform_key.get_secret_value() if settings.platform_key is not None else ""
@@ -53,8 +56,9 @@ def main() -> None:
             _check(bucket, reporter)
         model = _load(settings, reporter)
 
-        # 3. Take jobs
+        # 3. Warm up
         from handler import serverless
+        from handler.encode import EncodeError
         from handler.watchdog import Watchdog, exit_stuck
         from handler.worker import Worker
 
@@ -62,6 +66,7 @@ def main() -> None:
             model,
             Bucket(bucket) if bucket else None,
             version=version(_DISTRIBUTION),
+            returns_videos=url is None,
             work_dir=settings.work_dir,
             sign=signer.sign if signer is not None else None,
             store_policy=RetryPolicy(total=settings.store_patience),
@@ -73,6 +78,12 @@ def main() -> None:
                 ends_process=True,
             ),
         )
+        try:
+            worker.warm_up()
+        except (EncodeError, WorkDirError) as exc:
+            log.error("ffmpeg can't encode into HUNYUAN_WORK_DIR, so jobs will fail: %s", exc)
+
+        # 4. Take jobs
         has_platform = settings.job_url is not None
         if has_platform and settings.log_format is LogFormat.JSON:
             serverless.capture_sdk_logs()
@@ -90,6 +101,8 @@ def exit_on_sigterm() -> None:
 
 
 def _settings() -> tuple[WorkerSettings, BucketSettings | None]:
+    if literal := list(unresolved_references()):
+        _exit("\n".join(literal), WorkerExit.BAD_SETTINGS)
     try:
         return WorkerSettings(), bucket_settings()
     except ValidationError as exc:
@@ -134,6 +147,12 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
         raise
     phases = {"imports": imported - started, **model.load_seconds, "total": time.monotonic() - started}
     log.info("model %s loaded: %s", model.name, ", ".join(f"{name} {took:.1f} s" for name, took in phases.items()))
+    if settings.job_url is not None and settings.report_url is None and phases["total"] > settings.init_timeout / 2:
+        log.warning(
+            "loading took %.0f s, and RunPod gives up a worker that loads for %.0f s: raise RUNPOD_INIT_TIMEOUT",
+            phases["total"],
+            settings.init_timeout,
+        )
     reporter.ready(model, phases)
     return model
 

@@ -1,5 +1,8 @@
 """The worker's settings. Those of its bucket are in `storage.settings`."""
 
+import os
+import re
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -37,6 +40,21 @@ def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ..
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} exclude each other; name one of them")
     return value
+
+
+#: RunPod's reference to a secret, which it replaces by the secret's value. It documents that for pods only.
+#: Source: https://docs.runpod.io/pods/templates/secrets.
+_REFERENCE: Final = re.compile(r"\{\{\s*\w+\s*\}\}")
+_OURS: Final = ("BUCKET_", "HUNYUAN_", "HF_")
+
+
+def unresolved_references() -> Iterator[str]:
+    """A sentence for each of our variables whose value holds a reference that the platform has not replaced."""
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_OURS) and "{{" in value:
+            found = _REFERENCE.search(value)
+            text = found[0] if found is not None else "{{"
+            yield f"{name}: its value is the literal text {text}, which RunPod has not replaced; set the value itself"
 
 
 class WorkerSettings(LogOptions):
@@ -142,6 +160,13 @@ class WorkerSettings(LogOptions):
         validation_alias="HUNYUAN_RENDER_TIMEOUT",
         description="Seconds after which a render is stopped and its task is queued again, even if it makes progress. "
         "Default: ten times what is calculated for this GPU, or what the slowest supported GPU needs.",
+    )
+    init_timeout: float = Field(
+        default=420.0,
+        gt=0,
+        validation_alias="RUNPOD_INIT_TIMEOUT",
+        description="Seconds after which RunPod gives up a worker that still loads. On RunPod, the worker warns if its "
+        "load took more than half of them. `hunyuan deploy` sets 1800.",
     )
     report_url: str | None = Field(
         default=None,

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Any, Final, TypeVar
 
 from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
-from contract.result import Manifest, Tombstone, Verdict
+from contract.result import JobResult, Manifest, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from handler.video_model.base import RenderCancelledError
 from storage import layout
@@ -108,6 +108,10 @@ class JobStore:
             log.warning("the task has ended meanwhile; deleting the objects of this attempt, %s", attempt)
             self._discard_later(NOT_STORED)
         return verdict
+
+    def result(self, manifest: Manifest) -> JobResult:
+        """What the job returns."""
+        return self.videos.result(manifest)
 
     def _find(self) -> Verdict | None:
         return self.videos.find_verdict(self.task_id)

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Final
 
+import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
@@ -22,6 +23,7 @@ from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
 from handler.images import ImageError, load_image
+from handler.inline import InlineStore, VideoTooLargeError
 from handler.provenance import ProvenanceError
 from handler.store import NOT_STORED, JobStore
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
@@ -80,12 +82,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Worker:
-    """Runs one job at a time on `model`. Stores videos in `bucket`, or in the bucket that a job's `s3_config` names."""
+    """Runs one job at a time on `model`. Stores videos in `bucket`, or in the bucket that a job's `s3_config` names.
+
+    With `returns_videos`, a job without a bucket returns its video, if RunPod accepts a result of that size.
+    """
 
     model: VideoModel
     bucket: Bucket | None
     _: KW_ONLY
     version: str
+    returns_videos: bool = False
     work_dir: Path | None = None
     store_policy: RetryPolicy = _STORE_RETRIES
     load_image: Callable[[str], Image.Image] = load_image
@@ -115,6 +121,12 @@ class Worker:
         self.model.release_memory()
         raise error
 
+    def warm_up(self) -> None:
+        """Encodes a few frames, so that ffmpeg is in memory when RunPod stops this process and later restores it."""
+        with job_directory(self.work_dir) as directory:
+            target = Target(directory / "video.mp4", directory / "poster.jpg", 64, 64, 4)
+            encode([np.zeros((4, 64, 64, 3), np.uint8)], target, lambda _: None)
+
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         job_input = parse_input(job.input)
@@ -124,21 +136,11 @@ class Worker:
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
 
         # 2. Return the verdict of an earlier attempt
-        videos = Videos(self._bucket_for(job), on_bytes=watch.advance)
-        store = JobStore(
-            videos=videos,
-            task_id=job.task_id,
-            is_ours=job.s3_config is None,
-            policy=self.store_policy,
-            cancelled=cancelled,
-            keep_alive=meter.keep_alive,
-            on_progress=watch.advance,
-            is_stalled=lambda: watch.reason is not None,
-        )
+        store = self._store_for(job, meter, watch, cancelled)
         verdict = store.find()
         if verdict is not None:
             log.info("the bucket says already that this task is %s; not rendering it", verdict.status)
-            return videos.result(_completed(verdict))
+            return store.result(_completed(verdict))
 
         # 3. Render, encode and store
         image = self._image(job_input)
@@ -163,7 +165,7 @@ class Worker:
                 )
             )
         log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
-        return videos.result(manifest)
+        return store.result(manifest)
 
     def _render(
         self,
@@ -191,7 +193,7 @@ class Worker:
 
     def _manifest(
         self,
-        store: JobStore,
+        store: JobStore | InlineStore,
         job_input: JobInput,
         seed: int,
         target: Target,
@@ -224,6 +226,20 @@ class Worker:
             return self.load_image(job_input.image)
         except ImageError as exc:
             raise JobError.of(ErrorCode.INVALID_REQUEST, f"image: {exc}") from exc
+
+    def _store_for(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobStore | InlineStore:
+        if self.returns_videos and self.bucket is None and job.s3_config is None:
+            return InlineStore(task_id=job.task_id)
+        return JobStore(
+            videos=Videos(self._bucket_for(job), on_bytes=watch.advance),
+            task_id=job.task_id,
+            is_ours=job.s3_config is None,
+            policy=self.store_policy,
+            cancelled=cancelled,
+            keep_alive=meter.keep_alive,
+            on_progress=watch.advance,
+            is_stalled=lambda: watch.reason is not None,
+        )
 
     def _bucket_for(self, job: Job) -> Bucket:
         if job.s3_config is not None:
@@ -267,6 +283,9 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
         case ProvenanceError():
             log.error("the video can't be signed: %s", exc)
             return JobError.of(ErrorCode.GENERATION_FAILED, "The video could not be signed")
+        case VideoTooLargeError():
+            log.error("%s", exc)
+            return JobError.of(NOT_STORED.error_code, str(exc))
         case WorkDirError():
             log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)
             return JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")

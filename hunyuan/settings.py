@@ -38,10 +38,11 @@ class DeploySettings(Settings):
         validation_alias="RUNPOD_ENDPOINT_BASE_URL",
         description="Base of RunPod's endpoint API.",
     )
-    profile: Profile = Field(
-        default=Profile.TURBO,
+    profile: Profile | None = Field(
+        default=None,
         validation_alias="HUNYUAN_PROFILE",
-        description="Selects the GPU pools and the execution timeout, and the profile that workers serve by default.",
+        description="The profile that workers serve; it also decides how long a job may run. Default: that of the "
+        "endpoint, and `turbo` for a new one.",
     )
 
 
@@ -56,9 +57,18 @@ BUCKET_VARIABLES: Final = (
 )
 
 
+#: Seconds after which RunPod gives up a worker that loads; 420 if unset.
+#: Source: https://docs.runpod.io/serverless/development/optimization.
+INIT_TIMEOUT: Final = "RUNPOD_INIT_TIMEOUT"
+#: Endings of the Hugging Face client's variables that name files or directories of this machine.
+_LOCAL_PATHS: Final = ("_HOME", "_CACHE", "_PATH", "_DIR")
+
+
 def deployed_environment() -> dict[str, str]:
     """The part of this process's environment that a deployed worker gets: what its operator would set."""
-    return {name: os.environ[name] for name in (*BUCKET_VARIABLES, *WORKER_VARIABLES) if os.environ.get(name)}
+    hub = [name for name in os.environ if name.startswith("HF_") and not name.endswith(_LOCAL_PATHS)]
+    names = (*BUCKET_VARIABLES, *WORKER_VARIABLES, INIT_TIMEOUT, *sorted(hub))
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 def demo_environment(port: int, data_dir: str) -> dict[str, str]:

@@ -5,14 +5,13 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from contract.job import JobInput, Profile, Resolution
+from contract.job import JobInput, Resolution
+from contract.render_times import calculated_seconds, profile_of
 from shim.queue.base import Backlog, RenderTimes, render_kind
 
 #: Render seconds for each second of video: midpoints of the API reference's table.
 _DOCUMENTED: Final[Mapping[str, float]] = {Resolution.P720: 5.0, Resolution.P1080: 7.5}
 _P720_PIXELS: Final = 1280 * 720
-#: The same for a slower profile is this many times longer, by its steps and passes.
-_SLOWER: Final[Mapping[str, float]] = {Profile.BALANCED.model: 6.0, Profile.QUALITY.model: 40.0}
 
 
 def documented_rate(resolution: str, pixels: int) -> float:
@@ -23,13 +22,15 @@ def documented_rate(resolution: str, pixels: int) -> float:
 def render_seconds(job_input: JobInput, observed: RenderTimes) -> float:
     """Seconds that one render takes: the observed mean of its kind, or what a worker expects before the first one.
 
-    If no worker has said so, the documented figure.
+    If no worker has said so: the documented figure, and what is calculated for an H100 for a profile that the client
+    named and that is slower.
     """
     mean = observed.get(render_kind(job_input))
     if mean is not None:
         return mean
-    rate = documented_rate(job_input.resolution, math.prod(job_input.size))
-    return rate * job_input.duration * _SLOWER.get(job_input.model, 1.0)
+    documented = documented_rate(job_input.resolution, math.prod(job_input.size)) * job_input.duration
+    profile = profile_of(job_input.model)
+    return documented if profile is None else max(documented, calculated_seconds(profile, job_input))
 
 
 def estimated_time(job_input: JobInput, backlog: Backlog, observed: RenderTimes) -> int:

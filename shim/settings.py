@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
+from contract.job import Profile
 from contract.log_fields import LogOptions
 from contract.settings import Settings, split_commas
 from shim.access import Access, ApiKey, ConnectionLimits, parse_api_keys
@@ -173,6 +174,13 @@ class ShimSettings(LogOptions):
         default=HttpUrl("https://api.runpod.ai/v2"),
         validation_alias="RUNPOD_ENDPOINT_BASE_URL",
         description="Base of RunPod's endpoint API.",
+    )
+
+    profile: Profile | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_PROFILE",
+        description="Profile that renders the model `HunyuanVideo-1.5` on the RunPod endpoint. It decides after how "
+        "long RunPod ends a job of that model. Default: the time of the slowest profile.",
     )
 
     @model_validator(mode="after")

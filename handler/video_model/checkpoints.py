@@ -23,6 +23,7 @@ from handler.video_model.catalog import CHECKPOINTS, Checkpoint, Sampling, known
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.super_resolution import SuperResolution
 from handler.video_model.upsamplers import load_upsampler
+from handler.weights.snapshots import caches, download_directory, find_snapshot
 
 _INDEX: Final = "model_index.json"
 _PIPELINE_CLASS: Final = "HunyuanVideo15Pipeline"
@@ -47,9 +48,9 @@ def read_checkpoints(settings: WorkerSettings, dtype: torch.dtype) -> Parts:
     """
     directory = _directory(settings.model_path)
     if directory is None:
-        return _one_checkpoint(settings.model_path, settings, dtype)
+        return _from_hub(settings, dtype)
     if (directory / _INDEX).exists():
-        return _one_checkpoint(str(directory), settings, dtype)
+        return _one_checkpoint(str(directory), directory.name, dtype)
     present = {
         name: path
         for path in sorted(directory.iterdir())
@@ -65,7 +66,23 @@ def read_checkpoints(settings: WorkerSettings, dtype: torch.dtype) -> Parts:
             f"HUNYUAN_MODEL_PATH: {directory} must have all checkpoints of a profile, or exactly one checkpoint; "
             f"found {names}"
         )
-    return _one_checkpoint(str(found[0]), settings, dtype)
+    return _one_checkpoint(str(found[0]), found[0].name, dtype)
+
+
+def _from_hub(settings: WorkerSettings, dtype: torch.dtype) -> Parts:
+    """A checkpoint of the hub: a complete copy on this machine, else a download."""
+    repository, configured = settings.model_path, settings.cache_dir
+    name = repository.rpartition("/")[2]
+    snapshot = find_snapshot(repository, caches(configured))
+    if snapshot is not None:
+        log.info("%s: using the complete copy in %s; the hub is not asked", repository, snapshot)
+        return _one_checkpoint(str(snapshot), name, dtype)
+    target = download_directory(repository, configured)
+    log.info("%s: no complete copy on this machine, downloading to %s", repository, target)
+    wanted = configured or caches(None)[0]
+    if target != wanted:
+        log.warning("this user cannot write to %s (HUNYUAN_CACHE_DIR, HF_HUB_CACHE): each cold start downloads", wanted)
+    return _one_checkpoint(repository, name, dtype, target)
 
 
 def _dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -95,15 +112,15 @@ def _log_profiles(directory: Path, present: Mapping[str, Path]) -> None:
             log.info("profile %s: missing %s; run `%s` to offer it", profile, absent, command)
 
 
-def _one_checkpoint(source: str, settings: WorkerSettings, dtype: torch.dtype) -> Parts:
+def _one_checkpoint(source: str, name: str, dtype: torch.dtype, cache_dir: Path | None = None) -> Parts:
+    """`source` is a directory, or a repository of the hub that is downloaded to `cache_dir`."""
     index = Path(source) / _INDEX
     if index.exists():
         found = json.loads(index.read_text()).get("_class_name")
         if found != _PIPELINE_CLASS:
             raise ModelLoadError(f"HUNYUAN_MODEL_PATH: {source} is a {found}, but must be a {_PIPELINE_CLASS}")
-    pipeline = HunyuanVideo15Pipeline.from_pretrained(source, cache_dir=settings.cache_dir, dtype=_dtypes(dtype))
+    pipeline = HunyuanVideo15Pipeline.from_pretrained(source, cache_dir=cache_dir, dtype=_dtypes(dtype))
     pipeline.vae.enable_tiling()
-    name = source.rstrip("/").rpartition("/")[2]
     known = CHECKPOINTS.get(known_name(name) or "")
     # An unknown name: 50 steps, with the shift and the guidance of the checkpoint's own configuration.
     sampling = known.sampling if known is not None else Sampling()

@@ -49,7 +49,7 @@ def compile_blocks(
     _set_functions(transformers, *compiled)
     try:
         for transformer in transformers:
-            warm_up(transformer)
+            warm_up(transformer, next(transformer.parameters()).device)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError) as exc:  # the compiler's errors: PyTorch raises RuntimeError
@@ -71,10 +71,9 @@ def _set_functions(
 
 
 @torch.no_grad()
-def warm_up(transformer: HunyuanVideo15Transformer3DModel) -> None:
-    """Runs one pass over a small video of random numbers."""
+def warm_up(transformer: HunyuanVideo15Transformer3DModel, device: torch.device) -> None:
+    """Runs one pass over a small video of random numbers. Streamed weights are copied to `device` meanwhile."""
     config, dtype = transformer.config, transformer.dtype
-    device = next(transformer.parameters()).device
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, device=device, dtype=dtype)

@@ -36,12 +36,14 @@ class Gpu:
 
 #: Dense bf16 with accumulation in 32 bits, from NVIDIA's data sheets, which state twice these numbers where they assume
 #: sparsity. PCIe 4.0 x16 reaches 25 GB/s, PCIe 5.0 x16 twice that. `share` is assumed: 0.6, or 0.5 where a power limit
-#: (L40S) or the age of its kernels (B200) lets us expect less.
+#: (L40S) or the age of its kernels (B200) lets us expect less. `gpu_named` takes the first name that fits, so L40S
+#: stands before L40.
 GPUS: Final[Mapping[str, Gpu]] = {
     gpu.name: gpu
     for gpu in (
         Gpu("RTX4090", 165.2, 24, 25),
         Gpu("L40S", 362.05, 48, 25, share=0.5),
+        Gpu("L40", 181.05, 48, 25),
         Gpu("A100", 312, 80, 25),
         Gpu("H100", 989.4, 80, 50),
         Gpu("H200", 989.4, 141, 50),

@@ -21,6 +21,7 @@ from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
 from handler.video_model.catalog import Checkpoint, trained_size
+from handler.video_model.compilation import warm_up
 from handler.video_model.cost import Speed, pass_work, render_seconds
 from handler.video_model.decode import decode
 from handler.video_model.dimensions import TRANSFORMER
@@ -89,6 +90,17 @@ class PipelineModel:
         finally:
             for base in self.parts.bases.values():
                 base.pipeline.maybe_free_model_hooks()
+
+    def warm_up(self) -> None:
+        """Runs what every video needs once over a few numbers. The first job then finds its kernels chosen."""
+        vae, device = self.parts.shared.vae, self.parts.shared._execution_device
+        self._encode("A prompt of the warm-up")
+        self._prompts.clear()
+        for transformer in self.parts.transformers:
+            warm_up(transformer, device)
+        latents = torch.zeros(1, vae.config.latent_channels, 2, 8, 8, device=device)
+        for _ in decode(vae, latents, lambda _: None):
+            pass
 
     def gpu(self) -> Gpu | None:
         """The GPU that the pipelines run on; None on a CPU."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Final
 
 import diffusers
@@ -10,6 +11,7 @@ import transformers
 from safetensors import SafetensorError
 
 from contract.job import DEMO_MODEL, Profile
+from handler.machine import is_writable
 from handler.settings import Approximation, WorkerSettings
 from handler.video_model import demo
 from handler.video_model.approximations import approximate
@@ -58,17 +60,26 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     seconds = {"checkpoints": read - started, "placement": placed - read}
     # 3. Compile, so that no job waits for the compiler.
     if should_compile(settings.compile, device, memory):
-        compile_blocks(parts.transformers, settings.cache_dir)
+        compile_blocks(parts.transformers, _kernel_cache(settings.cache_dir))
         seconds["compilation"] = time.monotonic() - placed
     log.info("loaded model %s on %s with attention kernel %s", parts.name, device, attention)
-    return PipelineModel(
+    model = PipelineModel(
         parts,
         attention=attention,
         memory=memory,
         speed=_speed(settings, device, attention),
         approximations=approximations,
-        load_seconds=seconds,
     )
+    # 4. Warm up: RunPod may stop this process before its first job, and continue it for that job.
+    compiled = time.monotonic()
+    model.warm_up()
+    model.load_seconds = {**seconds, "warm-up": time.monotonic() - compiled}
+    return model
+
+
+def _kernel_cache(configured: Path | None) -> Path | None:
+    """HUNYUAN_CACHE_DIR, unless it belongs to another user: then PyTorch's own directory."""
+    return configured if configured is not None and is_writable(configured) else None
 
 
 def _read(settings: WorkerSettings, device: str) -> Parts:

@@ -1,16 +1,15 @@
 """Puts each part of a model where the memory plan says."""
 
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers.hooks import apply_group_offloading
 
+from handler.machine import available_host_memory
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError
 from handler.video_model.memory import WHOLE, Budget, DoesNotFitError, Part, Placement, PlacementPlan, Weights, budget
@@ -18,9 +17,6 @@ from handler.video_model.parts import Parts
 
 #: What is streamed at once: a transformer block, or a single layer.
 Grouping: TypeAlias = Literal["block_level", "leaf_level"]
-
-#: The memory limit of this process's control group, in either version.
-CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 log = logging.getLogger(__name__)
 
@@ -51,23 +47,6 @@ def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
     else:
         vae.enable_tiling(tile, tile, *[tile // parts.shared.vae_scale_factor_spatial] * 2)
     return made
-
-
-def available_host_memory() -> int:
-    """Bytes of host memory that this process may use: the machine's, or the limit of its cgroup if that is lower.
-
-    Source of the files: https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.max), and cgroup-v1/memory.html.
-    """
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [int(text) for text in map(_read, CGROUP_LIMITS) if text.isdecimal()]  # "max" stands for no limit
-    return min([machine, *limits])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def weights_of(parts: Parts) -> Weights:

@@ -9,6 +9,7 @@ import typer
 from contract.job import Profile
 from hunyuan.cli.exits import AsJson, ExitCode, fail, print_answer, settings_errors
 from hunyuan.deploy import deployment
+from hunyuan.deploy.pools import DEFAULT_POOLS
 from hunyuan.deploy.runpod_api import RunPodApi, RunPodError, RunPodUnreachableError
 from hunyuan.settings import DeploySettings, deployed_environment
 
@@ -16,12 +17,19 @@ app = typer.Typer(help="Run workers on RunPod. Needs RUNPOD_API_KEY.", no_args_i
 
 Name = Annotated[str, typer.Option(help="Name of the template and of the endpoint.")]
 GpuPools = Annotated[
-    list[str] | None, typer.Option(help="GPU pool; up to three, the preferred one first. Default: by profile.")
+    list[str] | None,
+    typer.Option(help=f"GPU pool; up to three, the preferred one first. Default: {', '.join(DEFAULT_POOLS)}."),
 ]
-Timeout = Annotated[int | None, typer.Option(min=5, help="Seconds that one job may run. Default: by profile.")]
+Timeout = Annotated[
+    int | None, typer.Option(min=5, help="Seconds that one job may run. Default: by profile and slowest pool.")
+]
 IdleTimeout = Annotated[int, typer.Option(min=1, max=3600, help="Seconds without a job before a worker is stopped.")]
 Secrets = Annotated[
     list[str] | None, typer.Option(metavar="VARIABLE=SECRET", help="Set a variable from a secret stored at RunPod.")
+]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="VARIABLE=VALUE", help="Set a variable of the workers; without VALUE, remove it."),
 ]
 
 
@@ -29,7 +37,9 @@ Secrets = Annotated[
 def runpod(
     image: Annotated[str, typer.Option(help="The worker's image, with registry and tag.")],
     name: Name = "hunyuan-video",
-    profile: Annotated[Profile | None, typer.Option(help="Profile to serve. Default: HUNYUAN_PROFILE.")] = None,
+    profile: Annotated[
+        Profile | None, typer.Option(help="Profile to serve. Default: HUNYUAN_PROFILE, and then the endpoint's.")
+    ] = None,
     gpu: GpuPools = None,
     execution_timeout: Timeout = None,
     disk: Annotated[int, typer.Option(min=1, help="Container disk in GB.")] = 100,
@@ -39,18 +49,21 @@ def runpod(
     min_workers: Annotated[int, typer.Option(min=0, help="Workers that always run and always cost.")] = 0,
     max_workers: Annotated[int, typer.Option(min=0, help="Maximum number of workers.")] = 3,
     min_cuda: Annotated[str, typer.Option(help="Minimum CUDA version of a worker's driver.")] = "13.0",
+    env: Variables = None,
     secret: Secrets = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes and make none.")] = False,
 ) -> None:
-    """Create or update a template and an endpoint. Workers get BUCKET_* and the workers' HUNYUAN_* variables."""
+    """Create or update a template and an endpoint.
+
+    Workers get the variables BUCKET_*, HF_* and the workers' HUNYUAN_*. Other variables of the endpoint stay.
+    """
     settings = _settings(profile)
-    sizing = deployment.SIZES[settings.profile]
     wanted = deployment.Deployment(
         name=name,
         image=image,
-        env=_worker_variables(settings.profile, secret or []),
-        pools=tuple(gpu or sizing.pools),
-        execution_timeout=execution_timeout or sizing.execution_timeout,
+        env=_worker_variables(settings.profile, secret or [], env or []),
+        pools=tuple(gpu or DEFAULT_POOLS),
+        execution_timeout=execution_timeout,
         disk=disk,
         network_volume=network_volume,
         registry=registry,
@@ -62,17 +75,20 @@ def runpod(
     _deploy(settings, wanted, dry_run=dry_run)
 
 
-def _worker_variables(profile: Profile, secrets: Collection[str]) -> dict[str, str]:
+def _worker_variables(profile: Profile | None, secrets: Collection[str], variables: Collection[str]) -> dict[str, str]:
     try:
-        return deployment.worker_variables(deployed_environment(), profile, secrets)
+        return deployment.worker_variables(deployed_environment(), profile, secrets, variables)
     except deployment.IncompleteError as exc:
         fail(str(exc), ExitCode.USAGE)
 
 
 def _deploy(settings: DeploySettings, wanted: deployment.Deployment, *, dry_run: bool) -> None:
-    with _api(settings, wanted.secrets) as api:
-        plan = deployment.plan(api, wanted)
-        for line in (*wanted.warnings(), *plan.lines()):
+    with _api(settings) as api:
+        try:
+            plan = deployment.plan(api, wanted)
+        except deployment.IncompleteError as exc:
+            fail(str(exc), ExitCode.USAGE)
+        for line in (*plan.wanted.warnings(), *plan.lines()):
             typer.echo(line, err=True)
         if not dry_run:
             endpoint = deployment.apply(api, plan)
@@ -111,10 +127,10 @@ def _settings(profile: Profile | None = None) -> DeploySettings:
 
 
 @contextmanager
-def _api(settings: DeploySettings, secrets: Collection[str] = ()) -> Iterator[RunPodApi]:
+def _api(settings: DeploySettings) -> Iterator[RunPodApi]:
     """RunPod's API. Its errors end the command with their exit code."""
     try:
-        with RunPodApi(settings, secrets) as api:
+        with RunPodApi(settings) as api:
             yield api
     except RunPodUnreachableError as exc:
         fail(str(exc), ExitCode.UNREACHABLE)

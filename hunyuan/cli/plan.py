@@ -16,7 +16,7 @@ host RAM in brackets."""
 
 
 def plan(
-    gpu: Annotated[str, typer.Option(help="RTX4090, L40S, A100, H100, H200 or B200.")] = "H100",
+    gpu: Annotated[str, typer.Option(help="RTX4090, L40S, L40, A100, H100, H200 or B200.")] = "H100",
     vram: Annotated[float | None, typer.Option(help="GPU memory in GB, if not all of it.", show_default=False)] = None,
     share: Annotated[
         float | None,

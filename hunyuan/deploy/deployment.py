@@ -7,74 +7,77 @@ request names it and does not link the two, so every update of the template is f
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from contract.job import Profile
+from hunyuan.deploy.pools import execution_timeout, pool_warnings
 from hunyuan.deploy.runpod_api import Kind, Resource, RunPodApi, RunPodError
-from hunyuan.settings import BUCKET_SECRET, REQUIRED_BUCKET_VARIABLES
+from hunyuan.settings import BUCKET_SECRET, INIT_TIMEOUT, REQUIRED_BUCKET_VARIABLES
 
 #: The fields that an endpoint copies from its template.
 _CONTAINER: Final = ("image", "disk", "env", "registry")
+_PROFILE: Final = "HUNYUAN_PROFILE"
 #: RunPod adds a worker when a job has waited for this many seconds; its default.
 _QUEUE_DELAY: Final = 4
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """The GPU pools of a profile, the preferred one first, and the seconds that one job may run."""
+#: What workers get if neither the operator nor the endpoint says otherwise. The seconds are those that a cold start may
+#: take: the download of 34 GB at 25 MB/s takes 23 minutes, and the load some more.
+DEFAULT_VARIABLES: Final = {_PROFILE: Profile.TURBO.value, INIT_TIMEOUT: "1800"}
 
-    pools: tuple[str, ...]
-    execution_timeout: int
-
-
-#: Every profile runs on 24 GB, streamed from host memory; the slower profiles get GPUs that hold more of the model and
-#: compute faster (docs/performance.md). Timeouts are at least twice what `hunyuan plan` calculates for 10 s at 1080p on
-#: the slowest of the pools; the API's default is 300 s. At most three pools, of
-#: https://docs.runpod.io/references/gpu-types.
-SIZES: Final[Mapping[Profile, Sizing]] = {
-    Profile.TURBO: Sizing(("ADA_24", "ADA_48_PRO"), 1800),
-    Profile.FAST: Sizing(("ADA_24", "ADA_48_PRO"), 21600),
-    Profile.BALANCED: Sizing(("ADA_48_PRO", "AMPERE_80", "ADA_80_PRO"), 14400),
-    Profile.QUALITY: Sizing(("ADA_80_PRO", "HOPPER_141", "AMPERE_80"), 36000),
-}
-
+_ENV_OPTION: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _SECRET_OPTION: Final = re.compile(r"([A-Z_][A-Z0-9_]*)=([A-Za-z0-9_-]+)")
 #: RunPod replaces this by the secret when a worker starts. Source: https://docs.runpod.io/pods/templates/secrets
 _PLACEHOLDER: Final = "{{{{ RUNPOD_SECRET_{} }}}}"
+#: Names of variables whose values nobody may read.
+_SECRET_NAME: Final = re.compile(r"SECRET|TOKEN|PASSWORD|_KEY$")
+#: A shorter value may be a part of any text, so it is not removed from RunPod's errors.
+_SHORTEST_SECRET: Final = 6
 
 
 class IncompleteError(Exception):
     """The workers' environment is incomplete or wrong; the message names the variable or option."""
 
 
-def worker_variables(environment: Mapping[str, str], profile: Profile, secrets: Iterable[str]) -> dict[str, str]:
+def worker_variables(
+    environment: Mapping[str, str], profile: Profile | None, secrets: Iterable[str], settings: Iterable[str] = ()
+) -> dict[str, str]:
     """The workers' environment: ours, the profile, and a placeholder for each of `secrets` (`VARIABLE=SECRET`).
 
+    `settings` (`VARIABLE=VALUE`) replace the others. An empty value removes the variable from the deployment.
+
     Raises:
-        IncompleteError: only a part of BUCKET_* is set, or one of `secrets` is malformed.
+        IncompleteError: one of `secrets` or `settings` is malformed.
     """
-    variables = {**environment, "HUNYUAN_PROFILE": profile.value}
+    variables = {**environment, **({_PROFILE: profile.value} if profile is not None else {})}
     for option in secrets:
         parts = _SECRET_OPTION.fullmatch(option)
         if parts is None:
             raise IncompleteError("--secret takes VARIABLE=SECRET, where SECRET is the name of a secret at RunPod")
         variables[parts[1]] = _PLACEHOLDER.format(parts[2])
-    missing = [name for name in REQUIRED_BUCKET_VARIABLES if name not in variables]
-    if missing and len(missing) < len(REQUIRED_BUCKET_VARIABLES):
-        raise IncompleteError(f"{', '.join(missing)}: Field required")
+    for option in settings:
+        parts = _ENV_OPTION.fullmatch(option)
+        if parts is None:
+            raise IncompleteError("--env takes VARIABLE=VALUE, or VARIABLE= to remove the variable")
+        if parts[1] == _PROFILE:
+            raise IncompleteError("--env HUNYUAN_PROFILE: pass --profile, which also sets the time limit")
+        variables[parts[1]] = parts[2]
     return variables
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A template and an endpoint of one name. Times in seconds, `disk` in GB."""
+    """A template and an endpoint of one name. Times in seconds, `disk` in GB.
+
+    `plan` completes `env`. With an `execution_timeout` of None, its HUNYUAN_PROFILE and the pools decide.
+    """
 
     name: str
     image: str
     env: Mapping[str, str]
     pools: tuple[str, ...]
-    execution_timeout: int
+    execution_timeout: int | None
     disk: int
     idle_timeout: int
     min_workers: int
@@ -108,7 +111,7 @@ class Deployment:
             },
             "workers": {"min": self.min_workers, "max": self.max_workers, "idleTimeout": self.idle_timeout},
             "scaling": {"type": "QUEUE_DELAY", "queueDelay": _QUEUE_DELAY},
-            "timeout": self.execution_timeout * 1000,
+            "timeout": 1000 * (self.execution_timeout or execution_timeout(*self._served)),
             "flashboot": "FLASHBOOT",
             "networkVolumes": [self.network_volume] if self.network_volume else [],
         }
@@ -116,17 +119,40 @@ class Deployment:
     @property
     def secrets(self) -> tuple[str, ...]:
         """The values in `env` that must not be printed."""
-        value = self.env.get(BUCKET_SECRET, "")
-        return (value,) if value and not value.startswith("{{ RUNPOD_SECRET_") else ()
+        return tuple(self.env[name] for name in self._clear_text())
+
+    @property
+    def _served(self) -> tuple[Profile, tuple[str, ...], str | None]:
+        return Profile(self.env[_PROFILE]), self.pools, self.env.get("HUNYUAN_MODEL_PATH")
+
+    def _clear_text(self) -> list[str]:
+        """The variables whose secret values the template contains."""
+        return [
+            name
+            for name, value in self.env.items()
+            if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and "{{ RUNPOD_SECRET_" not in value
+        ]
+
+    def check(self) -> None:
+        """Raises IncompleteError if only a part of BUCKET_* is set, or if the endpoint has an unknown profile."""
+        if self.env[_PROFILE] not in list(Profile):
+            raise IncompleteError(f"{_PROFILE}: the endpoint has {self.env[_PROFILE]!r}; pass --profile")
+        missing = [name for name in REQUIRED_BUCKET_VARIABLES if name not in self.env]
+        if missing and len(missing) < len(REQUIRED_BUCKET_VARIABLES):
+            raise IncompleteError(f"{', '.join(missing)}: Field required")
 
     def warnings(self) -> Iterator[str]:
         """Warnings about a deployment that works but may not be what the operator wants."""
+        yield from pool_warnings(*self._served)
         if BUCKET_SECRET not in self.env:
-            yield "warning: no BUCKET_* is set: workers can store only the videos of jobs that carry an s3Config"
-        if self.secrets:
             yield (
-                f"warning: the template will contain {BUCKET_SECRET} in clear text; "
-                f"store it at RunPod and pass --secret {BUCKET_SECRET}=NAME"
+                "warning: no BUCKET_* is set: a worker returns a small video in its result, and can store a larger one "
+                "only if the job carries an s3Config"
+            )
+        for name in self._clear_text():
+            yield (
+                f"warning: the template will contain {name} in clear text; "
+                f"store it at RunPod and pass --secret {name}=NAME"
             )
 
     def _container(self) -> Resource:
@@ -160,8 +186,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """The changes that `apply` makes."""
+    """The changes that `apply` makes to reach `wanted`."""
 
+    wanted: Deployment
     template: Change
     endpoint: Change
 
@@ -174,9 +201,13 @@ class Plan:
 def plan(api: RunPodApi, wanted: Deployment) -> Plan:
     """The changes from what RunPod has to `wanted`. Changes nothing.
 
+    Environment variables that `wanted` does not name keep their values: someone has set them in the console.
+
     Raises:
         RunPodError: also if the endpoint of that name has no job queue.
+        IncompleteError: see `Deployment.check`.
     """
+    template = api.find(Kind.TEMPLATE, wanted.name)
     endpoint = api.find(Kind.ENDPOINT, wanted.name)
     if endpoint is not None:
         endpoint = {"type": "QUEUE", **endpoint}  # RunPod may omit it
@@ -184,8 +215,14 @@ def plan(api: RunPodApi, wanted: Deployment) -> Plan:
             raise RunPodError(
                 f"endpoint {wanted.name} has type {endpoint['type']}, which can't be changed; pass another --name"
             )
+    present = (endpoint or template or {}).get("env") or {}
+    env = {name: value for name, value in {**DEFAULT_VARIABLES, **present, **wanted.env}.items() if value}
+    wanted = replace(wanted, env=env)
+    wanted.check()
+    api.hide(wanted.secrets)
     return Plan(
-        _difference(Kind.TEMPLATE, wanted.template(), api.find(Kind.TEMPLATE, wanted.name)),
+        wanted,
+        _difference(Kind.TEMPLATE, wanted.template(), template),
         _difference(Kind.ENDPOINT, wanted.endpoint(), endpoint),
     )
 

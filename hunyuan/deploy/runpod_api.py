@@ -48,16 +48,16 @@ class Kind(StrEnum):
 
 
 class RunPodApi:
-    """One account's templates and endpoints. `secrets` are removed from RunPod's error texts.
+    """One account's templates and endpoints.
 
     Every method may raise RunPodError or RunPodUnreachableError.
     """
 
-    def __init__(self, settings: DeploySettings, secrets: Collection[str] = ()) -> None:
+    def __init__(self, settings: DeploySettings) -> None:
         key = settings.api_key.get_secret_value()
         self._api = str(settings.api_url).rstrip("/")
         self._endpoints = str(settings.endpoint_base_url).rstrip("/")
-        self._secrets = (key, *secrets)
+        self._secrets: tuple[str, ...] = (key,)
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {key}", "User-Agent": "hunyuan-video-service"},
             timeout=httpx.Timeout(30, connect=5),
@@ -68,6 +68,10 @@ class RunPodApi:
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
+
+    def hide(self, secrets: Collection[str]) -> None:
+        """From now on RunPod's error texts are shown without these values, too."""
+        self._secrets = (*self._secrets, *secrets)
 
     def find(self, kind: Kind, name: str) -> Resource | None:
         """The resource of that name, or None. RunPod allows two of one name; that raises RunPodError."""

@@ -98,6 +98,7 @@ async def _serve_runpod(
         api_key=api_key.get_secret_value(),
         base_url=str(settings.runpod_base_url),
         max_queue_size=settings.max_queue_size,
+        profile=settings.profile,
         observer=metrics,
     )
     videos = StoredVideos(store.bucket)

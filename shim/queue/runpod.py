@@ -16,7 +16,8 @@ import httpx
 from pydantic import ValidationError
 
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
-from contract.job import JobInput
+from contract.job import JobInput, Profile
+from contract.render_times import execution_timeout
 from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
 from shim.http_client import HttpClient
@@ -55,11 +56,19 @@ _FAILURES: Final = {
     "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
 }
 
+#: Seconds that a job may wait in RunPod's queue; its default. RunPod deletes a job at the end of its `ttl`, even if it
+#: runs. Source: https://docs.runpod.io/serverless/endpoints/send-requests.
+_LONGEST_WAIT: Final = 86_400
 #: Seconds for which pollers share one response.
 _CACHE_SECONDS: Final = 1.0
 #: The number of jobs whose last response is kept, and of idempotency keys.
 _CACHE_SIZE: Final = 10_000
 _RETRIES: Final = RetryPolicy(first=0.25, longest=5.0, attempts=5)
+
+_NO_BUCKET: Final = JobFailure(
+    error="The workers of the RunPod endpoint have no bucket, so the server has no video: set their BUCKET_* variables",
+    error_code=ErrorCode.STORAGE_UNAVAILABLE,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -90,9 +99,10 @@ class _RetryableStatusError(Exception):
 class RunPodQueue:
     """A `JobQueue` over a RunPod serverless endpoint.
 
-    `base_url` is RunPod's (`https://api.runpod.ai/v2`); RunPod ends a job after `execution_timeout` seconds. The limit
-    of waiting jobs applies to the endpoint's own count, which other servers may change at the same moment: it is exact
-    for one server, approximate for several. RunPod has no idempotency keys, so this object keeps them in memory.
+    `base_url` is RunPod's (`https://api.runpod.ai/v2`). `profile` renders DEFAULT_MODEL on the endpoint. If it is None,
+    jobs of that model get the time limit of the slowest one. The limit of waiting jobs applies to the endpoint's own
+    count, which other servers may change at the same moment: it is exact for one server, approximate for several.
+    RunPod has no idempotency keys, so this object keeps them in memory.
     `observer` receives the end of a job when a client asks for it and this server saw the job wait or run before.
     """
 
@@ -103,7 +113,7 @@ class RunPodQueue:
         api_key: str,
         base_url: str = "https://api.runpod.ai/v2",
         max_queue_size: int = 10,
-        execution_timeout: float = 3600.0,
+        profile: Profile | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
         retries: RetryPolicy = _RETRIES,
@@ -117,7 +127,7 @@ class RunPodQueue:
             transport=transport,
         )
         self._max_queue_size = max_queue_size
-        self._execution_timeout = execution_timeout
+        self._profile = profile
         self._clock = clock
         self._retries = retries
         self._observer = observer or JobObserver()
@@ -156,10 +166,9 @@ class RunPodQueue:
                 raise QueueFullError(f"The queue is full: {len(backlog.waiting)} tasks are waiting")
             if check is not None:
                 check()
-            body = {
-                "input": job_input.wire(),
-                "policy": {"executionTimeout": int(self._execution_timeout * 1000)},
-            }
+            limit = execution_timeout(job_input, self._profile)
+            policy = {"executionTimeout": 1000 * limit, "ttl": 1000 * (_LONGEST_WAIT + limit)}
+            body = {"input": job_input.wire(), "policy": policy}
             answer = _body(await self._request("POST", "/run", json=body, repeatable=False))
             job = JobSnapshot(str(answer["id"]), JobState.QUEUED)
             if idempotency is not None:
@@ -298,6 +307,8 @@ class RunPodQueue:
         return JobSnapshot(task_id, state, elapsed_time=elapsed, failure=_failure(word, answer))
 
     def _completed(self, task_id: str, elapsed: float, output: Any) -> JobSnapshot:
+        if isinstance(output, dict) and "video_base64" in output:
+            return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=_NO_BUCKET)
         manifest = valid_manifest(output)
         if manifest is None:
             return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=NO_VIDEO)

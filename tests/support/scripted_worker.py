@@ -27,6 +27,7 @@ from handler.worker import Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings, bucket_settings
 from tests.support.scripted_model import ScriptedModel
+from tests.support.stepped_clock import follow
 
 
 class Notes:
@@ -81,9 +82,12 @@ def main() -> None:
     parser.add_argument("--frame-seconds", type=float, default=0.0, help="seconds before each chunk of frames")
     parser.add_argument("--hang", type=Path, help="the first step does not end while this file exists")
     parser.add_argument("--hold-gil", action="store_true", help="the first step blocks the interpreter for 10 minutes")
+    parser.add_argument("--clock", type=Path, help="both clocks of Python are ahead by the seconds in this file")
     parser.add_argument("--silent", action="store_true", help="send no progress")
     arguments = parser.parse_args()
     sys.argv[1:] = []  # the SDK parses them, too
+    if arguments.clock is not None:
+        follow(arguments.clock, monotonic=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     exit_on_sigterm()

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
-def follow(path: Path) -> None:
-    """From now on `time.time()` of this process adds the seconds in `path`; 0 if there is no such file."""
-    real = time.time
+def follow(path: Path, *, monotonic: bool = False) -> None:
+    """From now on `time.time()` of this process adds the seconds in `path`; 0 if there is no such file.
 
-    def stepped() -> float:
-        try:
-            return real() + float(path.read_text() or 0)
-        except FileNotFoundError:
-            return real()
+    With `monotonic` also `time.monotonic()`, as in a process that was restored on another machine.
+    """
 
-    time.time = stepped
+    def stepped(real: Callable[[], float]) -> Callable[[], float]:
+        def clock() -> float:
+            try:
+                return real() + float(path.read_text() or 0)
+            except FileNotFoundError:
+                return real()
+
+        return clock
+
+    time.time = stepped(time.time)
+    if monotonic:
+        time.monotonic = stepped(time.monotonic)
 
 
 if __name__ == "__main__":

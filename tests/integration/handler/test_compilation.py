@@ -111,7 +111,11 @@ def test_compilation_works_with_streamed_blocks() -> None:
 
 
 def test_on_a_cpu_nothing_is_compiled_unless_asked_for() -> None:
-    assert set(load_model(WorkerSettings(model_path="demo")).load_seconds) == {"checkpoints", "placement"}
+    assert set(load_model(WorkerSettings(model_path="demo")).load_seconds) == {
+        "checkpoints",
+        "placement",
+        "warm-up",
+    }
     assert counters["stats"]["unique_graphs"] == 0
 
 

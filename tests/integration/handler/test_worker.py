@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
 from contract.errors import ErrorCode
-from contract.job import DEFAULT_MODEL, Resolution
-from contract.result import JobResult, Manifest, Progress, Stage
+from contract.job import DEFAULT_MODEL, JobInput, Resolution
+from contract.result import InlineResult, JobResult, Manifest, Progress, Stage
 from contract.retry import RetryPolicy
 from handler.provenance import ProvenanceError
-from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError
+from handler.video_model.base import Frames, ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
 from storage.bucket import Bucket
@@ -128,6 +130,41 @@ def test_a_video_that_cannot_be_signed_fails_and_is_not_stored(bench: Bench) -> 
     bench.sign = sign
     assert bench.failure() == (ErrorCode.GENERATION_FAILED, "The video could not be signed")
     assert not bench.bucket.list_keys(layout.PREFIX)
+
+
+def test_a_video_without_a_bucket_is_in_the_result_if_runpod_takes_it(bench: Bench, tmp_path: Path) -> None:
+    worker = Worker(bench.model, None, version="1.2.3", returns_videos=True)
+    job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p"}
+    result = worker.run(Job("task-1", job_input), bench.reports.append, bench.cancelled)
+    assert isinstance(result, InlineResult)
+    video = base64.b64decode(result.video_base64)
+    assert (len(video), hashlib.sha256(video).hexdigest()) == (result.file_size, result.sha256)
+    written = result.model_dump(mode="json")
+    assert written.keys().isdisjoint({"video_key", "poster_key", "video_url", "poster_url"})
+    assert (written["task_id"], written["status"], written["num_frames"]) == ("task-1", "completed", 121)
+    with pytest.raises(JobError) as caught:
+        Worker(bench.model, None, version="1.2.3").run(Job("task-1", job_input), bench.reports.append, bench.cancelled)
+    assert caught.value.failure.error_code is ErrorCode.STORAGE_UNAVAILABLE, "a worker of our own server"
+
+
+class Noise(ScriptedModel):
+    """Noise of 960x540, which no encoder makes small."""
+
+    def render(self, job_input: JobInput, **options: Any) -> Generator[Frames, None, None]:
+        for chunk in super().render(job_input, **options):
+            yield np.random.default_rng(1).integers(0, 256, (len(chunk), 540, 960, 3), np.uint8)
+
+
+def test_a_video_that_is_too_large_for_a_result_fails_with_its_size(bench: Bench) -> None:
+    worker = Worker(Noise(), None, version="1.2.3", returns_videos=True)
+    job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p"}
+    with pytest.raises(JobError) as caught:
+        worker.run(Job("task-1", job_input), bench.reports.append, bench.cancelled)
+    assert caught.value.failure.error_code is ErrorCode.STORAGE_UNAVAILABLE
+    text = caught.value.failure.error
+    size = re.match(r"The video has ([\d.]+) MB, and a result on RunPod can carry 7.4 MB: set BUCKET_", text)
+    assert size is not None, text
+    assert float(size[1]) > 7.4
 
 
 def test_the_manifest_is_written_last(bench: Bench) -> None:

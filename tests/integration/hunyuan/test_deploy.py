@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from contract.job import Profile
+from contract.render_times import longest_timeout
 from hunyuan.cli.main import app
+from hunyuan.deploy.pools import DEFAULT_POOLS, POOLS
 from tests.support.http_server import serving
 from tests.support.runpod_account import KEY, Account, Fault
 
@@ -26,7 +29,7 @@ BUCKET = {
 IMAGE = "registry.example.com/hunyuan-worker:1.5.0"
 UP = ("runpod", "--image", IMAGE)
 #: Settings that the machine of the tests may have.
-OURS = [name for name in os.environ if name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_"))]
+OURS = [name for name in os.environ if name.startswith(("BUCKET_", "RUNPOD_", "HUNYUAN_", "HF_"))]
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,19 @@ async def test_the_first_run_creates_template_and_endpoint_with_what_video_needs
     template, endpoint = bench.account.template, bench.account.endpoint
     assert template["serverless"] is True
     assert template["public"] is False
-    assert endpoint["env"] == {**BUCKET, "HUNYUAN_OFFLOAD_CPU": "true", "HUNYUAN_PROFILE": "turbo"}
+    assert endpoint["env"] == {
+        **BUCKET,
+        "HUNYUAN_OFFLOAD_CPU": "true",
+        "HUNYUAN_PROFILE": "turbo",
+        "RUNPOD_INIT_TIMEOUT": "1800",
+    }
     assert (endpoint["image"], endpoint["disk"]) == (IMAGE, 100)
     assert endpoint["type"] == "QUEUE"
-    assert endpoint["timeout"] == 1_800_000
+    assert endpoint["timeout"] == 1000 * longest_timeout(Profile.QUALITY, POOLS["AMPERE_80"].slowdown), (
+        "without HUNYUAN_MODEL_PATH the worker has one checkpoint, which takes 50 steps with guidance"
+    )
     assert endpoint["flashboot"] == "FLASHBOOT"
-    assert endpoint["gpu"]["pools"] == ["ADA_24", "ADA_48_PRO"]
+    assert endpoint["gpu"]["pools"] == list(DEFAULT_POOLS)
     assert endpoint["workers"] == {"min": 0, "max": 3, "idleTimeout": 60}
     assert run.out == f"endpoint_id: {endpoint['id']}\n"
 
@@ -121,37 +131,64 @@ async def test_the_same_again_changes_nothing(bench: Bench) -> None:
 
 
 async def test_only_the_fields_that_differ_are_updated(bench: Bench) -> None:
-    await bench.deploy(*UP, HUNYUAN_ENABLE_SAGE_ATTN="true")
+    await bench.deploy(*UP)
     del bench.account.endpoint["type"]  # RunPod may omit it
     bench.account.endpoint["workers"]["max"] = 0  # as RunPod does after seven days without a request
     bench.account.requests.clear()
     run = await bench.deploy(*UP[:-1], "registry.example.com/hunyuan-worker:1.6.0", "--network-volume", "vol1")
     assert run.code == 0, run.err
     written = {line.rpartition("/")[0]: body for line, body in bench.account.requests if not line.startswith("GET")}
-    assert written["PATCH /templates"].keys() == {"image", "env"}
+    assert written["PATCH /templates"].keys() == {"image"}
     assert written["PATCH /serverless"].keys() == {"templateId", "workers", "networkVolumes"}
     endpoint = bench.account.endpoint
     assert endpoint["image"].endswith(":1.6.0")
-    assert "HUNYUAN_ENABLE_SAGE_ATTN" not in endpoint["env"]
     assert endpoint["workers"]["max"] == 3
     assert endpoint["networkVolumes"] == ["vol1"]
-    assert "  env: -HUNYUAN_ENABLE_SAGE_ATTN" in run.err
     assert '  networkVolumes: [] -> ["vol1"]' in run.err
 
 
-@pytest.mark.parametrize(
-    ("profile", "first_pool", "timeout"),
-    [("balanced", "ADA_48_PRO", 14_400_000), ("quality", "ADA_80_PRO", 36_000_000)],
-)
-async def test_the_profile_selects_gpu_pools_and_timeout(
-    bench: Bench, profile: str, first_pool: str, timeout: int
-) -> None:
-    assert (await bench.deploy(*UP, HUNYUAN_PROFILE="quality")).code == 0
+async def test_what_others_have_set_stays_until_it_is_removed(bench: Bench) -> None:
+    """RunPod's console changes the endpoint alone."""
+    await bench.deploy(*UP, HUNYUAN_ENABLE_SAGE_ATTN="true")
+    in_console = {"SET_IN_THE_CONSOLE": "yes", "RUNPOD_INIT_TIMEOUT": "3600", "HUNYUAN_PROFILE": "fast"}
+    bench.account.endpoint["env"] |= {**in_console, "HUNYUAN_LOG_LEVEL": "DEBUG"}
+    run = await bench.deploy(*UP, "--env", "HUNYUAN_LOG_LEVEL=INFO", "--env", "HUNYUAN_ENABLE_SAGE_ATTN=")
+    assert run.code == 0, run.err
+    for resource in (bench.account.template, bench.account.endpoint):
+        assert resource["env"] == {**BUCKET, **in_console, "HUNYUAN_LOG_LEVEL": "INFO"}
+    assert "  env: -HUNYUAN_ENABLE_SAGE_ATTN ~HUNYUAN_LOG_LEVEL" in run.err
+    again = await bench.deploy(*UP, **dict.fromkeys(BUCKET, ""))
+    assert again.code == 0, "the endpoint has the bucket's settings"
+    assert "no BUCKET_* is set" not in again.err
+    bench.account.endpoint["env"]["HUNYUAN_PROFILE"] = "best"
+    assert "HUNYUAN_PROFILE: the endpoint has 'best'; pass --profile" in (await bench.deploy(*UP)).err
+
+
+async def test_variables_of_the_hub_and_of_runpod_are_passed_on_without_paths_of_this_machine(bench: Bench) -> None:
+    passed = {"HF_TOKEN": "hf_a-token-of-the-hub", "HF_HUB_OFFLINE": "1", "RUNPOD_INIT_TIMEOUT": "900"}
+    run = await bench.deploy(*UP, "--env", "ANYTHING=a=b", **passed, HF_HOME="/home/me", HF_HUB_CACHE="/home/me/hub")
+    assert run.code == 0, run.err
+    own = {"ANYTHING": "a=b", "HUNYUAN_PROFILE": "turbo"}
+    assert bench.account.endpoint["env"] == {**BUCKET, **passed, **own}
+    assert "contain HF_TOKEN in clear text" in run.err
+    assert passed["HF_TOKEN"] not in run.err
+    bench.account.faults = [Fault("PATCH", 400, detail=f"odd: {passed['HF_TOKEN']}")]
+    run = await bench.deploy(*UP, "--env", "ANYTHING=c")
+    assert "RunPod answered 400: odd: …" in run.err, "also a value that the endpoint had before"
+
+
+@pytest.mark.parametrize("profile", Profile)
+async def test_profile_and_slowest_pool_decide_how_long_a_job_may_run(bench: Bench, profile: Profile) -> None:
+    weights = {"HUNYUAN_MODEL_PATH": "/runpod-volume/models"}
+    assert (await bench.deploy(*UP, HUNYUAN_PROFILE="quality", **weights)).code == 0
     assert (await bench.deploy(*UP, "--profile", profile, HUNYUAN_PROFILE="fast")).code == 0
     endpoint = bench.account.endpoint
-    assert endpoint["gpu"]["pools"][0] == first_pool
-    assert endpoint["timeout"] == timeout
+    assert endpoint["timeout"] == 1000 * longest_timeout(profile, POOLS["AMPERE_80"].slowdown)
     assert endpoint["env"]["HUNYUAN_PROFILE"] == profile
+    run = await bench.deploy(*UP, "--profile", profile, "--gpu", "ADA_24", "--gpu", "HOPPER_141")
+    assert endpoint["timeout"] < bench.account.endpoint["timeout"] or profile is Profile.TURBO
+    assert "warning: workers in ADA_24 can count on 41 GB of host memory only" in run.err
+    assert "HOPPER_141 can" not in run.err
 
 
 async def test_options_override_the_profile(bench: Bench) -> None:
@@ -188,6 +225,8 @@ async def test_a_secret_stored_at_runpod_is_sent_as_a_placeholder(bench: Bench) 
         (UP, {"BUCKET_SECRET_ACCESS_KEY": ""}, "BUCKET_SECRET_ACCESS_KEY: Field required"),
         (UP, {"HUNYUAN_PROFILE": "best"}, "HUNYUAN_PROFILE: "),
         ((*UP, "--secret", f"KEY={SECRET}!"), {}, "--secret takes VARIABLE=SECRET"),
+        ((*UP, "--env", SECRET), {}, "--env takes VARIABLE=VALUE"),
+        ((*UP, "--env", "HUNYUAN_PROFILE=fast"), {}, "--env HUNYUAN_PROFILE: pass --profile"),
         (UP, {"RUNPOD_API_KEY": "rpa_a-wrong-key"}, "RUNPOD_API_KEY was refused. RunPod answered 401"),
     ],
 )
@@ -197,7 +236,7 @@ async def test_a_setting_that_is_missing_or_wrong_is_named(
     run = await bench.deploy(*arguments, **environment)
     assert run.code == 2
     assert run.err.startswith(f"error: {said}")
-    assert bench.account.requests == []
+    assert bench.account.writes() == []
 
 
 async def test_a_deployment_without_a_bucket_is_warned_about(bench: Bench) -> None:
@@ -288,7 +327,7 @@ async def test_status_shows_workers_and_jobs(bench: Bench) -> None:
         "endpoint_id": bench.account.endpoint["id"],
         "name": "hunyuan-video",
         "image": IMAGE,
-        "gpu": "ADA_24, ADA_48_PRO",
+        "gpu": "ADA_80_PRO, HOPPER_141, AMPERE_80",
         "limits": {"min": 0, "max": 3, "idleTimeout": 60},
         "workers": {"idle": 0, "running": 1},
         "jobs": {"completed": 3, "failed": 0, "inProgress": 1, "inQueue": 2, "retried": 0},

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from handler.video_model import placement
-from handler.video_model.placement import available_host_memory, rounded_bytes_of
+from handler import machine
+from handler.machine import available_host_memory, first_lines
+from handler.video_model.placement import rounded_bytes_of
 
 
 @pytest.mark.parametrize(
@@ -21,9 +22,19 @@ def test_the_limit_of_the_control_group_counts_if_it_is_below_the_machines_memor
     file = tmp_path / "memory.max"
     if written is not None:
         file.write_text(f"{written}\n")
-    monkeypatch.setattr(placement, "CGROUP_LIMITS", (file,))
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert available_host_memory() == min(machine, limit or machine)
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (file,))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    counts = limit is not None and limit < memory
+    assert available_host_memory() == (limit if counts else memory)
+    stated = f"{limit / 1e9:.1f} GB" if limit is not None and counts else "none"
+    assert next(first_lines()) == f"host memory {memory / 1e9:.1f} GB; limit of the container (cgroup) {stated}"
+
+
+def test_the_owner_of_the_volume_is_named(tmp_path: Path) -> None:
+    owner = f"belongs to user {os.geteuid()}, group {tmp_path.stat().st_gid}"
+    assert list(first_lines(tmp_path))[1] == f"user {os.geteuid()} may write to {tmp_path}, which {owner}"
+    absent = tmp_path / "volume"
+    assert list(first_lines(absent))[1] == f"user {os.geteuid()}; there is no volume at {absent}"
 
 
 def test_pinned_blocks_are_rounded_to_powers_of_two() -> None:

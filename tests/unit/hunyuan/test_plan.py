@@ -26,7 +26,7 @@ def test_it_prints_every_kind_of_video_in_narrow_lines() -> None:
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("gpu", ["RTX4090", "L40S", "A100", "H100", "H200", "B200"])
+@pytest.mark.parametrize("gpu", ["RTX4090", "L40S", "L40", "A100", "H100", "H200", "B200"])
 def test_every_gpu_has_a_plan_for_the_documented_videos(gpu: str) -> None:
     found = {
         (row["profile"], row["resolution"], row["duration"]): row for row in json.loads(plan("--gpu", gpu, "--json"))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from contract.job import AspectRatio, JobInput, Resolution
+from contract.job import AspectRatio, JobInput, Profile, Resolution
+from contract.render_times import calculated_seconds
 from contract.worker import RenderEstimate, WorkerReport, WorkerState
 from shim.estimates import documented_rate, estimated_time, render_seconds
 from shim.queue.base import Backlog, Workers, render_kind
@@ -45,14 +46,14 @@ def test_a_resolution_that_the_reference_lacks_is_scaled_by_its_pixels() -> None
     assert documented_rate("360p", 640 * 360) == documented_rate("720p", 1280 * 720) / 4
 
 
-def test_a_slower_profile_takes_longer_until_it_has_been_observed() -> None:
-    models = ["HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-balanced", "HunyuanVideo-1.5-quality"]
-    jobs = [job().model_copy(update={"model": model}) for model in models]
-    seconds = [render_seconds(each, {}) for each in jobs]
-    assert seconds == sorted(seconds)
-    assert seconds[0] == render_seconds(job(), {}) < seconds[1]
-    observed = {render_kind(jobs[2]): 300.0}
-    assert [render_seconds(each, observed) for each in jobs] == [*seconds[:2], 300.0]
+def test_a_slower_profile_takes_as_long_as_calculated_until_it_has_been_observed() -> None:
+    jobs = [job().model_copy(update={"model": profile.model}) for profile in Profile]
+    turbo, *slower = [render_seconds(each, {}) for each in jobs]
+    assert turbo >= render_seconds(job(), {}), "the documented time, or what is calculated"
+    assert slower == [calculated_seconds(profile, job()) for profile in list(Profile)[1:]]
+    assert slower[0] > 20 * render_seconds(job(), {}), "the documented times are not those of profile fast"
+    observed = {render_kind(jobs[3]): 300.0}
+    assert [render_seconds(each, observed) for each in jobs] == [turbo, *slower[:2], 300.0]
 
 
 def test_observed_times_replace_the_documented_ones() -> None:

@@ -12,7 +12,9 @@ import httpx
 import pytest
 
 from contract.errors import ErrorCode, JobFailure
-from contract.result import Manifest
+from contract.job import Profile, Resolution
+from contract.render_times import execution_timeout
+from contract.result import InlineResult, Manifest
 from contract.retry import RetryPolicy
 from shim.queue.base import JobObserver, JobState, QueueFullError, QueueUnavailableError
 from shim.queue.runpod import RunPodQueue
@@ -72,7 +74,25 @@ async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
     assert run.headers["authorization"] == f"Bearer {KEY}"
     body = json.loads(run.content)
     assert body["input"] == JOB.wire()
-    assert body["policy"]["executionTimeout"] >= 600_000
+    limit = execution_timeout(JOB)
+    assert body["policy"] == {"executionTimeout": 1000 * limit, "ttl": 1000 * (86_400 + limit)}
+
+
+async def test_each_job_has_a_time_limit_of_its_own() -> None:
+    cloud = Cloud(run=(200, {"id": "job-1", "status": "IN_QUEUE"}))
+    queue = RunPodQueue(
+        endpoint_id="ep", api_key=KEY, transport=httpx.MockTransport(cloud), profile=Profile.FAST, max_queue_size=2
+    )
+    short = JOB.model_copy(update={"duration": 5, "resolution": Resolution.P720})
+    long = JOB.model_copy(update={"duration": 10, "resolution": Resolution.P1080})
+    named = long.model_copy(update={"model": Profile.QUALITY.model})
+    for job in (short, long, named):
+        await queue.submit(job)
+    limits = [
+        json.loads(request.content)["policy"]["executionTimeout"] for request in cloud.requests if request.content
+    ]
+    assert limits == [1000 * execution_timeout(job, Profile.FAST) for job in (short, long, named)]
+    assert limits[0] < limits[1] < limits[2] == 1000 * execution_timeout(named)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +123,16 @@ async def test_a_failure_of_our_handler_is_returned_and_a_traceback_is_not() -> 
         else:
             assert job.failure.error_code is ErrorCode.GENERATION_FAILED
             assert "secret path" not in job.failure.error
+
+
+async def test_a_video_in_the_result_of_a_worker_without_a_bucket_is_named_as_lost() -> None:
+    inline = InlineResult(**result("job-1").model_dump(), video_base64="AAAA").model_dump(mode="json")
+    job = await queue_on(Cloud(status=job_status("COMPLETED", output=inline))).get("job-1")
+    assert job is not None
+    assert job.result is None
+    assert job.failure is not None
+    assert job.failure.error_code is ErrorCode.STORAGE_UNAVAILABLE
+    assert "BUCKET_*" in job.failure.error
 
 
 async def test_a_job_that_runpod_has_deleted_is_none() -> None:
