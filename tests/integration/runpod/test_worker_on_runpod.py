@@ -200,12 +200,12 @@ def hub() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A volume of another user with a checkpoint in the layout of RunPod's cached models, in small sizes."""
-    from handler.video_model import demo  # late: the other tests here need no PyTorch in this process
+    from benchmarks import random_model  # late: the other tests here need no PyTorch in this process
 
     volume = tmp_path_factory.mktemp("volume")
     folder = volume / "hub" / "models--owner--a-checkpoint"
     snapshot = folder / "snapshots" / "0123abcd"
-    pipeline = demo.build_pipeline()
+    pipeline = random_model.build_pipeline()
     pipeline.transformer.register_to_config(target_size=64)
     pipeline.save_pretrained(snapshot)
     (folder / "refs").mkdir()
