@@ -24,7 +24,7 @@ from tools.demo_model import drawing
 from tools.demo_model.captions import random_clip
 from tools.demo_model.components import vae
 from tools.demo_model.optimizer import Muon
-from tools.demo_model.world import CELL, FPS, TEMPORAL, Batch
+from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, TEMPORAL, Batch
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,10 @@ def _clips(random: Random, frames: int, size: int) -> tuple[Batch, int, int]:
 
 
 def _noisy(random: Random, latents: torch.Tensor) -> torch.Tensor:
-    """With a little noise, as the transformer's latents are not perfect."""
-    return latents + 0.08 * random.random() * torch.randn_like(latents)
+    """With noise, as the transformer's latents are not perfect: more in colours and scene, which change slowly."""
+    noise = torch.randn_like(latents)
+    noise[:, :SHAPE_CHANNELS] *= 0.3
+    return latents + 0.3 * random.random() * noise
 
 
 def _parts(random: Random, batch: Batch, first: int, *whole: tuple[int, torch.Tensor]) -> list[torch.Tensor]:

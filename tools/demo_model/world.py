@@ -303,6 +303,7 @@ _TEXTURES: Final = {_WAVES: _waves, _BLADES: _blades, _DUNES: _dunes}
 
 #: Channels of the latents: 16 of the shapes, 3 of their colours, 13 of the scene.
 LATENT_CHANNELS: Final = 32
+SHAPE_CHANNELS: Final = _POINTS**2
 _COLOUR_SCALE: Final = 1.6
 #: Finer details of shapes are weaker than their size in the world says, so that they are decided last.
 _SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten()
