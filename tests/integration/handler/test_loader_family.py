@@ -307,8 +307,10 @@ def test_an_approximation_changes_the_numbers_a_little_and_the_same_each_time(ap
 
 
 @pytest.mark.parametrize("cache", [Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER])
-def test_requested_approximations_are_applied_and_named(cache: Approximation) -> None:
-    model = load_model(WorkerSettings(model_path="demo", approximations=(Approximation.FP8_WEIGHTS, cache)))
+def test_requested_approximations_are_applied_and_named(cache: Approximation, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "Tiny-480p_t2v"  # takes 50 steps, by its name
+    random_model.build_pipeline().save_pretrained(checkpoint)
+    model = load_model(WorkerSettings(model_path=str(checkpoint), approximations=(Approximation.FP8_WEIGHTS, cache)))
     assert isinstance(model, PipelineModel)
     assert tuple(model.approximations) == ("fp8-weights", cache)
     (base,) = model.parts.bases.values()
