@@ -20,12 +20,12 @@ _UNITS: Final = {
     "d": timedelta(days=1),
     "w": timedelta(weeks=1),
 }
-#: A prompt that the demo model can draw.
+#: A prompt for the demo model.
 _DEMO_PROMPT: Final = "A red fish swims to the right over the sea"
 _ABOUT_THE_DEMO: Final = """
-This video is from the demo model, a tiny HunyuanVideo-1.5 that was trained on simple moving objects. It draws one or
-two balls, stars, hearts, fish, boats, houses and the like, over the sea, a meadow, snow, a desert or the sky, and
-nothing else. HunyuanVideo-1.5 itself needs an NVIDIA GPU and its weights, which have a licence of their own:
+This video is from the demo model, a tiny HunyuanVideo-1.5 that is being trained on simple moving objects. The colours
+of an object and of the scene behind it (sea, meadow, snow, night and the like) follow the prompt; shapes and motions
+hardly do yet. HunyuanVideo-1.5 itself needs an NVIDIA GPU and its weights, which have a licence of their own:
 
   {program} download-weights fast --to ~/models
   HUNYUAN_MODEL_PATH=~/models {program} serve

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 #: Share of the time, whether the loss is in pixels, the largest rates, and latent frames with clips in a batch of it.
 _STAGES: Final = ((0.6, False, 1.0, ((1, 24), (3, 8))), (0.4, True, 0.3, ((1, 16), (3, 3))))
-_MUON_RATE, _ADAM_RATE = 0.002, 1e-3
+_MUON_RATE, _ADAM_RATE = 0.006, 2e-3
 #: Cells on a side of a part, and rows and columns of whole pictures.
 _CROPS: Final = (2, 3)
 _SIZES: Final = ((5, 9), (5, 9), (9, 5), (6, 6), (6, 8), (8, 6))

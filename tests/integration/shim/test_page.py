@@ -440,7 +440,7 @@ async def test_an_example_of_the_demo_model_fills_the_prompt_by_keyboard_and_by_
     await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
     async with visiting(browser, site.address) as visit:
         visit.expected.append("status of 400")
-        examples = visit.page.get_by_role("list", name="Prompts that the demo model can draw").get_by_role("button")
+        examples = visit.page.get_by_role("list", name="Prompts for the demo model").get_by_role("button")
         await expect(examples).to_have_count(5)
         await visit.make("short")
         await expect(visit.prompt).to_have_attribute("aria-invalid", "true")
