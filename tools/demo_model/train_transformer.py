@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -143,11 +145,22 @@ class Examples:
         return latents, torch.tensor([ids for _, ids in taken])
 
 
+@contextmanager
+def _no_masks() -> Iterator[None]:
+    """Lets the transformers of this process attend without masks, while all tokens of a batch are valid."""
+    stock = transformer_hunyuan_video15.dispatch_attention_fn
+    transformer_hunyuan_video15.dispatch_attention_fn = _without_mask
+    try:
+        yield
+    finally:
+        transformer_hunyuan_video15.dispatch_attention_fn = stock
+
+
+@_no_masks()
 def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     """Trains for this long in all, or goes on from `transformer.pt` in `out`. Starts from the weights in `trained`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    transformer_hunyuan_video15.dispatch_attention_fn = _without_mask
     trainee = Trainee()
     if trained is not None:
         trainee.read(trained)
