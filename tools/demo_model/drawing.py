@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from torch import nn
 
-from tools.demo_model.world import Batch
+from tools.demo_model.world import FPS, Batch, cells
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +37,23 @@ _ATTEMPTS, _SAMPLES, _RATE = 24, 1024, 1.5e-2
 
 def features(batch: Batch, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the drawing levels expect for these frames, (B, FEATURES, n, H / 4, W / 4), and where it matters, alike."""
-    fine, scene = batch.seen(first, last, 2)
-    coarse, _ = batch.seen(first, last, 4)
-    near = fine.amin(dim=1)
-    distance = _split(near.clamp(-REACH, REACH) / REACH)
+    seconds, scene = torch.arange(first, last) / FPS, batch.scene()
+    fine, coarse = (batch.distances(seconds, spacing) for spacing in (2, 4))
+    distance = cells(fine.amin(dim=1).clamp(-REACH, REACH) / REACH, 2)
     nearness = torch.softmax(-coarse / 2, dim=1)
     colour = 2 * torch.einsum("bnthw,bnc->bcthw", nearness, batch.colour) - 1
     frames = distance.shape[2]
     plain = F.avg_pool2d(scene, 4)
     light = F.avg_pool2d(scene.mean(dim=1, keepdim=True), 2)
-    light = _split(light - F.interpolate(plain.mean(dim=1, keepdim=True), scale_factor=2))
+    light = cells(light - F.interpolate(plain.mean(dim=1, keepdim=True), scale_factor=2), 2)
     still = torch.cat([2 * plain - 1, 2 * light[:, :, 0]], dim=1).unsqueeze(2).expand(-1, -1, frames, -1, -1)
     constant = torch.full_like(distance[:, :1], _CONSTANT)
     found = torch.cat([distance, colour, still, constant, torch.zeros_like(constant)], dim=1)
     matters = torch.full_like(found, 0.3)
-    close = coarse.amin(dim=1, keepdim=True) < 8
-    matters[:, :4] = 1 + 2 * (coarse.amin(dim=1, keepdim=True).abs() < 6)
-    matters[:, 4:7] = close.float()
+    near = coarse.amin(dim=1, keepdim=True)
+    matters[:, :4] = 1 + 2 * (near.abs() < 6)
+    matters[:, 4:7] = (near < 8).float()
     return found, matters
-
-
-def _split(points: torch.Tensor) -> torch.Tensor:
-    """(B, n, 2h, 2w), or with a channel in place of n, to (B, 4, n, h, w)."""
-    batch, frames, height, width = points.shape
-    split = points.view(batch, frames, height // 2, 2, width // 2, 2)
-    return split.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
 
 
 @torch.no_grad()

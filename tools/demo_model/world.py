@@ -144,14 +144,14 @@ class Batch:
     def latents(self) -> torch.Tensor:
         """(B, LATENT_CHANNELS, T, h, w): what the decoder draws from. The first frame, and then every eighth."""
         seconds = torch.arange(self.latent_frames) * (TEMPORAL / FPS)
-        distances = self._distances(seconds, CELL // _POINTS)  # (B, N, T, 4h, 4w) in pixels
+        distances = self.distances(seconds, CELL // _POINTS)  # (B, N, T, 4h, 4w) in pixels
         near = torch.tanh(distances.amin(dim=1) / _REACH)
-        shape = _cells(near, _POINTS)  # (B, 16, T, h, w)
+        shape = cells(near, _POINTS)  # (B, 16, T, h, w)
         shape = torch.einsum("kp,bpthw->bkthw", _dct(_POINTS), shape) / _SHAPE_SCALE[:, None, None, None]
         # Colours reach beyond the outlines, each up to the other thing.
         nearness = torch.softmax(-distances / 6.0, dim=1)
         colour = torch.einsum("bnthw,bnc->bcthw", nearness, self.colour)
-        colour = torch.unflatten(_cells(colour.flatten(0, 1), _POINTS).mean(dim=1), 0, (-1, 3))
+        colour = torch.unflatten(cells(colour.flatten(0, 1), _POINTS).mean(dim=1), 0, (-1, 3))
         scene = self._scene_latents().unsqueeze(2).expand(-1, -1, self.latent_frames, -1, -1)
         return torch.cat([shape, _COLOUR_SCALE * (2 * colour - 1), scene], dim=1)
 
@@ -159,19 +159,15 @@ class Batch:
         """(B, 3, n, H, W) from -1 to 1: the frames from `first` to before `last`, by default all."""
         count = TEMPORAL * (self.latent_frames - 1) + 1
         seconds = torch.arange(first, count if last is None else last) / FPS
-        distances = self._distances(seconds, 1)  # (B, N, n, H, W)
-        picture = self._scene_picture().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
+        distances = self.distances(seconds, 1)  # (B, N, n, H, W)
+        picture = self.scene().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
         for i in range(distances.shape[1]):
             cover = (0.5 - distances[:, i]).clamp(0, 1).unsqueeze(1)
             colour = self.colour[:, i, :, None, None, None]
             picture = picture + cover * (colour - picture)
         return 2 * picture - 1
 
-    def seen(self, first: int, last: int, spacing: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distances (B, N, n, H / spacing, W / spacing) in pixels, and the scene (B, 3, H, W) from 0 to 1."""
-        return self._distances(torch.arange(first, last) / FPS, spacing), self._scene_picture()
-
-    def _distances(self, seconds: torch.Tensor, spacing: int) -> torch.Tensor:
+    def distances(self, seconds: torch.Tensor, spacing: int) -> torch.Tensor:
         """(B, N, T, H / spacing, W / spacing): pixels from each point to each thing's outline, negative inside."""
         height, width = self.rows * CELL, self.columns * CELL
         x, y, scale, angle = self.placed(seconds)  # (B, N, T) each
@@ -246,7 +242,7 @@ class Batch:
             scenes.append(torch.cat([rows.T.unsqueeze(2).expand(-1, -1, self.columns), 1.5 * places]))
         return torch.stack(scenes)
 
-    def _scene_picture(self) -> torch.Tensor:
+    def scene(self) -> torch.Tensor:
         """(B, 3, H, W) from 0 to 1."""
         return torch.stack([self._picture(look, seed) for look, seed in zip(self._looks, self._stars, strict=True)])
 
@@ -309,7 +305,7 @@ _COLOUR_SCALE: Final = 1.6
 _SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten()
 
 
-def _cells(points: torch.Tensor, side: int) -> torch.Tensor:
+def cells(points: torch.Tensor, side: int) -> torch.Tensor:
     """(B, T, side h, side w) to (B, side^2, T, h, w)."""
     batch, frames, height, width = points.shape
     split = points.view(batch, frames, height // side, side, width // side, side)
