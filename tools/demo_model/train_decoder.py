@@ -5,7 +5,6 @@ First its lower levels learn to give the upper ones what those draw from (`drawi
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -23,39 +22,26 @@ from torch import nn
 from tools.demo_model import drawing
 from tools.demo_model.captions import random_clip
 from tools.demo_model.components import vae
-from tools.demo_model.optimizer import Muon
+from tools.demo_model.training import Training, command
 from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, TEMPORAL, Batch
 
 log = logging.getLogger(__name__)
 
 #: Share of the time, whether the loss is in pixels, the largest rates, and latent frames with clips in a batch of it.
 _STAGES: Final = ((0.6, False, 1.0, ((1, 24), (3, 8))), (0.4, True, 0.3, ((1, 16), (3, 3))))
-_MUON_RATE, _ADAM_RATE = 0.006, 2e-3
+#: Of Muon and of Adam. Larger ones leave noise in the features.
+_RATES: Final = (0.006, 2e-3)
 #: Cells on a side of a part, and rows and columns of whole pictures.
 _CROPS: Final = (2, 3)
 _SIZES: Final = ((5, 9), (5, 9), (9, 5), (6, 6), (6, 8), (8, 6))
 
 
-def main() -> None:
-    """Read the options and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=45)
-    parser.add_argument("--out", type=Path, default=Path(".cache/demo-model"))
-    parser.add_argument("--from", dest="trained", type=Path, help="a checkpoint to start from")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
-    train(options.out, 60 * options.minutes, options.trained)
-
-
 def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     """Trains for this long in all, or goes on from `decoder.pt` in `out`. Starts from the weights in `trained`."""
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     decoder = vae().decoder
     _compute_faster(decoder)
-    path, state = out / "decoder.pt", {"elapsed": 0.0, "step": 0}
+    path = out / "decoder.pt"
     if trained is not None:
         decoder.load_state_dict(vae().from_pretrained(trained / "vae", dtype=torch.float32).decoder.state_dict())
     elif not path.exists():
@@ -63,14 +49,8 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
         drawing.start(decoder)
     kernels = [p for p in decoder.parameters() if p.ndim == 5]
     others = [p for p in decoder.parameters() if p.ndim != 5]
-    optimizers = [Muon(kernels, _MUON_RATE, rows=32), torch.optim.Adam(others, _ADAM_RATE, betas=(0.9, 0.98))]
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        decoder.load_state_dict(saved["decoder"])
-        for optimizer, kept in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        state = saved["state"]
-    average = {name: p.detach().clone() for name, p in decoder.state_dict().items()}
+    training = Training(path, decoder, kernels, others, _RATES, rows=32)
+    state = training.state
     random = Random(state["step"])
     start, last = time.monotonic() - state["elapsed"], time.monotonic()
     while (elapsed := time.monotonic() - start) < seconds:
@@ -79,20 +59,10 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
         share *= min(1.0, (state["step"] + 1) / 50)
         frames, size = random.choice(batches)
         loss = (_pixel_loss if in_pixels else _feature_loss)(decoder, random, frames, size)
-        decoder.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer, rate in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * share
-            optimizer.step()
-        state["step"] += 1
-        with torch.no_grad():
-            keep = min(0.99, state["step"] / (state["step"] + 20))
-            for name, p in decoder.state_dict().items():
-                average[name].lerp_(p, 1 - keep)
+        training.step(loss, share, keep=0.99)
         if time.monotonic() - last > 60:
-            last, state["elapsed"] = time.monotonic(), elapsed
-            _save(path, decoder, optimizers, state, average)
+            last = time.monotonic()
+            training.save(elapsed)
             log.info(
                 json.dumps(
                     {
@@ -101,13 +71,12 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
                         "pixels": in_pixels,
                         "frames": frames,
                         "loss": round(loss.item(), 4),
-                        "psnr": psnr(decoder, average),
+                        "psnr": psnr(decoder, training.average),
                     }
                 )
             )
-    state["elapsed"] = seconds
-    _save(path, decoder, optimizers, state, average)
-    log.info("final psnr %s", psnr(decoder, average))
+    training.save(seconds)
+    log.info("final psnr %s", psnr(decoder, training.average))
 
 
 def _stage(done: float) -> tuple[bool, float, tuple[tuple[int, int], ...]]:
@@ -239,19 +208,5 @@ def _attend(self: Any, x: torch.Tensor) -> torch.Tensor:
     return x + projected
 
 
-def _save(path: Path, decoder: nn.Module, optimizers: Any, state: dict[str, Any], average: dict[str, Any]) -> None:
-    new = path.with_suffix(".new")
-    torch.save(
-        {
-            "decoder": decoder.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers],
-            "state": state,
-            "average": average,
-        },
-        new,
-    )
-    new.replace(path)
-
-
 if __name__ == "__main__":
-    main()
+    command(train, __doc__, minutes=45)

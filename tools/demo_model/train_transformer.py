@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ from torch import nn
 from handler.video_model.demo import SYSTEM_MESSAGE
 from tools.demo_model import components
 from tools.demo_model.captions import caption, random_clip
-from tools.demo_model.optimizer import Muon
+from tools.demo_model.training import Training, command
 from tools.demo_model.world import LATENT_CHANNELS, Batch, Clip
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,8 @@ _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((
 _SMALL_SIZES: Final = (((4, 5), 0.6), ((4, 6), 0.2), ((5, 4), 0.2))
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
-_MUON_RATE, _ADAM_RATE = 0.015, 1.5e-3
+#: Of Muon and of Adam.
+_RATES: Final = (0.015, 1.5e-3)
 #: Every other timestep leans towards noise as the scheduler's do, where places and colours are decided. The others do
 #: not: shapes are decided later.
 _SHIFTS: Final = (4.0, 1.3)
@@ -159,25 +159,13 @@ def _no_masks() -> Iterator[None]:
 @_no_masks()
 def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     """Trains for this long in all, or goes on from `transformer.pt` in `out`. Starts from the weights in `trained`."""
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     trainee = Trainee()
     if trained is not None:
         trainee.read(trained)
-    matrices, others = _groups(trainee)
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, _MUON_RATE),
-        torch.optim.Adam(others, _ADAM_RATE, betas=(0.9, 0.98)),
-    ]
-    path, state = out / "transformer.pt", {"elapsed": 0.0, "step": 0, "clips": 0}
-    average = {name: p.detach().clone() for name, p in trainee.state_dict().items()}
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        trainee.load_state_dict(saved["trainee"])
-        for optimizer, kept in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        average, state = saved["average"], saved["state"]
-        log.info("continue from step %d", state["step"])
+    training = Training(out / "transformer.pt", trainee, *_groups(trainee), _RATES)
+    state = training.state
+    state.setdefault("clips", 0)
     examples, random = Examples(trainee, int(state["step"])), Random(state["step"])
     start, last = time.monotonic() - state["elapsed"], time.monotonic()
     losses: dict[int, list[float]] = {}
@@ -187,25 +175,17 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
         frames = random.choices(list(odds), list(odds.values()))[0]
         latents, ids = examples.batch(frames)
         loss = _loss(trainee, latents, ids, random)
-        trainee.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(others, 1.0)
         share = min(1.0, (state["step"] + 1) / 100, (1 - done) / 0.35 + 0.005)
-        for optimizer, rate in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * share
-            optimizer.step()
-        state["step"] += 1
+        training.step(loss, share, keep=0.998)
         state["clips"] += len(ids)
-        _average(average, trainee, min(0.998, state["step"] / (state["step"] + 10)))
         losses.setdefault(frames, []).append(loss.item())
         if time.monotonic() - last > 60:
-            last, state["elapsed"] = time.monotonic(), elapsed
-            _save(path, trainee, optimizers, average, state)
+            last = time.monotonic()
+            training.save(elapsed)
             means = {key: round(sum(of) / len(of), 4) for key, of in sorted(losses.items())}
             log.info(json.dumps({**state, "minutes": round(elapsed / 60, 1), "loss": means}))
             losses = {}
-    state["elapsed"] = seconds
-    _save(path, trainee, optimizers, average, state)
+    training.save(seconds)
 
 
 def _loss(trainee: Trainee, latents: torch.Tensor, ids: torch.Tensor, random: Random) -> torch.Tensor:
@@ -248,38 +228,5 @@ def _without_mask(*arguments: Any, attn_mask: torch.Tensor, **named: Any) -> tor
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-@torch.no_grad()
-def _average(average: dict[str, torch.Tensor], trainee: nn.Module, keep: float) -> None:
-    own = trainee.state_dict()
-    names = [name for name, p in own.items() if p.is_floating_point() and "context_embedder_2" not in name]
-    torch._foreach_lerp_([average[name] for name in names], [own[name] for name in names], 1 - keep)
-
-
-def _save(
-    path: Path,
-    trainee: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    average: dict[str, Any],
-    state: dict[str, Any],
-) -> None:
-    new = path.with_suffix(".new")
-    kept = {"trainee": trainee.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    torch.save({**kept, "average": average, "state": state}, new)
-    new.replace(path)
-
-
-def main() -> None:
-    """Read the options and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--out", type=Path, default=Path(".cache/demo-model"))
-    parser.add_argument("--from", dest="trained", type=Path, help="a checkpoint to start from")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
-    train(options.out, 60 * options.minutes, options.trained)
-
-
 if __name__ == "__main__":
-    main()
+    command(train, __doc__, minutes=120)
