@@ -284,6 +284,6 @@ def test_a_model_that_can_not_be_loaded_is_named_and_reported(platform: Platform
     directory = str(tmp_path)
     run = run_worker(HUNYUAN_MODEL_PATH=directory, HUNYUAN_WORK_DIR=directory, HUNYUAN_WORKER_REPORT_URL=platform.url)
     assert run.returncode == WorkerExit.NO_MODEL_OR_BUCKET
-    assert run.stderr.strip().startswith("error: HUNYUAN_MODEL_PATH")
+    assert run.stderr.strip().splitlines()[-1].startswith("error: HUNYUAN_MODEL_PATH")
     assert platform.states()[-1] == "failed"
     assert "HUNYUAN_MODEL_PATH" in platform.reports[-1]["error"]

@@ -426,7 +426,7 @@ async def test_the_header_says_why_no_model_is_loaded(site: Site, visit: Visit) 
 async def test_the_page_warns_about_the_demo_model(site: Site, browser: Browser) -> None:
     await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
     async with visiting(browser, site.address) as visit:
-        await expect(visit.page.get_by_text("Demo model: it draws a few simple objects")).to_be_visible()
+        await expect(visit.page.get_by_text("Demo model: coloured shapes over simple scenes")).to_be_visible()
         await expect(visit.page.get_by_role("list", name="The server")).to_contain_text("Model: demo")
         await visit.make()
         await site.take()
@@ -469,7 +469,7 @@ async def test_another_model_has_no_examples(site: Site, visit: Visit) -> None:
 async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucket: Bucket, browser: Browser) -> None:
     models = ("HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-quality")
     async with running(tmp_path, bucket, models=models) as site, visiting(browser, site.address) as visit:
-        await visit.page.get_by_label("Model").select_option("Quality")
+        await visit.page.get_by_label("Model", exact=True).select_option("Quality")
         await visit.make()
         await expect(visit.card).to_contain_text("HunyuanVideo-1.5-quality")
         _, asked = await site.take()
@@ -477,7 +477,7 @@ async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucke
         await site.bench.worker(models=models[:1])
         await visit.page.reload()
         await expect(visit.page.locator("#health")).to_have_text("Healthy")
-        await expect(visit.page.get_by_label("Model")).to_be_hidden()
+        await expect(visit.page.get_by_label("Model", exact=True)).to_be_hidden()
 
 
 # Accessibility, phones and plain http
