@@ -28,7 +28,8 @@ from contract.errors import ErrorCode, JobFailure
 from contract.result import Manifest, Stage
 from contract.worker import WorkerState
 from shim.errors import ApiError
-from shim.queue.base import JobObserver, JobState, QueueSummary
+from shim.queue.base import JobState, QueueSummary
+from shim.queue.observer import JobObserver
 from storage.errors import ObjectNotFoundError, StorageDeniedError
 
 #: Bytes. With less free space, the queue or the embedded bucket soon accepts nothing.

@@ -18,7 +18,7 @@ from shim.http.body import json_body
 from shim.queue.base import JobSnapshot, JobState
 from shim.queue.dispatch import Dispatcher
 from shim.queue.outbox import Outbox
-from shim.queue.runpod import STATE_WORDS
+from shim.queue.runpod_answers import STATE_WORDS
 from shim.queue.sql import SqlQueue
 
 _RUNSYNC_SECONDS: Final = 90.0

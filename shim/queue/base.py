@@ -1,8 +1,10 @@
 """The job queue as the server sees it: the protocol that the SQL queue and RunPod's queue share."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol, Self
@@ -62,6 +64,18 @@ class ModelNotLoadedError(QueueError):
     """No worker has the model loaded; the message says why."""
 
 
+class NotSupportedError(QueueError):
+    """This kind of queue cannot do that; the message says what to use instead."""
+
+
+class JobStatus(StrEnum):
+    """The state of a task as clients of the REST API see it."""
+
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
 class JobState(StrEnum):
     """The state of a job. The last three are terminal."""
 
@@ -83,6 +97,9 @@ class JobSnapshot:
     `progress` is a percentage that never falls, at most 99 before COMPLETED. `elapsed_time` is in seconds from
     submission to the end of the job, or to now. `queue_position` is 1 for the next job to start, and None for a job
     that has started or if the queue hides it. A COMPLETED job has a `result`, a FAILED or CANCELLED one a `failure`.
+    `last_event` is the number of its last `JobEvent`, and 0 if the queue keeps none. Times are in seconds since the
+    epoch; `estimated_time` is in seconds from submission to the end, as it was estimated then. All three may be None.
+    `running_time` is in seconds from the delivery to the worker to the end of the job, or to now.
     """
 
     task_id: str
@@ -93,6 +110,61 @@ class JobSnapshot:
     queue_position: int | None = None
     result: Manifest | None = None
     failure: JobFailure | None = None
+    last_event: int = 0
+    started_at: float | None = None
+    running_time: float = 0.0
+    estimated_time: float | None = None
+
+    @property
+    def status(self) -> JobStatus:
+        """What clients see. A completed job whose video was deleted has failed."""
+        if self.result is not None:
+            return JobStatus.COMPLETED
+        return JobStatus.PROCESSING if self.failure is None else JobStatus.FAILED
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """A state or a stage that a job has reached. `number` grows by one with each event of a job.
+
+    `at` is in seconds since the epoch. `attempts` is the number of the latest delivery to a worker, and `worker_id` is
+    that worker; None if the job waits.
+    """
+
+    number: int
+    at: float
+    state: JobState
+    stage: Stage
+    progress: int
+    attempts: int
+    worker_id: str | None = None
+    failure: JobFailure | None = None
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a queue keeps of a job besides its snapshot. Times are in seconds since the epoch.
+
+    `input` is as it was queued: not validated if it came by RunPod's API. `attempts` counts the deliveries to workers,
+    `lost_attempts` the renders that a worker began and lost.
+    """
+
+    input: Any
+    submitted_at: float
+    started_at: float | None
+    finished_at: float | None
+    worker_id: str | None
+    attempts: int
+    lost_attempts: int
+    events: Sequence[JobEvent]
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """Some of a client's jobs, newest first. `next_cursor` gets the jobs after them; None if there are none."""
+
+    jobs: Sequence[JobSnapshot]
+    next_cursor: int | None
 
 
 @dataclass(frozen=True)
@@ -221,24 +293,6 @@ class QueueSummary:
     workers: Workers
 
 
-class JobObserver:
-    """Receives each change of a job after it is stored. This one ignores them; subclasses must not raise."""
-
-    def submitted(self) -> None:
-        """A job was queued."""
-
-    def started(self, waited: float) -> None:
-        """A worker took a job for the first time, `waited` seconds after its submission."""
-
-    def requeued(self) -> None:
-        """A job was queued again because its worker was lost."""
-
-    def ended(
-        self, state: JobState, *, failure: JobFailure | None = None, result: Manifest | None = None, count: int = 1
-    ) -> None:
-        """`count` jobs reached a terminal state. A COMPLETED job that has no result comes with `failure` NO_VIDEO."""
-
-
 class JobQueue(Protocol):
     """Submits, finds and cancels jobs. Implementations are safe to call from many asyncio tasks at once.
 
@@ -279,6 +333,45 @@ class JobQueue(Protocol):
 
         The caller deletes the objects. A queue that returns True repeats that until the bucket has deleted them.
         """
+        ...
+
+    async def list_jobs(
+        self, client: str, *, status: JobStatus | None = None, cursor: int | None = None, limit: int
+    ) -> JobPage:
+        """At most `limit` jobs of that client, newest first: all, or those with `status`.
+
+        Raises:
+            NotSupportedError: the queue has no list.
+        """
+        ...
+
+    async def history(self, task_id: str, after: int = 0) -> Sequence[JobEvent]:
+        """The job's events with a number above `after`; empty if the queue keeps none."""
+        ...
+
+    async def record(self, task_id: str) -> JobRecord | None:
+        """The job's record; None if the queue keeps none."""
+        ...
+
+    async def retry(self, task_id: str, objects: TaskObjects | None = None) -> bool:
+        """Queues a failed job again, under its id and with all its attempts; False if the job has not failed.
+
+        Its tombstone is deleted from `objects` first, because it would stop the next worker. Without `objects` the
+        caller has done that.
+
+        Raises:
+            QueueFullError: the client's limit of waiting jobs is reached.
+            StorageError: the bucket is unavailable.
+        """
+        ...
+
+    def watching(self, task_id: str) -> AbstractContextManager[asyncio.Event]:
+        """An event that is set when the job has changed, until the block ends. Clear it before you read the job."""
+        ...
+
+    @property
+    def watch_interval(self) -> float:
+        """Seconds after which a watched job is to be read again even if no change was signalled."""
         ...
 
     async def summary(self) -> QueueSummary:

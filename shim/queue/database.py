@@ -5,7 +5,7 @@ import logging
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final, Self
 
 import psycopg
@@ -26,10 +26,12 @@ from shim.queue.engine import (
     open_engine,
     writing,
 )
+from shim.queue.history import NEXT_EVENT, add_events
 from shim.queue.postgres_reader import PostgresReader
 from shim.queue.reader import Reader
 from shim.queue.schema import jobs, outcomes, workers
 from shim.queue.sqlite_reader import SqliteReader
+from shim.queue.watches import Watches
 
 #: Seconds between two looks for changes of other servers: without notifications, and with them.
 _POLL_INTERVAL: Final = 1.0
@@ -40,7 +42,9 @@ _LISTEN_RETRY: Final = 1.0
 _TRANSACTION_TIMEOUT: Final = 20.0
 #: Seconds between two readings of the database's clock that a slow answer does not explain.
 _CLOCK_STEP: Final = 10.0
+#: PostgreSQL's channels: of what sets `changed`, and of what only wakes those who watch a task.
 _CHANNEL: Final = "hunyuan_queue"
+_WATCH_CHANNEL: Final = "hunyuan_watched_tasks"
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ class Database:
         self._writing = writing(engine)
         self._is_postgresql = engine.dialect.name == "postgresql"
         self._changed = asyncio.Event()
+        self._watches = Watches()
         self._server_id = uuid.uuid4().hex
         self._listening = False
         self._clock = clock or SteadyClock()
@@ -157,20 +162,25 @@ class Database:
                 yield connection
 
     @asynccontextmanager
-    async def write(self, *, notify: bool = False) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes and commits at the end of the block. `notify` sets `changed` on every server.
+    async def write(self, *, notify: bool = False, wake: str | None = None) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes and commits at the end of the block.
+
+        `notify` sets `changed` on every server and wakes everybody who watches a task. `wake` only wakes those who
+        watch this task, or those who watch any task if it is EVERY_TASK.
 
         Raises QueueUnavailableError.
         """
         with _errors_translated():
             async with asyncio.timeout(self._transaction_timeout), self._writing.begin() as connection:
                 yield connection
-                if notify and self._is_postgresql:  # PostgreSQL delivers it when this transaction commits
-                    await connection.execute(
-                        text("SELECT pg_notify(:channel, :server)"), {"channel": _CHANNEL, "server": self._server_id}
-                    )
+                if self._is_postgresql and notify:
+                    await _notify(connection, _CHANNEL, self._server_id)
+                elif self._is_postgresql and wake is not None:
+                    await _notify(connection, _WATCH_CHANNEL, f"{self._server_id} {wake}")
         if notify:
             self._set_changed()
+        elif wake is not None:
+            self._watches.wake(wake)
 
     async def lock_submissions(self, connection: AsyncConnection) -> None:
         """Holds back every other transaction that adds a job, on every server, until this one ends.
@@ -190,6 +200,15 @@ class Database:
         """Seconds after which to read again even if `changed` is not set: a notification can be lost."""
         return _POLL_INTERVAL_LISTENING if self._listening else _POLL_INTERVAL
 
+    def watching(self, task_id: str) -> AbstractContextManager[asyncio.Event]:
+        """An event that is set when the task has changed. Clear it before you read, or you miss a change in between."""
+        return self._watches.watching(task_id)
+
+    @property
+    def watch_interval(self) -> float:
+        """Seconds after which to read a watched task again: like `poll_interval`, but SQLite misses no change."""
+        return self.poll_interval if self._is_postgresql else _POLL_INTERVAL_LISTENING
+
     async def listen(self) -> None:
         """Sets `changed` when another server notifies, until cancelled. A SQLite database serves one server only."""
         if not self._is_postgresql:
@@ -206,16 +225,23 @@ class Database:
     async def _listen(self) -> None:
         connecting = psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(self._engine.url))
         async with await connecting as connection:
-            await connection.execute(f"LISTEN {_CHANNEL}")
+            for channel in (_CHANNEL, _WATCH_CHANNEL):
+                await connection.execute(f"LISTEN {channel}")
             self._listening = True
             self._set_changed()  # a notification may have been missed before
             async for notification in connection.notifies():
-                if notification.payload != self._server_id:
+                server_id, _, task_id = notification.payload.partition(" ")
+                if server_id == self._server_id:
+                    continue
+                if notification.channel == _CHANNEL:
                     self._set_changed()
+                else:
+                    self._watches.wake(task_id)
 
     def _set_changed(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        self._watches.wake()
 
     def is_alive(self) -> ColumnElement[bool]:
         """Selects the workers seen within `worker_timeout`."""
@@ -244,17 +270,21 @@ class Database:
             values["extras"] = None
         if failure is not None:
             values["failure"] = failure.model_dump(mode="json")
+        now = self.clock()
         ended = await connection.execute(
             update(jobs)
             .where(jobs.c.state.in_((JobState.QUEUED, JobState.RUNNING)), *which)
-            .values(state=state, finished_at=self.clock(), lease_expires_at=None, **values)
+            .values(state=state, finished_at=now, lease_expires_at=None, last_event=NEXT_EVENT, **values)
+            .returning(jobs.c.seq)
         )
-        if ended.rowcount:
+        numbers = [row.seq for row in ended]
+        if numbers:
             self.note_deleted()
+            await add_events(connection, now, jobs.c.seq.in_(numbers))
             await connection.execute(
-                update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + ended.rowcount)
+                update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + len(numbers))
             )
-        return ended.rowcount
+        return len(numbers)
 
 
 def _reader(engine: AsyncEngine, timeout: float) -> Reader:
@@ -283,6 +313,11 @@ def _errors_translated() -> Iterator[None]:
 def _is_disk_full(error: BaseException | None) -> bool:
     sqlite_code = getattr(error, "sqlite_errorcode", None)
     return isinstance(error, psycopg.errors.DiskFull) or sqlite_code == sqlite3.SQLITE_FULL
+
+
+async def _notify(connection: AsyncConnection, channel: str, payload: str) -> None:
+    """PostgreSQL delivers it when this transaction commits."""
+    await connection.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})
 
 
 async def upsert(connection: AsyncConnection, table: Table, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:

@@ -34,16 +34,18 @@ from shim.queue import fair_order
 from shim.queue.base import (
     NO_VIDEO,
     FindResult,
-    JobObserver,
     JobState,
     QueueError,
     render_kind,
     valid_manifest,
 )
 from shim.queue.database import Database, fetch_all, fetch_one, upsert
+from shim.queue.history import NEXT_EVENT, add_events
 from shim.queue.lost_jobs import Loss, LostJobs, running_on
+from shim.queue.observer import JobObserver
 from shim.queue.outbox import put_in_outbox
-from shim.queue.schema import jobs, render_times, workers
+from shim.queue.schema import events, jobs, render_times, workers
+from shim.queue.watches import EVERY_TASK
 
 #: Seconds after which a cancellation is sent to the worker again if the job still runs there.
 _CANCELLATION_RETRY: Final = 2.0
@@ -118,7 +120,7 @@ class Dispatcher:
             if not await self._has_something_to_write(connection, worker_id, worker):
                 return None
         # 3. Record that the worker is idle and alive, and give it the first job that no other worker has locked.
-        async with self._database.write() as connection:
+        async with self._database.write(wake=EVERY_TASK) as connection:
             now = self._database.clock()
             await _save_worker(connection, worker_id, now, WorkerState.READY)
             await connection.execute(_clear_cancellations(worker_id, now))
@@ -144,21 +146,28 @@ class Dispatcher:
                 deliveries_not_begun=jobs.c.deliveries_not_begun + 1,
                 started_at=now,
                 lease_expires_at=now + self._database.worker_timeout,
+                last_event=NEXT_EVENT,
             )
             .returning(jobs.c.input, jobs.c.extras, jobs.c.attempts)
         )
-        return rows.one()
+        started = rows.one()
+        await add_events(connection, now, jobs.c.task_id == task_id)
+        return started
 
     async def record_progress(self, worker_id: str, task_id: str, progress: Progress) -> None:
         """Stores the progress of a running job and extends its lease. Ignores progress that is late or lower."""
         advances = jobs.c.progress <= progress.progress
+        begins_stage = advances & jobs.c.stage.is_distinct_from(progress.stage.value)
         values = {
             "progress": case((advances, progress.progress), else_=jobs.c.progress),
             "stage": case((advances, progress.stage.value), else_=jobs.c.stage),
+            "last_event": case((begins_stage, NEXT_EVENT), else_=jobs.c.last_event),
             "deliveries_not_begun": 0,
         }
-        async with self._database.write() as connection:
-            await self._extend_leases(connection, worker_id, jobs.c.task_id == task_id, **values)
+        this_job = jobs.c.task_id == task_id
+        async with self._database.write(wake=task_id) as connection:
+            await self._extend_leases(connection, worker_id, this_job, **values)
+            await add_events(connection, self._database.clock(), this_job, *running_on(worker_id))
 
     async def complete(self, worker_id: str, task_id: str, output: Any) -> bool:
         """Stores a job's output; False if the job had ended before.
@@ -169,8 +178,9 @@ class Dispatcher:
         async with self._database.write(notify=True) as connection:
             renders_elsewhere = (jobs.c.state == JobState.RUNNING) & (jobs.c.worker_id != worker_id)
             changes = {"output": output, "progress": 100, "stop_requested": renders_elsewhere}
+            failure = NO_VIDEO if valid_manifest(output) is None else None
             completed = await self._database.end_jobs(
-                connection, JobState.COMPLETED, jobs.c.task_id == task_id, **changes
+                connection, JobState.COMPLETED, jobs.c.task_id == task_id, failure=failure, **changes
             )
             if completed:
                 await _update_render_times(connection, output)
@@ -286,7 +296,9 @@ class Dispatcher:
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
             if old:  # `ended` again: a client may have retried a job in between
-                await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
+                which = jobs.c.seq.in_([row.seq for row in old]) & ended
+                await connection.execute(delete(events).where(events.c.job.in_(select(jobs.c.seq).where(which))))
+                await connection.execute(delete(jobs).where(which))
                 self._database.note_deleted()
         await self._database.forget_deleted()
 

@@ -24,9 +24,11 @@ from sqlalchemy import ColumnElement, Row, select, update
 
 from contract.errors import ErrorCode, JobFailure
 from contract.log_fields import bound
-from shim.queue.base import FindResult, JobObserver, JobState
+from shim.queue.base import FindResult, JobState
 from shim.queue.database import Database, fetch_all
 from shim.queue.fair_order import FRONT
+from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events
+from shim.queue.observer import JobObserver
 from shim.queue.schema import jobs
 from storage.errors import StorageError
 
@@ -115,12 +117,14 @@ class LostJobs:
             self.observer.ended(JobState.FAILED, failure=failure)
 
     async def _requeue(self, job: Row[Any], which: ColumnElement[bool], counts: _Counts, *, is_counted: bool) -> None:
+        values = {"turn": FRONT, "worker_id": None, "lease_expires_at": None, "last_event": NEXT_EVENT, **vars(counts)}
         async with self.database.write(notify=True) as connection:
             requeued = await connection.execute(
-                update(jobs)
-                .where(*_unchanged(job), which)
-                .values(state=JobState.QUEUED, turn=FRONT, worker_id=None, lease_expires_at=None, **vars(counts))
+                update(jobs).where(*_unchanged(job), which).values(state=JobState.QUEUED, **values)
             )
+            if requeued.rowcount:
+                await add_events(connection, self.database.clock(), jobs.c.seq == job.seq)
+                await drop_oldest_events(connection, jobs.c.seq == job.seq)
         if requeued.rowcount:
             log.warning(
                 "worker %s was lost, the task is queued again; lost attempts: %d", job.worker_id, counts.lost_attempts

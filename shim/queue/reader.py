@@ -38,7 +38,10 @@ class JobRow(NamedTuple):
     progress: int
     stage: str | None
     created_at: float
+    started_at: float | None
     finished_at: float | None
+    estimated_time: float | None
+    last_event: int
     output: Any
     failure: Any
     queue_position: int | None
@@ -58,7 +61,7 @@ class Reader(Protocol):
     async def close(self) -> None: ...
 
 
-def select_job(which: ColumnElement[bool]) -> Select[Any]:
+def select_job(*which: ColumnElement[bool]) -> Select[Any]:
     """The columns of a `JobRow`, of the jobs that `which` selects."""
     ahead = jobs.alias("ahead")
     position = (
@@ -70,7 +73,7 @@ def select_job(which: ColumnElement[bool]) -> Select[Any]:
     )
     columns = [jobs.c[name] for name in JobRow._fields[:-1]]
     queue_position = case((jobs.c.state == JobState.QUEUED, position), else_=null()).label("queue_position")
-    return select(*columns, queue_position).where(which)
+    return select(*columns, queue_position).where(*which)
 
 
 def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
@@ -80,6 +83,7 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
     failure = JobFailure.model_validate(row.failure) if row.failure is not None else None
     if state is JobState.COMPLETED and result is None:
         failure = failure or NO_VIDEO
+    started_at = row.started_at if state is not JobState.QUEUED else None  # a job that waits again has an old one
     return JobSnapshot(
         task_id=row.task_id,
         state=state,
@@ -89,6 +93,10 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
         queue_position=row.queue_position,
         result=result,
         failure=failure,
+        last_event=row.last_event,
+        started_at=started_at,
+        running_time=0.0 if started_at is None else max((row.finished_at or now) - started_at, 0.0),
+        estimated_time=row.estimated_time,
     )
 
 

@@ -8,67 +8,48 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import httpx
-from pydantic import ValidationError
 
-from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
+from contract.errors import VIDEO_DELETED
 from contract.job import JobInput, Profile
 from contract.render_times import execution_timeout
-from contract.result import Progress, Stage
 from contract.retry import RetryPolicy
 from shim.http_client import HttpClient
 from shim.queue.base import (
-    NO_VIDEO,
-    Backlog,
     Idempotency,
-    JobObserver,
+    JobEvent,
+    JobPage,
+    JobRecord,
     JobSnapshot,
     JobState,
+    JobStatus,
+    NotSupportedError,
     QueueFullError,
     QueueSummary,
     QueueUnavailableError,
     RenderKind,
     Submission,
-    Workers,
+    TaskObjects,
     render_kind,
-    valid_manifest,
 )
-
-#: RunPod's names of the states of a job.
-STATE_WORDS: Final[Mapping[JobState, str]] = {
-    JobState.QUEUED: "IN_QUEUE",
-    JobState.RUNNING: "IN_PROGRESS",
-    JobState.COMPLETED: "COMPLETED",
-    JobState.FAILED: "FAILED",
-    JobState.CANCELLED: "CANCELLED",
-}
-_STATES: Final = {word: state for state, word in STATE_WORDS.items()} | {
-    "RUNNING": JobState.RUNNING,
-    "TIMED_OUT": JobState.FAILED,
-}
-
-_FAILURES: Final = {
-    "CANCELLED": TASK_CANCELLED,
-    "TIMED_OUT": JobFailure(error="The task ran out of time", error_code=ErrorCode.GENERATION_FAILED),
-}
+from shim.queue.observer import JobObserver
+from shim.queue.runpod_answers import backlog_of, body_of, snapshot, workers_of
 
 #: Seconds that a job may wait in RunPod's queue; its default. RunPod deletes a job at the end of its `ttl`, even if it
 #: runs. Source: https://docs.runpod.io/serverless/endpoints/send-requests.
 _LONGEST_WAIT: Final = 86_400
 #: Seconds for which pollers share one response.
 _CACHE_SECONDS: Final = 1.0
+#: Seconds between two reads of a job that clients watch.
+_WATCH_SECONDS: Final = 2.0
 #: The number of jobs whose last response is kept, and of idempotency keys.
 _CACHE_SIZE: Final = 10_000
 _RETRIES: Final = RetryPolicy(first=0.25, longest=5.0, attempts=5)
-
-_NO_BUCKET: Final = JobFailure(
-    error="The workers of the RunPod endpoint have no bucket, so the server has no video: set their BUCKET_* variables",
-    error_code=ErrorCode.STORAGE_UNAVAILABLE,
-)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -156,7 +137,7 @@ class RunPodQueue:
         """
         async with self._submitting:
             is_repeated = idempotency is not None and idempotency.key in self._submitted
-            backlog = _backlog(await self._health(fresh=not is_repeated))
+            backlog = backlog_of(await self._health(fresh=not is_repeated))
             if idempotency is not None and is_repeated:
                 fingerprint, task_id = self._submitted[idempotency.key]
                 idempotency.check(fingerprint)
@@ -169,7 +150,7 @@ class RunPodQueue:
             limit = execution_timeout(job_input, self._profile)
             policy = {"executionTimeout": 1000 * limit, "ttl": 1000 * (_LONGEST_WAIT + limit)}
             body = {"input": job_input.wire(), "policy": policy}
-            answer = _body(await self._request("POST", "/run", json=body, repeatable=False))
+            answer = body_of(await self._request("POST", "/run", json=body, repeatable=False))
             job = JobSnapshot(str(answer["id"]), JobState.QUEUED)
             if idempotency is not None:
                 self._submitted[idempotency.key] = idempotency.fingerprint, job.task_id
@@ -189,7 +170,7 @@ class RunPodQueue:
         response = await self._request("GET", f"/status/{task_id}")
         if response.status_code == 404:
             return None
-        answer = _body(response)
+        answer = body_of(response)
         before = self._cached_jobs.get(task_id)
         job = self._cache(self._snapshot(task_id, answer))
         if before is not None and not before.job.state.is_terminal and job.state.is_terminal:
@@ -213,7 +194,7 @@ class RunPodQueue:
         response = await self._request("POST", f"/cancel/{task_id}")
         if response.status_code == 404:
             return None
-        _body(response)
+        body_of(response)
         return await self._fetch(task_id)
 
     async def delete_video(self, task_id: str) -> bool:
@@ -224,9 +205,43 @@ class RunPodQueue:
             self._cached_jobs[task_id] = replace(cached, job=job)
         return False
 
+    async def list_jobs(
+        self,
+        client: str,  # noqa: ARG002 - as below: the protocol fixes the parameters
+        *,
+        status: JobStatus | None = None,  # noqa: ARG002
+        cursor: int | None = None,  # noqa: ARG002
+        limit: int,  # noqa: ARG002
+    ) -> JobPage:
+        raise NotSupportedError("RunPod's queue has no list of tasks: ask for each by its id, GET /tasks/{task_id}")
+
+    async def history(self, task_id: str, after: int = 0) -> Sequence[JobEvent]:  # noqa: ARG002
+        return ()
+
+    async def record(self, task_id: str) -> JobRecord | None:  # noqa: ARG002
+        return None
+
+    async def retry(self, task_id: str, objects: TaskObjects | None = None) -> bool:  # noqa: ARG002
+        """RunPod keeps a job that failed or timed out for half an hour. No failed job has a tombstone there."""
+        response = await self._request("POST", f"/retry/{task_id}", repeatable=False)
+        if response.status_code in (400, 404):
+            return False
+        body_of(response)
+        self._cached_jobs.pop(task_id, None)
+        return True
+
+    @contextmanager
+    def watching(self, task_id: str) -> Iterator[asyncio.Event]:  # noqa: ARG002
+        """RunPod signals no change, so the event is never set."""
+        yield asyncio.Event()
+
+    @property
+    def watch_interval(self) -> float:
+        return _WATCH_SECONDS
+
     async def summary(self) -> QueueSummary:
         health = await self._health()
-        return QueueSummary(health["jobs"]["inQueue"], health["jobs"]["inProgress"], _workers(health))
+        return QueueSummary(health["jobs"]["inQueue"], health["jobs"]["inProgress"], workers_of(health))
 
     async def check_ready(self) -> None:
         """RunPod accepts jobs with no worker running, so a response is enough."""
@@ -239,7 +254,7 @@ class RunPodQueue:
         return await self._shared("health", self._fetch_health)
 
     async def _fetch_health(self) -> Mapping[str, Any]:
-        answer = _body(await self._request("GET", "/health"))
+        answer = body_of(await self._request("GET", "/health"))
         health = {
             "jobs": {"inQueue": 0, "inProgress": 0, **answer.get("jobs", {})},
             "workers": answer.get("workers", {}),
@@ -292,31 +307,13 @@ class RunPodQueue:
         return response
 
     def _snapshot(self, task_id: str, answer: Mapping[str, Any]) -> JobSnapshot:
-        word = str(answer.get("status"))
-        state = _STATES.get(word)
-        if state is None:
-            log.warning("RunPod returned the unknown job state %s; the task counts as running", word)
-            state = JobState.RUNNING
-        elapsed = (answer.get("delayTime") or 0) / 1000
-        if state is JobState.RUNNING:
-            progress = _progress(answer.get("output"))
-            return JobSnapshot(task_id, state, progress.progress, progress.stage, elapsed + progress.elapsed_time)
-        elapsed += (answer.get("executionTime") or 0) / 1000
-        if state is JobState.COMPLETED:
-            return self._completed(task_id, elapsed, answer.get("output"))
-        return JobSnapshot(task_id, state, elapsed_time=elapsed, failure=_failure(word, answer))
-
-    def _completed(self, task_id: str, elapsed: float, output: Any) -> JobSnapshot:
-        if isinstance(output, dict) and "video_base64" in output:
-            return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=_NO_BUCKET)
-        manifest = valid_manifest(output)
-        if manifest is None:
-            return JobSnapshot(task_id, JobState.COMPLETED, elapsed_time=elapsed, failure=NO_VIDEO)
-        kind = render_kind(manifest.input)
-        seconds = manifest.timings.get("total", elapsed)
-        mean = self._render_times.get(kind, seconds)
-        self._render_times[kind] = mean + (seconds - mean) / 10
-        return JobSnapshot(task_id, JobState.COMPLETED, 100, Stage.STORING, elapsed, result=manifest)
+        job = snapshot(task_id, answer)
+        if job.result is not None:
+            kind = render_kind(job.result.input)
+            seconds = job.result.timings.get("total", job.elapsed_time)
+            mean = self._render_times.get(kind, seconds)
+            self._render_times[kind] = mean + (seconds - mean) / 10
+        return job
 
     def _cache(self, job: JobSnapshot) -> JobSnapshot:
         """Caches a response. Progress and elapsed time never fall below those returned before."""
@@ -339,49 +336,3 @@ class RunPodQueue:
 def _drop_oldest(cache: OrderedDict[str, Any]) -> None:
     if len(cache) > _CACHE_SIZE:
         cache.popitem(last=False)
-
-
-def _backlog(health: Mapping[str, Any]) -> Backlog:
-    """How many jobs wait and run. RunPod hides their inputs."""
-    counts = health["jobs"]
-    return Backlog([None] * counts["inQueue"], [None] * counts["inProgress"], _workers(health).ready)
-
-
-def _workers(health: Mapping[str, Any]) -> Workers:
-    counts = health["workers"]
-    return Workers(
-        ready=max(counts.get("ready", 0), counts.get("idle", 0) + counts.get("running", 0)),
-        loading=counts.get("initializing", 0),
-        failed=counts.get("unhealthy", 0),
-    )
-
-
-def _failure(word: str, answer: Mapping[str, Any]) -> JobFailure | None:
-    if word != "FAILED":
-        return _FAILURES.get(word)
-    error = answer.get("error")
-    return JobFailure.from_wire(error if isinstance(error, str) else None)
-
-
-def _progress(output: Any) -> Progress:
-    """The progress that the worker sent last. A job that has just started has sent none."""
-    try:
-        return Progress.model_validate(output)
-    except ValidationError:
-        return Progress(progress=0, stage=Stage.ENCODING_PROMPT)
-
-
-def _body(response: httpx.Response) -> Mapping[str, Any]:
-    """The decoded response.
-
-    Raises:
-        QueueUnavailableError: it is an error, or not a JSON object.
-    """
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if response.is_error or not isinstance(answer, dict):
-        log.error("RunPod: %s returned status %d and no usable body", response.request.url.path, response.status_code)
-        raise QueueUnavailableError("RunPod's queue returned an unexpected response")
-    return answer

@@ -1,6 +1,25 @@
 """The tables of the SQL queue. `migrations/` creates them; a test compares the two."""
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
+from collections.abc import Mapping
+from typing import Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    TextClause,
+    text,
+)
+
+from shim.queue.base import JobStatus
 
 metadata = MetaData()
 
@@ -33,6 +52,8 @@ jobs = Table(
     Column("deliveries_not_begun", Integer, nullable=False, default=0),
     Column("client", String(64), nullable=False, default=""),  # the name of its API key; empty without one
     Column("turn", Integer, nullable=False, default=0),  # orders the queue, see `shim.queue.fair_order`
+    Column("last_event", Integer, nullable=False, default=0),  # its number in `events`; 0 for jobs of older releases
+    Column("estimated_time", Float),  # seconds from submission to the end, as estimated at submission
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
@@ -43,6 +64,32 @@ Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 Index("jobs_by_finish", jobs.c.finished_at)
 Index("jobs_by_bucket_due", jobs.c.bucket_due_at)
 Index("jobs_by_idempotency_key", jobs.c.idempotency_key, unique=True)
+Index("jobs_by_client", jobs.c.client, jobs.c.seq)
+
+#: Selects the jobs that clients see with this status. Without parameters, because a partial index needs the same text.
+HAS_STATUS: Final[Mapping[JobStatus, TextClause]] = {
+    JobStatus.PROCESSING: text("state IN ('queued', 'running')"),
+    JobStatus.COMPLETED: text("state = 'completed' AND failure IS NULL"),
+    JobStatus.FAILED: text("failure IS NOT NULL"),
+}
+for _status, _which in HAS_STATUS.items():
+    _columns = jobs.c.client, jobs.c.seq
+    Index(f"jobs_{_status}_by_client", *_columns, sqlite_where=_which, postgresql_where=_which)
+
+#: What has happened to each job: its first state, and every state or stage after it. See `shim.queue.history`.
+events = Table(
+    "events",
+    metadata,
+    Column("job", ForeignKey(jobs.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("stage", String(32)),
+    Column("progress", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("worker_id", String(128)),
+    Column("failure", JSON(none_as_null=True)),
+)
 
 workers = Table(
     "workers",

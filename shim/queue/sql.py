@@ -1,33 +1,50 @@
 """The server's own job queue in a SQL database: SQLite on one machine, PostgreSQL for several servers."""
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
+from shim.estimates import estimated_time
 from shim.queue.base import (
     Backlog,
     Idempotency,
-    JobObserver,
+    JobEvent,
+    JobPage,
+    JobRecord,
     JobSnapshot,
     JobState,
+    JobStatus,
     ModelNotLoadedError,
     QueueFullError,
     QueueSummary,
     RenderTimes,
     Submission,
+    TaskObjects,
     Workers,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.fair_order import FRONT, ORDER, next_turn
-from shim.queue.outbox import put_in_outbox
+from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events, job_events, select_events
+from shim.queue.observer import JobObserver
+from shim.queue.outbox import Outbox, put_in_outbox
 from shim.queue.reader import select_job, snapshot, workers_of
-from shim.queue.schema import jobs, outcomes, render_times, workers
+from shim.queue.schema import HAS_STATUS, jobs, outcomes, render_times, workers
+from shim.queue.watches import EVERY_TASK
+
+#: The columns of a `JobRecord`.
+_RECORD: Final = (
+    jobs.c.input,
+    jobs.c.created_at.label("submitted_at"),
+    *(jobs.c[name] for name in ("started_at", "finished_at", "worker_id", "attempts", "lost_attempts")),
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +88,13 @@ class SqlQueue:
                 check()
             # 4. Queue the job, behind those of its turn and of earlier turns.
             turn = next_turn(waiting, client)
-            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, client=client, turn=turn)
+            ahead = [job for job in waiting if job.turn <= turn]
+            backlog = _backlog(ahead, running, alive.ready)
+            values = {"client": client, "turn": turn, "estimated_time": estimated_time(job_input, backlog, times)}
+            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, **values)
         self._observer.submitted()
-        ahead = [job for job in waiting if job.turn <= turn]
-        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(ahead) + 1)
-        return Submission(job, _backlog(ahead, running, alive.ready), times)
+        job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(ahead) + 1, last_event=1)
+        return Submission(job, backlog, times)
 
     async def enqueue(self, payload: Any, extras: Mapping[str, Any]) -> str:
         """Queues a job as RunPod's /run does: with any input, and with no worker ready. Returns its task_id.
@@ -98,6 +117,43 @@ class SqlQueue:
         row = await self._database.reader.job(task_id)
         return snapshot(row, self._database.clock()) if row is not None else None
 
+    async def list_jobs(
+        self, client: str, *, status: JobStatus | None = None, cursor: int | None = None, limit: int
+    ) -> JobPage:
+        """One page of the client's jobs. See `JobQueue.list_jobs`."""
+        which = [jobs.c.client == client]
+        if cursor is not None:
+            which.append(jobs.c.seq < cursor)
+        statement = select_job(*which).add_columns(jobs.c.seq).order_by(jobs.c.seq.desc()).limit(limit + 1)
+        if status is not None:
+            statement = statement.where(HAS_STATUS[status])
+        async with self._database.read() as connection:
+            rows = await fetch_all(connection, statement)
+        now = self._database.clock()
+        page = [snapshot(row, now) for row in rows[:limit]]
+        # A completed job of an older release may have no manifest, and has failed for its client.
+        shown = [job for job in page if status in (None, job.status)]
+        return JobPage(shown, rows[limit - 1].seq if len(rows) > limit else None)
+
+    async def history(self, task_id: str, after: int = 0) -> Sequence[JobEvent]:
+        async with self._database.read() as connection:
+            return job_events(await fetch_all(connection, select_events(task_id, after)))
+
+    async def record(self, task_id: str) -> JobRecord | None:
+        async with self._database.read() as connection:
+            row = await fetch_one(connection, select(*_RECORD).where(jobs.c.task_id == task_id))
+            if row is None:
+                return None
+            events = job_events(await fetch_all(connection, select_events(task_id)))
+        return JobRecord(**row._asdict(), events=events)
+
+    def watching(self, task_id: str) -> AbstractContextManager[asyncio.Event]:
+        return self._database.watching(task_id)
+
+    @property
+    def watch_interval(self) -> float:
+        return self._database.watch_interval
+
     async def output(self, task_id: str) -> Any:
         """What the worker returned for the job, unchanged; None before that."""
         async with self._database.read() as connection:
@@ -119,16 +175,17 @@ class SqlQueue:
     async def delete_video(self, task_id: str) -> bool:
         """Replaces the job's output by the failure. The outbox deletes the objects, also those of late attempts."""
         which = (jobs.c.task_id == task_id) & (jobs.c.state == JobState.COMPLETED)
-        failure = VIDEO_DELETED.model_dump(mode="json")
+        values = {"output": None, "failure": VIDEO_DELETED.model_dump(mode="json"), "last_event": NEXT_EVENT}
         async with self._database.write(notify=True) as connection:
-            deleted = await connection.execute(update(jobs).where(which).values(output=None, failure=failure))
+            deleted = await connection.execute(update(jobs).where(which).values(values))
+            await add_events(connection, self._database.clock(), which)
             await connection.execute(put_in_outbox(self._database.clock(), which))
         return deleted.rowcount > 0
 
     async def purge(self) -> int:
         """Cancels every waiting job; returns how many there were."""
         failure = JobFailure(error="The queue was purged", error_code=ErrorCode.CANCELLED)
-        async with self._database.write() as connection:
+        async with self._database.write(wake=EVERY_TASK) as connection:
             await self._database.lock_submissions(connection)
             waiting = jobs.c.state == JobState.QUEUED
             cancelled = await self._database.end_jobs(connection, JobState.CANCELLED, waiting, failure=failure)
@@ -136,14 +193,10 @@ class SqlQueue:
         self._observer.ended(JobState.CANCELLED, failure=failure, count=cancelled)
         return cancelled
 
-    async def retry(self, task_id: str) -> bool:
-        """Queues a failed job again with all its attempts; False if the job has not failed.
-
-        Call `Outbox.reopen` before: the job's tombstone would stop its next worker.
-
-        Raises:
-            QueueFullError: the limit of waiting jobs is reached.
-        """
+    async def retry(self, task_id: str, objects: TaskObjects | None = None) -> bool:
+        """Queues a failed job again. See `JobQueue.retry`. Without `objects`, call `Outbox.reopen` before."""
+        if objects is not None:
+            await Outbox(self._database, objects).reopen(task_id)
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
             which = jobs.c.task_id == task_id
@@ -155,6 +208,7 @@ class SqlQueue:
                 .values(
                     state=JobState.QUEUED,
                     failure=None,
+                    worker_id=None,
                     turn=FRONT,
                     lost_attempts=0,
                     deliveries_not_begun=0,
@@ -162,8 +216,13 @@ class SqlQueue:
                     stage=None,
                     finished_at=None,
                     bucket_due_at=None,
+                    last_event=NEXT_EVENT,
+                    estimated_time=None,
                 )
             )
+            if result.rowcount:
+                await add_events(connection, self._database.clock(), which)
+                await drop_oldest_events(connection, which)
         return result.rowcount > 0
 
     async def check_ready(self) -> None:
@@ -196,21 +255,23 @@ class SqlQueue:
         payload: Any,
         extras: Mapping[str, Any],
         idempotency: Idempotency | None,
-        **order: Any,
+        **values: Any,
     ) -> str:
-        task_id = str(uuid.uuid4())
+        task_id, now = str(uuid.uuid4()), self._database.clock()
         await connection.execute(
             insert(jobs).values(
                 task_id=task_id,
                 state=JobState.QUEUED,
                 input=payload,
                 extras=dict(extras) or None,
-                created_at=self._database.clock(),
-                **order,
+                created_at=now,
+                last_event=1,
+                **values,
                 idempotency_key=idempotency.key if idempotency else None,
                 fingerprint=idempotency.fingerprint if idempotency else None,
             )
         )
+        await add_events(connection, now, jobs.c.task_id == task_id)
         return task_id
 
     def _check_not_full(self, waiting: Sequence[Row[Any]], client: str) -> None:

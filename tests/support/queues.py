@@ -25,7 +25,7 @@ from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
-from shim.queue.schema import jobs, outcomes, render_times, workers
+from shim.queue.schema import events, jobs, outcomes, render_times, workers
 from shim.queue.sql import SqlQueue
 from shim.tasks import StoredVideos
 from storage.bucket import Bucket
@@ -153,7 +153,7 @@ async def runpod_bench(url: str) -> AsyncIterator[Bench]:
 async def empty(database: Database) -> None:
     """Delete every job and worker, and what was measured of them: several tests share one server."""
     async with database.write() as connection:
-        for table in (jobs, workers, render_times):
+        for table in (events, jobs, workers, render_times):
             await connection.execute(table.delete())
         await connection.execute(outcomes.update().values(total=0))
 
@@ -169,12 +169,18 @@ async def add_history(database: Database, count: int) -> None:
         await connection.execute(
             text(
                 "INSERT INTO jobs (task_id, state, input, worker_id, attempts, progress, stage, created_at, "
-                "started_at, finished_at, output, stop_requested) "
+                "started_at, finished_at, output, stop_requested, last_event) "
                 + numbers[connection.dialect.name]
                 + "SELECT 'old-' || n, 'completed', CAST(:input AS JSON), 'old-' || (n % 8), 1, 100, 'storing', "
-                ":now - 90, :now - 80, :now - 60, CAST(:output AS JSON), false FROM numbers"
+                ":now - 90, :now - 80, :now - 60, CAST(:output AS JSON), false, 1 FROM numbers"
             ),
             {"count": count, "now": database.clock(), "input": JOB.model_dump_json(), "output": output},
         )
+        await connection.execute(
+            text(
+                "INSERT INTO events (job, number, at, state, stage, progress, attempts) "
+                "SELECT seq, 1, finished_at, state, stage, progress, attempts FROM jobs WHERE task_id LIKE 'old-%'"
+            )
+        )
         if connection.dialect.name == "postgresql":  # as autovacuum does; SQLite never analyzes by itself
-            await connection.execute(text("ANALYZE jobs"))
+            await connection.execute(text("ANALYZE jobs, events"))

@@ -22,6 +22,7 @@ from contract.worker import WorkerState
 from shim.queue.base import (
     Idempotency,
     JobState,
+    JobStatus,
     ModelNotLoadedError,
     QueueError,
     QueueUnavailableError,
@@ -543,12 +544,23 @@ async def test_no_statement_scans_the_jobs_that_have_ended(bench: Bench) -> None
     await bench.dispatcher.sweep()
     await bench.dispatcher.take("w1")
     await bench.dispatcher.release_worker("w1")
+    assert await bench.queue.retry(second)
+    for status in (None, *JobStatus):
+        await bench.queue.list_jobs("", status=status, cursor=10_000, limit=20)
+    await bench.queue.history(second, 1)
+    await bench.queue.record(second)
+    await bench.queue.delete_video(first)
+    bench.later(8 * 24 * 3600)
+    await bench.dispatcher.sweep()
 
-    statements = [(sql, parameters) for sql, parameters in sent if "jobs" in sql and not sql.startswith("INSERT")]
-    assert len(statements) > 30
+    statements = [(sql, parameters) for sql, parameters in sent if "jobs" in sql or "events" in sql]
+    statements = [each for each in statements if not each[0].startswith("INSERT INTO jobs")]
+    assert len(statements) > 50
     on_sqlite = bench.database._engine.dialect.name == "sqlite"
     explain, scan = (
-        ("EXPLAIN QUERY PLAN", r"SCAN (TABLE )?jobs(?! USING)") if on_sqlite else ("EXPLAIN", r"Seq Scan on jobs")
+        ("EXPLAIN QUERY PLAN", r"SCAN (TABLE )?(jobs|events)(?! USING)|USE TEMP B-TREE FOR ORDER BY")
+        if on_sqlite
+        else ("EXPLAIN", r"Seq Scan on (jobs|events)")
     )
     async with bench.database.read() as connection:
         for sql, parameters in statements:
