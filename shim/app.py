@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import httpx
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, RateLimit
-from shim.api import documented, page, videos
+from shim.api import documented, openai_videos, page, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
@@ -36,7 +37,7 @@ _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
     *(ApiError, InvalidInputError, NoVideoError, QueueError, StorageError, TaskNotFoundError),
-    *(ClientDisconnect, HTTPException, Exception),
+    *(ClientDisconnect, HTTPException, RequestValidationError, Exception),
 )
 
 
@@ -89,7 +90,15 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    routers = (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers)
+    own = (
+        documented.polled_router,
+        documented.router,
+        videos.router,
+        openai_videos.router,
+        page.router,
+        metrics_router,
+    )
+    routers = (*own, *routers)
     for router in routers:
         app.include_router(router)
     app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]
@@ -146,6 +155,9 @@ async def _on_error(request: Request, exc: Exception) -> Response:
         code = ServerErrorCode.METHOD_NOT_ALLOWED if exc.status_code == 405 else ServerErrorCode.NOT_FOUND
         headers = {"Allow": ", ".join(_methods_of(request))} if exc.status_code == 405 else exc.headers
         exc = ApiError(code, f"{request.method} {request.url.path}: {exc.detail}", headers)
+    if isinstance(exc, RequestValidationError):
+        first = exc.errors()[0]
+        exc = ApiError(ErrorCode.INVALID_REQUEST, f"{first['loc'][-1]}: {first['msg']}; got {first['input']!r:.60}")
     if isinstance(exc, ClientDisconnect):
         exc = ApiError(ErrorCode.INVALID_REQUEST, "the client closed the connection before its request was complete")
-    return error_response(api_error(exc))
+    return error_response(api_error(exc), request.url.path)

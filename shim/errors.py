@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -88,6 +88,19 @@ RETRY_AFTER: Final[Mapping[AnyErrorCode, int]] = {
 }
 
 
+#: What begins the paths whose errors have the shape that OpenAI's client reads.
+OPENAI_PREFIX: Final = "/v1/"
+#: OpenAI's names for kinds of errors, by HTTP status.
+_OPENAI_TYPES: Final[Mapping[int, str]] = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+#: The request's field that an error is about, in the names of OpenAI's API.
+_OPENAI_PARAMS: Final[Mapping[AnyErrorCode, str]] = {
+    ErrorCode.INVALID_PROMPT: "prompt",
+    ErrorCode.INVALID_DURATION: "seconds",
+    ErrorCode.INVALID_RESOLUTION: "size",
+    ErrorCode.INVALID_MODEL: "model",
+}
+
+
 class ApiError(Exception):
     """An error response: its code, its text and its headers."""
 
@@ -101,6 +114,14 @@ class ApiError(Exception):
     @property
     def status(self) -> int:
         return STATUS[self.body.error_code]
+
+    def shown(self, path: str) -> dict[str, Any]:
+        """The body of the response to a request for `path`, as JSON."""
+        if not path.startswith(OPENAI_PREFIX):
+            return self.body.model_dump(mode="json")
+        code = self.body.error_code
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.body.error, "type": kind, "code": code, "param": _OPENAI_PARAMS.get(code)}}
 
     @property
     def phrase(self) -> str:

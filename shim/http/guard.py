@@ -53,9 +53,9 @@ def guarded(app: ASGIApp, access: Access, open_paths: Collection[str]) -> ASGIAp
     return SafeHeaders(app)
 
 
-def error_response(error: ApiError) -> Response:
-    """An error as clients get it."""
-    return JSONResponse(error.body.model_dump(mode="json"), status_code=error.status, headers=error.headers)
+def error_response(error: ApiError, path: str) -> Response:
+    """An error as clients of `path` get it."""
+    return JSONResponse(error.shown(path), status_code=error.status, headers=error.headers)
 
 
 class Guard:
@@ -72,7 +72,7 @@ class Guard:
                 for check in self._checks:
                     check(scope)
             except ApiError as exc:
-                app = error_response(exc)
+                app = error_response(exc, scope.get("path", ""))
         await app(scope, receive, send)
 
 

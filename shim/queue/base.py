@@ -98,7 +98,7 @@ class JobSnapshot:
     submission to the end of the job, or to now. `queue_position` is 1 for the next job to start, and None for a job
     that has started or if the queue hides it. A COMPLETED job has a `result`, a FAILED or CANCELLED one a `failure`.
     `last_event` is the number of its last `JobEvent`, and 0 if the queue keeps none. Times are in seconds since the
-    epoch; `estimated_time` is in seconds from submission to the end, as it was estimated then. All three may be None.
+    epoch; `estimated_time` is in seconds from submission to the end, as it was estimated then. All may be None.
     `running_time` is in seconds from the delivery to the worker to the end of the job, or to now.
     """
 
@@ -111,6 +111,7 @@ class JobSnapshot:
     result: Manifest | None = None
     failure: JobFailure | None = None
     last_event: int = 0
+    submitted_at: float | None = None
     started_at: float | None = None
     running_time: float = 0.0
     estimated_time: float | None = None
@@ -161,9 +162,12 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class JobPage:
-    """Some of a client's jobs, newest first. `next_cursor` gets the jobs after them; None if there are none."""
+    """Some of a client's jobs, newest first, and the input of each as it was queued. `next_cursor` gets the jobs after
+    them; None if there are none.
+    """
 
     jobs: Sequence[JobSnapshot]
+    inputs: Mapping[str, Any]
     next_cursor: int | None
 
 
@@ -336,9 +340,16 @@ class JobQueue(Protocol):
         ...
 
     async def list_jobs(
-        self, client: str, *, status: JobStatus | None = None, cursor: int | None = None, limit: int
+        self,
+        client: str,
+        *,
+        limit: int,
+        status: JobStatus | None = None,
+        cursor: int | None = None,
+        after: str | None = None,
+        oldest_first: bool = False,
     ) -> JobPage:
-        """At most `limit` jobs of that client, newest first: all, or those with `status`.
+        """At most `limit` jobs of that client: all, or those with `status`. `after` is the task before the first one.
 
         Raises:
             NotSupportedError: the queue has no list.

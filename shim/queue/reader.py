@@ -94,6 +94,7 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
         result=result,
         failure=failure,
         last_event=row.last_event,
+        submitted_at=row.created_at,
         started_at=started_at,
         running_time=0.0 if started_at is None else max((row.finished_at or now) - started_at, 0.0),
         estimated_time=row.estimated_time,

@@ -209,9 +209,11 @@ class RunPodQueue:
         self,
         client: str,  # noqa: ARG002 - as below: the protocol fixes the parameters
         *,
+        limit: int,  # noqa: ARG002
         status: JobStatus | None = None,  # noqa: ARG002
         cursor: int | None = None,  # noqa: ARG002
-        limit: int,  # noqa: ARG002
+        after: str | None = None,  # noqa: ARG002
+        oldest_first: bool = False,  # noqa: ARG002
     ) -> JobPage:
         raise NotSupportedError("RunPod's queue has no list of tasks: ask for each by its id, GET /tasks/{task_id}")
 

@@ -118,13 +118,25 @@ class SqlQueue:
         return snapshot(row, self._database.clock()) if row is not None else None
 
     async def list_jobs(
-        self, client: str, *, status: JobStatus | None = None, cursor: int | None = None, limit: int
+        self,
+        client: str,
+        *,
+        limit: int,
+        status: JobStatus | None = None,
+        cursor: int | None = None,
+        after: str | None = None,
+        oldest_first: bool = False,
     ) -> JobPage:
         """One page of the client's jobs. See `JobQueue.list_jobs`."""
         which = [jobs.c.client == client]
+        past = jobs.c.seq.__gt__ if oldest_first else jobs.c.seq.__lt__
         if cursor is not None:
-            which.append(jobs.c.seq < cursor)
-        statement = select_job(*which).add_columns(jobs.c.seq).order_by(jobs.c.seq.desc()).limit(limit + 1)
+            which.append(past(cursor))
+        if after is not None:
+            before = jobs.alias()
+            which.append(past(select(before.c.seq).where(before.c.task_id == after).scalar_subquery()))
+        order = jobs.c.seq.asc() if oldest_first else jobs.c.seq.desc()
+        statement = select_job(*which).add_columns(jobs.c.seq, jobs.c.input).order_by(order).limit(limit + 1)
         if status is not None:
             statement = statement.where(HAS_STATUS[status])
         async with self._database.read() as connection:
@@ -133,7 +145,8 @@ class SqlQueue:
         page = [snapshot(row, now) for row in rows[:limit]]
         # A completed job of an older release may have no manifest, and has failed for its client.
         shown = [job for job in page if status in (None, job.status)]
-        return JobPage(shown, rows[limit - 1].seq if len(rows) > limit else None)
+        inputs = {row.task_id: row.input for row in rows[:limit]}
+        return JobPage(shown, inputs, rows[limit - 1].seq if len(rows) > limit else None)
 
     async def history(self, task_id: str, after: int = 0) -> Sequence[JobEvent]:
         async with self._database.read() as connection:
