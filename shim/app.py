@@ -16,8 +16,9 @@ from starlette.types import ASGIApp
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, RateLimit
-from shim.api import documented, openai_videos, page, videos
+from shim.api import documented, events, openai_videos, page, tasks, videos
 from shim.api.dependencies import Readiness, Services
+from shim.api.feed import Feeds
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.gpu import LocalGpus
@@ -26,7 +27,7 @@ from shim.http.guard import DOCS_PATH, error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NotRetryableError, NoVideoError, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
@@ -36,7 +37,7 @@ OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"})
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
-    *(ApiError, InvalidInputError, NoVideoError, QueueError, StorageError, TaskNotFoundError),
+    *(ApiError, InvalidInputError, NoVideoError, NotRetryableError, QueueError, StorageError, TaskNotFoundError),
     *(ClientDisconnect, HTTPException, RequestValidationError, Exception),
 )
 
@@ -58,9 +59,11 @@ def create_app(
     `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
     A download fails if the bucket sends nothing for `store_timeout` seconds.
     """
+    found_tasks = Tasks(queue, StoredVideos(bucket))
     return _app(
         Services(
-            tasks=Tasks(queue, StoredVideos(bucket)),
+            tasks=found_tasks,
+            feeds=Feeds(found_tasks, queue),
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
@@ -90,15 +93,8 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    own = (
-        documented.polled_router,
-        documented.router,
-        videos.router,
-        openai_videos.router,
-        page.router,
-        metrics_router,
-    )
-    routers = (*own, *routers)
+    own = documented.polled_router, documented.router, events.router, tasks.router, videos.router, openai_videos.router
+    routers = (*own, page.router, metrics_router, *routers)
     for router in routers:
         app.include_router(router)
     app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]

@@ -10,8 +10,14 @@ from pydantic import BaseModel
 
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
-from shim.queue.base import IdempotencyConflictError, ModelNotLoadedError, QueueFullError, QueueUnavailableError
-from shim.tasks import NoVideoError, TaskNotFoundError, VideoDeletedError
+from shim.queue.base import (
+    IdempotencyConflictError,
+    ModelNotLoadedError,
+    NotSupportedError,
+    QueueFullError,
+    QueueUnavailableError,
+)
+from shim.tasks import NotRetryableError, NoVideoError, TaskNotFoundError, VideoDeletedError
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -29,6 +35,7 @@ class ServerErrorCode(StrEnum):
     VIDEO_NOT_READY = "VIDEO_NOT_READY"
     RANGE_NOT_SATISFIABLE = "RANGE_NOT_SATISFIABLE"
     IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED"
+    NOT_RETRYABLE = "NOT_RETRYABLE"
     HOST_NOT_ALLOWED = "HOST_NOT_ALLOWED"
     RATE_LIMITED = "RATE_LIMITED"
     HEADERS_TOO_LARGE = "HEADERS_TOO_LARGE"
@@ -37,6 +44,7 @@ class ServerErrorCode(StrEnum):
     MODEL_NOT_LOADED = "MODEL_NOT_LOADED"
     QUEUE_UNAVAILABLE = "QUEUE_UNAVAILABLE"
     INTERNAL_ERROR = "INTERNAL_ERROR"
+    NOT_SUPPORTED = "NOT_SUPPORTED"
 
 
 #: Every `error_code` that a client can receive.
@@ -65,12 +73,14 @@ STATUS: Final[Mapping[AnyErrorCode, int]] = {
     ServerErrorCode.METHOD_NOT_ALLOWED: 405,
     ServerErrorCode.REQUEST_TIMEOUT: 408,
     ServerErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
+    ServerErrorCode.NOT_RETRYABLE: 409,
     ServerErrorCode.REQUEST_TOO_LARGE: 413,
     ServerErrorCode.RANGE_NOT_SATISFIABLE: 416,
     ServerErrorCode.HOST_NOT_ALLOWED: 421,
     ServerErrorCode.RATE_LIMITED: 429,
     ServerErrorCode.HEADERS_TOO_LARGE: 431,
     ServerErrorCode.INTERNAL_ERROR: 500,
+    ServerErrorCode.NOT_SUPPORTED: 501,
     ServerErrorCode.SERVER_BUSY: 503,
     ServerErrorCode.QUEUE_FULL: 503,
     ServerErrorCode.MODEL_NOT_LOADED: 503,
@@ -129,6 +139,19 @@ class ApiError(Exception):
         return HTTPStatus(self.status).phrase
 
 
+#: The codes of exceptions whose message is for the client.
+_CODES: Final[Mapping[type[Exception], AnyErrorCode]] = {
+    VideoDeletedError: ErrorCode.VIDEO_DELETED,
+    NoVideoError: ServerErrorCode.VIDEO_NOT_READY,
+    NotRetryableError: ServerErrorCode.NOT_RETRYABLE,
+    IdempotencyConflictError: ServerErrorCode.IDEMPOTENCY_KEY_REUSED,
+    QueueFullError: ServerErrorCode.QUEUE_FULL,
+    ModelNotLoadedError: ServerErrorCode.MODEL_NOT_LOADED,
+    QueueUnavailableError: ServerErrorCode.QUEUE_UNAVAILABLE,
+    NotSupportedError: ServerErrorCode.NOT_SUPPORTED,
+}
+
+
 def api_error(exc: Exception) -> ApiError:
     """The error response for an exception. An unexpected one is INTERNAL_ERROR: its traceback is only logged."""
     match exc:
@@ -136,22 +159,12 @@ def api_error(exc: Exception) -> ApiError:
             return exc
         case InvalidInputError():
             return ApiError(exc.failure.error_code, exc.failure.error)
-        case VideoDeletedError():
-            return ApiError(ErrorCode.VIDEO_DELETED, str(exc))
-        case NoVideoError():
-            return ApiError(ServerErrorCode.VIDEO_NOT_READY, str(exc))
         case TaskNotFoundError():
             return ApiError(ServerErrorCode.TASK_NOT_FOUND, "There is no task with this id")
-        case IdempotencyConflictError():
-            return ApiError(ServerErrorCode.IDEMPOTENCY_KEY_REUSED, str(exc))
-        case QueueFullError():
-            return ApiError(ServerErrorCode.QUEUE_FULL, str(exc))
-        case ModelNotLoadedError():
-            return ApiError(ServerErrorCode.MODEL_NOT_LOADED, str(exc))
-        case QueueUnavailableError():
-            return ApiError(ServerErrorCode.QUEUE_UNAVAILABLE, str(exc))
         case StorageError():
             log.error("the request failed with STORAGE_UNAVAILABLE: %s", exc)
             return ApiError(ErrorCode.STORAGE_UNAVAILABLE, "The video storage is not available just now")
-        case _:
-            return ApiError(ServerErrorCode.INTERNAL_ERROR, "Internal server error")
+    code = next((code for kind, code in _CODES.items() if isinstance(exc, kind)), None)
+    if code is None:
+        return ApiError(ServerErrorCode.INTERNAL_ERROR, "Internal server error")
+    return ApiError(code, str(exc))

@@ -11,8 +11,8 @@ from contract.errors import VIDEO_DELETED, ErrorCode
 from contract.job import JobInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
-from shim.estimates import estimated_time
 from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
+from shim.queue.estimates import estimated_time
 from storage import layout
 from storage.bucket import Bucket, ObjectInfo
 from storage.errors import StorageError
@@ -31,6 +31,10 @@ class NoVideoError(Exception):
 
 class VideoDeletedError(NoVideoError):
     """The task's video was deleted."""
+
+
+class NotRetryableError(Exception):
+    """The task cannot be queued again; the message says why."""
 
 
 def finished_video(job: JobSnapshot) -> Manifest:
@@ -134,6 +138,31 @@ class Tasks:
             return await self.find(task_id)
         if job.state is JobState.CANCELLED:
             await self._bury(job)
+        return job
+
+    async def retry(self, task_id: str, check: Callable[[], None] | None = None) -> JobSnapshot:
+        """Queues a failed task again, under its id. A waiting or running one stays as it is: the request may be a
+        repetition. `check` is called before the task is queued, and may raise.
+
+        Raises:
+            NotRetryableError: the task is completed or cancelled, or the queue has deleted it.
+            TaskNotFoundError: neither the queue nor the bucket has it.
+            ModelNotLoadedError, QueueFullError: as for a new task.
+            QueueUnavailableError, StorageError: the queue or the bucket is unavailable.
+        """
+        job = await self.find(task_id)
+        if job.state is JobState.FAILED:
+            await self._queue.check_ready()
+            if check is not None:
+                check()
+            if await self._queue.retry(task_id, self._videos):
+                log.info("queued again by a client")
+            elif (await self.find(task_id)).state is JobState.FAILED:
+                raise NotRetryableError("The queue has deleted this task; submit it again")
+            return await self.find(task_id)
+        if job.state.is_terminal:
+            what = "was cancelled" if job.state is JobState.CANCELLED else "is completed"
+            raise NotRetryableError(f"Only a failed task can be retried, and this one {what}; submit it again")
         return job
 
     async def _bury(self, job: JobSnapshot) -> None:

@@ -12,6 +12,7 @@ import httpx
 from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
+from shim.api.feed import Feeds
 from shim.errors import ApiError, ServerErrorCode
 from shim.gpu import LocalGpus
 from shim.metrics import Metrics
@@ -58,6 +59,7 @@ class Services:
     """The objects that routes use."""
 
     tasks: Tasks
+    feeds: Feeds
     queue: JobQueue
     bucket: Bucket
     bucket_http: httpx.AsyncClient

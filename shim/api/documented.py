@@ -9,8 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
-from contract.job import JobInput, Resolution, parse_input
-from contract.result import Stage
+from contract.job import JobInput, parse_input
 from contract.worker import Gpu, WorkerState
 from shim.api.dependencies import (
     GetServices,
@@ -18,14 +17,14 @@ from shim.api.dependencies import (
     client,
     is_anonymous,
     key_name,
-    public_url,
     services_of,
     take_rate_token,
 )
 from shim.api.polled import PolledRoute, json_response
+from shim.api.status import Status, status_of
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.http.body import limited_body
-from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, Workers
+from shim.queue.base import ModelNotLoadedError, QueueSummary, Workers
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
@@ -57,40 +56,6 @@ class GenerateResponse(BaseModel):
     task_id: str
     status: Literal["processing"] = "processing"
     estimated_time: int = Field(description="Seconds until the video is expected.")
-
-
-class ProcessingStatus(BaseModel):
-    """A waiting or running task."""
-
-    task_id: str
-    status: Literal["processing"] = "processing"
-    progress: int = Field(ge=0, le=99, description="Percent; never decreases.")
-    elapsed_time: int = Field(description="Seconds since the task was accepted.")
-    stage: Stage
-    queue_position: int | None = Field(description="1 for the next task to start; null for a running one.")
-
-
-class CompletedStatus(BaseModel):
-    """A completed task, whose video is ready."""
-
-    task_id: str
-    status: Literal["completed"] = "completed"
-    video_url: str
-    duration: int = Field(description="Seconds.")
-    resolution: Resolution
-    file_size: int = Field(description="Bytes.")
-
-
-class FailedStatus(BaseModel):
-    """A task that ended without a video."""
-
-    task_id: str
-    status: Literal["failed"] = "failed"
-    error: str
-    error_code: ErrorCode
-
-
-Status = ProcessingStatus | CompletedStatus | FailedStatus
 
 
 class QueueHealth(BaseModel):
@@ -220,7 +185,7 @@ async def generate(
 async def status(task_id: str, request: Request) -> Response:
     """Check the status of a video generation task."""
     services = services_of(request)
-    return json_response(_status(await services.tasks.find(task_id), request, services))
+    return json_response(status_of(await services.tasks.find(task_id), request, services))
 
 
 polled_router.add_api_route(
@@ -236,27 +201,7 @@ polled_router.add_api_route(
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
 async def cancel(task_id: str, request: Request, services: GetServices) -> Status:
     """Cancel a waiting or running task and return its new status. A finished task does not change."""
-    return _status(await services.tasks.cancel(task_id), request, services)
-
-
-def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
-    if job.result is not None:
-        return CompletedStatus(
-            task_id=job.task_id,
-            video_url=f"{public_url(request, services)}/videos/{job.task_id}.mp4",
-            duration=job.result.input.duration,
-            resolution=job.result.input.resolution,
-            file_size=job.result.file_size,
-        )
-    if job.failure is not None:
-        return FailedStatus(task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code)
-    return ProcessingStatus(
-        task_id=job.task_id,
-        progress=min(job.progress, 99),
-        elapsed_time=int(job.elapsed_time),
-        stage=job.stage,
-        queue_position=job.queue_position,
-    )
+    return status_of(await services.tasks.cancel(task_id), request, services)
 
 
 async def health(request: Request) -> Response:

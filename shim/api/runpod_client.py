@@ -82,8 +82,7 @@ class ClientApi:
 
     async def _retry(self, task_id: str) -> Response:
         await self._get(task_id)
-        await self._outbox.reopen(task_id)
-        if not await self._queue.retry(task_id):
+        if not await self._queue.retry(task_id, self._outbox.objects):
             raise ApiError(ErrorCode.INVALID_REQUEST, "only a failed job can be retried")
         return JSONResponse({"id": task_id, "status": STATE_WORDS[JobState.QUEUED]})
 

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
+import anyio.to_thread
 import httpx
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -24,6 +25,7 @@ from shim.api.dependencies import GetServices, Services
 from shim.api.documented import error_responses
 from shim.errors import ApiError, ServerErrorCode
 from shim.tasks import finished_video
+from storage.errors import ObjectNotFoundError
 
 #: Seconds for which a presigned URL is valid: enough for clocks that differ by minutes. The URL stays in this process,
 #: and a download may take longer, because only the start of a request needs a valid URL.
@@ -89,7 +91,7 @@ def etag_of(manifest: Manifest) -> str:
 
 
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"content": {"video/mp4": {}}, "description": "The video."},
+    200: {"content": {"video/mp4": {}, "image/jpeg": {}}, "description": "The video, or its poster."},
     206: {"content": {"video/mp4": {}}, "description": "The requested range."},
     304: {"description": "The client has the video already."},
     **error_responses(401, 404, 416, 500, 503),
@@ -99,7 +101,9 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 @router.head("/videos/{file_name:path}", operation_id="head_video", response_class=Response, responses=_RESPONSES)
 @router.get("/videos/{file_name:path}", operation_id="get_video", response_class=Response, responses=_RESPONSES)
 async def video(file_name: str, request: Request, services: GetServices) -> Response:
-    """Download the generated video file."""
+    """Download the generated video file, or with `.jpg` in place of `.mp4` its middle frame."""
+    if file_name.endswith(".jpg"):
+        return await _poster(file_name.removesuffix(".jpg"), request, services)
     task_id = _task_id(file_name)
     manifest = finished_video(await services.tasks.find_video(task_id))
     etag = etag_of(manifest)
@@ -138,10 +142,26 @@ async def delete(file_name: str, services: GetServices) -> Response:
     return Response(status_code=204)
 
 
+async def _poster(task_id: str, request: Request, services: Services) -> Response:
+    """A poster is small, so it is read at once."""
+    manifest = finished_video(await services.tasks.find_video(task_id))
+    etag = f'"{manifest.sha256}.jpg"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if names_etag(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    try:
+        poster = await anyio.to_thread.run_sync(services.bucket.get_bytes, manifest.poster_key)
+    except ObjectNotFoundError as exc:
+        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, "The poster is no longer in the bucket") from exc
+    return Response(poster, headers=headers, media_type="image/jpeg")
+
+
 def _task_id(file_name: str) -> str:
     task_id, dot, extension = file_name.rpartition(".")
     if not dot or extension != "mp4":
-        raise ApiError(ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4")
+        raise ApiError(
+            ServerErrorCode.NOT_FOUND, "videos are at /videos/{task_id}.mp4, their posters at /videos/{task_id}.jpg"
+        )
     return task_id
 
 

@@ -19,7 +19,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 #: Clients, workers, load balancers and Prometheus call these every few seconds: a success is logged at DEBUG.
 _POLLED: Final = re.compile(
-    r"/(health|metrics|ready|status/.*)|/v2/\w+/(health|(job-stop|job-take(-batch)?|ping|status|worker-report)/.*)"
+    r"/(health|metrics|ready|status/.*|tasks/.*/events)|/v2/\w+/(health|(job-stop|job-take(-batch)?|ping|status|worker-report)/.*)"
 )
 
 log = logging.getLogger(__name__)

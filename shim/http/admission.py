@@ -15,6 +15,10 @@ from shim.errors import ApiError, ServerErrorCode
 
 #: In the state of a request's scope: a function to call when the request has sent the platform token.
 TRUST_CONNECTION: Final = "trust_connection"
+#: There, too: a function that a route calls whose response has no end of its own. Its connection counts as one that
+#: waits for its client, so it may be given up. Returns the event that is set when the response has to end, because of
+#: that or because the server stops.
+STREAM_CONNECTION: Final = "stream_connection"
 #: The addresses that sent the platform token most recently.
 _MAX_TRUSTED: Final = 1_000
 #: Seconds between two log lines about rejected connections.

@@ -30,7 +30,9 @@ _DOCS_POLICY: Final = (
 )
 #: On every response, last: no route sets them.
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
-_CORS_REQUEST: Final = ("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Range", "X-Request-ID")
+_CORS_REQUEST: Final = (
+    *("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Range", "X-Request-ID", "Last-Event-ID"),
+)
 _CORS_RESPONSE: Final = ("Retry-After", "Content-Range", "Content-Length", "Accept-Ranges", "ETag", "X-Request-ID")
 
 

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from contract.errors import ErrorCode
 from shim.access import CONNECTION_LIMITS, ConnectionLimits
 from shim.errors import ApiError, ServerErrorCode
-from shim.http.admission import TRUST_CONNECTION, Admission
+from shim.http.admission import STREAM_CONNECTION, TRUST_CONNECTION, Admission
 
 #: What HttpServer serves. shim.host has the name from here, so that it imports no web framework.
 App = ASGIApp
@@ -71,6 +71,7 @@ class Connection(HttpToolsProtocol):
         self._address = "unknown"
         self.waiting_since: float | None = None
         self.trusted = False
+        self._stream_end: asyncio.Event | None = None  # of a response that is an endless stream
 
     @property
     def in_progress(self) -> bool:
@@ -93,6 +94,8 @@ class Connection(HttpToolsProtocol):
         self.admission.leave(self, self._address)
         if self.flow.write_paused:
             self.transport.abort()
+        elif self._stream_end is not None:
+            self.shutdown()
         elif self.in_progress or self._unparsed > 0:
             self._reject(ApiError(ServerErrorCode.SERVER_BUSY, "too many connections are open, and this one waits"))
         else:
@@ -101,6 +104,18 @@ class Connection(HttpToolsProtocol):
     def _trust(self) -> None:
         self.trusted = True
         self.admission.trust(self._address)
+
+    def _stream(self) -> asyncio.Event:
+        """The request's response goes on until the returned event is set. See STREAM_CONNECTION."""
+        self._stream_end = asyncio.Event()
+        self.waiting_since = time.monotonic()
+        return self._stream_end
+
+    def shutdown(self) -> None:
+        """Closes the connection after its response, which a stream has to end now."""
+        super().shutdown()
+        if self._stream_end is not None:
+            self._stream_end.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.admission.leave(self, self._address)
@@ -126,7 +141,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._body = self._unread = 0
-        self.scope["state"][TRUST_CONNECTION] = self._trust
+        self.scope["state"] |= {TRUST_CONNECTION: self._trust, STREAM_CONNECTION: self._stream}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called for trailers, too: uvicorn would add them to the headers."""
@@ -175,11 +190,12 @@ class Connection(HttpToolsProtocol):
         self._reading_head = True
         self._unparsed = -self._chunk  # data_received adds it again: what follows in this chunk is not counted
         self._body = 0
-        if not self.flow.write_paused:
+        if not self.flow.write_paused and self._stream_end is None:
             self.waiting_since = None
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._stream_end = None
         if self.waiting_since is None:
             self.waiting_since = time.monotonic()
         super().on_response_complete()
@@ -198,7 +214,7 @@ class Connection(HttpToolsProtocol):
         if self._send_timer is not None:
             self._send_timer.cancel()
             self._send_timer = None
-            self.waiting_since = None if self.in_progress else time.monotonic()
+            self.waiting_since = None if self.in_progress and self._stream_end is None else time.monotonic()
         super().resume_writing()
 
     def _start_receive_timer(self, seconds: float) -> None:

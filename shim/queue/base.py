@@ -97,9 +97,9 @@ class JobSnapshot:
     `progress` is a percentage that never falls, at most 99 before COMPLETED. `elapsed_time` is in seconds from
     submission to the end of the job, or to now. `queue_position` is 1 for the next job to start, and None for a job
     that has started or if the queue hides it. A COMPLETED job has a `result`, a FAILED or CANCELLED one a `failure`.
-    `last_event` is the number of its last `JobEvent`, and 0 if the queue keeps none. Times are in seconds since the
-    epoch; `estimated_time` is in seconds from submission to the end, as it was estimated then. All may be None.
-    `running_time` is in seconds from the delivery to the worker to the end of the job, or to now.
+    `last_event` is the number of its last `JobEvent`, and 0 if the queue keeps none; `attempts` counts deliveries to
+    workers. Times are in seconds since the epoch; `running_time` in seconds from the last delivery to the end of the
+    job, or to now; `estimated_time` in seconds from submission to the end, as estimated then. None is unknown.
     """
 
     task_id: str
@@ -111,6 +111,7 @@ class JobSnapshot:
     result: Manifest | None = None
     failure: JobFailure | None = None
     last_event: int = 0
+    attempts: int = 0
     submitted_at: float | None = None
     started_at: float | None = None
     running_time: float = 0.0
@@ -162,8 +163,9 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class JobPage:
-    """Some of a client's jobs, newest first, and the input of each as it was queued. `next_cursor` gets the jobs after
-    them; None if there are none.
+    """Some of a client's jobs, and the input of each as it was queued, by its task id.
+
+    `next_cursor` gets the jobs after them; None if there are none.
     """
 
     jobs: Sequence[JobSnapshot]
@@ -349,7 +351,9 @@ class JobQueue(Protocol):
         after: str | None = None,
         oldest_first: bool = False,
     ) -> JobPage:
-        """At most `limit` jobs of that client: all, or those with `status`. `after` is the task before the first one.
+        """At most `limit` jobs of that client, newest first: all, or those with `status`.
+
+        They come after those of the page with this `next_cursor`, or after the task `after`.
 
         Raises:
             NotSupportedError: the queue has no list.

@@ -42,6 +42,7 @@ class JobRow(NamedTuple):
     finished_at: float | None
     estimated_time: float | None
     last_event: int
+    attempts: int
     output: Any
     failure: Any
     queue_position: int | None
@@ -94,6 +95,7 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
         result=result,
         failure=failure,
         last_event=row.last_event,
+        attempts=row.attempts,
         submitted_at=row.created_at,
         started_at=started_at,
         running_time=0.0 if started_at is None else max((row.finished_at or now) - started_at, 0.0),

@@ -12,7 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
-from shim.estimates import estimated_time
 from shim.queue.base import (
     Backlog,
     Idempotency,
@@ -31,6 +30,7 @@ from shim.queue.base import (
     Workers,
 )
 from shim.queue.database import Database, fetch_all, fetch_one
+from shim.queue.estimates import estimated_time
 from shim.queue.fair_order import FRONT, ORDER, next_turn
 from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events, job_events, select_events
 from shim.queue.observer import JobObserver

@@ -95,7 +95,8 @@ async def test_create_and_poll_returns_a_video_whose_content_is_the_mp4(site: Si
     assert await rendering == video.id
     assert (video.status, video.progress, video.error) == ("completed", 100, None)
     assert (video.prompt, video.seconds, video.size) == (PROMPT, "6", "1080x1920")
-    assert video.completed_at is not None and video.created_at <= video.completed_at + 1
+    assert video.completed_at is not None
+    assert video.created_at <= video.completed_at + 1
     assert (await site.client.videos.download_content(video.id)).content == VIDEO
     thumbnail = await site.client.videos.download_content(video.id, variant="thumbnail")
     assert thumbnail.content == POSTER
@@ -133,7 +134,8 @@ async def test_a_deleted_video_is_gone_and_a_deleted_running_task_is_cancelled(s
     await site.client.videos.delete(second.id)
     cancelled = await site.client.videos.poll(second.id)
     assert cancelled.status == "failed"
-    assert cancelled.error is not None and cancelled.error.code == "cancelled"
+    assert cancelled.error is not None
+    assert cancelled.error.code == "cancelled"
 
 
 async def test_a_list_is_read_page_by_page_in_both_orders(site: Site) -> None:

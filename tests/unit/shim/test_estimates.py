@@ -5,8 +5,8 @@ import pytest
 from contract.job import AspectRatio, JobInput, Profile, Resolution
 from contract.render_times import calculated_seconds
 from contract.worker import RenderEstimate, WorkerReport, WorkerState
-from shim.estimates import documented_rate, estimated_time, render_seconds
 from shim.queue.base import Backlog, Workers, render_kind
+from shim.queue.estimates import documented_rate, estimated_time, render_seconds
 
 NOTHING_AHEAD = Backlog(waiting=(), running=(), workers=1)
 

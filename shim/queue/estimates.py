@@ -7,11 +7,13 @@ from typing import Final
 
 from contract.job import JobInput, Resolution
 from contract.render_times import calculated_seconds, profile_of
-from shim.queue.base import Backlog, RenderTimes, render_kind
+from shim.queue.base import Backlog, JobSnapshot, RenderTimes, render_kind
 
 #: Render seconds for each second of video: midpoints of the API reference's table.
 _DOCUMENTED: Final[Mapping[str, float]] = {Resolution.P720: 5.0, Resolution.P1080: 7.5}
 _P720_PIXELS: Final = 1280 * 720
+#: Percent from which on the pace of a render tells when it will end.
+_STEADY_PROGRESS: Final = 5
 
 
 def documented_rate(resolution: str, pixels: int) -> float:
@@ -45,3 +47,16 @@ def estimated_time(job_input: JobInput, backlog: Backlog, observed: RenderTimes)
     for ahead in backlog.waiting:
         heapq.heapreplace(free_in, free_in[0] + render_seconds(ahead or job_input, observed))
     return math.ceil(free_in[0] + render_seconds(job_input, observed))
+
+
+def remaining_time(job: JobSnapshot) -> int | None:
+    """Seconds until a waiting or running job is expected to be done; None if that cannot be said.
+
+    The pace of its render counts, and before that the estimate at its submission. A later attempt has no pace, because
+    progress never falls.
+    """
+    if job.running_time > 0 and job.progress >= _STEADY_PROGRESS and job.attempts <= 1:
+        return math.ceil(job.running_time * (100 - job.progress) / job.progress)
+    if job.estimated_time is None or job.estimated_time <= job.elapsed_time:
+        return None
+    return math.ceil(job.estimated_time - job.elapsed_time)

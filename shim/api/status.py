@@ -1,0 +1,92 @@
+"""A task's status as every face of the server shows it."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+from fastapi import Request
+from pydantic import BaseModel, Field
+
+from contract.errors import ErrorCode
+from contract.job import Resolution
+from contract.result import Stage
+from shim.api.dependencies import Services, public_url
+from shim.queue.base import JobSnapshot
+from shim.queue.estimates import remaining_time
+
+
+class ProcessingStatus(BaseModel):
+    """A waiting or running task."""
+
+    task_id: str
+    status: Literal["processing"] = "processing"
+    progress: int = Field(ge=0, le=99, description="Percent; never decreases.")
+    elapsed_time: int = Field(description="Seconds since the task was accepted.")
+    stage: Stage
+    queue_position: int | None = Field(description="1 for the next task to start; null for a running one.")
+    started_at: datetime | None = Field(description="When a worker took the task; null for a waiting one.")
+    remaining_time: int | None = Field(description="Seconds until the video is expected; null if that cannot be said.")
+
+
+class CompletedStatus(BaseModel):
+    """A completed task, whose video is ready."""
+
+    task_id: str
+    status: Literal["completed"] = "completed"
+    video_url: str
+    duration: int = Field(description="Seconds.")
+    resolution: Resolution
+    file_size: int = Field(description="Bytes.")
+    poster_url: str = Field(description="The middle frame, a JPEG.")
+    prompt: str
+    model: str = Field(description="The model that rendered.")
+    seed: int = Field(description="The same request with this seed gives the same video.")
+    created_at: datetime = Field(description="When the video was made.")
+    timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and `total`.")
+
+
+class FailedStatus(BaseModel):
+    """A task that ended without a video."""
+
+    task_id: str
+    status: Literal["failed"] = "failed"
+    error: str
+    error_code: ErrorCode
+
+
+Status = ProcessingStatus | CompletedStatus | FailedStatus
+
+
+def status_of(job: JobSnapshot, request: Request, services: Services) -> Status:
+    """What GET /status answers for the job."""
+    if job.result is not None:
+        made, address = job.result, f"{public_url(request, services)}/videos/{job.task_id}"
+        return CompletedStatus(
+            task_id=job.task_id,
+            video_url=f"{address}.mp4",
+            duration=made.input.duration,
+            resolution=made.input.resolution,
+            file_size=made.file_size,
+            poster_url=f"{address}.jpg",
+            prompt=made.input.prompt,
+            model=made.model,
+            seed=made.seed,
+            created_at=made.created_at,
+            timings=made.timings,
+        )
+    if job.failure is not None:
+        return FailedStatus(task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code)
+    return ProcessingStatus(
+        task_id=job.task_id,
+        progress=min(job.progress, 99),
+        elapsed_time=int(job.elapsed_time),
+        stage=job.stage,
+        queue_position=job.queue_position,
+        started_at=moment(job.started_at) if job.started_at is not None else None,
+        remaining_time=remaining_time(job),
+    )
+
+
+def moment(seconds: float) -> datetime:
+    """The time from seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC)
