@@ -78,9 +78,11 @@ async def site(tmp_path: Path, bucket: Bucket) -> AsyncIterator[Site]:
     access = Access(api_keys=parse_api_keys(f"alice:{KEY}"))
     async with sql_bench(f"sqlite:///{tmp_path}/queue.sqlite3", max_queue_size=4) as bench:
         await bench.worker()
-        async with serving(create_app(bench.queue, bucket, access=access)) as address:
-            async with AsyncOpenAI(api_key=KEY, base_url=f"{address}/v1", max_retries=0) as client:
-                yield Site(bench, bucket, address, client)
+        async with (
+            serving(create_app(bench.queue, bucket, access=access)) as address,
+            AsyncOpenAI(api_key=KEY, base_url=f"{address}/v1", max_retries=0) as client,
+        ):
+            yield Site(bench, bucket, address, client)
 
 
 #: OpenAI has shut down its own service, and its client says so.
