@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
-from contract.job import JobInput, Resolution, parse_input
+from contract.job import JobInput, JobRequest, Resolution, parse_request
 from contract.result import Stage
 from contract.worker import Gpu, WorkerState
 from shim.api.dependencies import (
@@ -25,7 +25,7 @@ from shim.api.dependencies import (
 from shim.api.polled import PolledRoute, json_response
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
 from shim.http.body import limited_body
-from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, Workers
+from shim.queue.base import JobSnapshot, ModelNotLoadedError, QueueSummary, WebhookState, Workers
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
@@ -59,6 +59,13 @@ class GenerateResponse(BaseModel):
     estimated_time: int = Field(description="Seconds until the video is expected.")
 
 
+#: Absent from the status of a task without one.
+_Webhook = Annotated[
+    WebhookState | None,
+    Field(exclude_if=lambda state: state is None, description="Absent unless the task has a webhook."),
+]
+
+
 class ProcessingStatus(BaseModel):
     """A waiting or running task."""
 
@@ -68,6 +75,7 @@ class ProcessingStatus(BaseModel):
     elapsed_time: int = Field(description="Seconds since the task was accepted.")
     stage: Stage
     queue_position: int | None = Field(description="1 for the next task to start; null for a running one.")
+    webhook: _Webhook = None
 
 
 class CompletedStatus(BaseModel):
@@ -79,6 +87,7 @@ class CompletedStatus(BaseModel):
     duration: int = Field(description="Seconds.")
     resolution: Resolution
     file_size: int = Field(description="Bytes.")
+    webhook: _Webhook = None
 
 
 class FailedStatus(BaseModel):
@@ -88,6 +97,7 @@ class FailedStatus(BaseModel):
     status: Literal["failed"] = "failed"
     error: str
     error_code: ErrorCode
+    webhook: _Webhook = None
 
 
 Status = ProcessingStatus | CompletedStatus | FailedStatus
@@ -174,9 +184,9 @@ async def idempotency_key(request: Request) -> str | None:
     return f"{name}:{key}" if key is not None and name is not None else key
 
 
-def input_schema() -> dict[str, Any]:
-    """JobInput's JSON schema without references: OpenAPI and the page would look for them elsewhere."""
-    schema = JobInput.model_json_schema()
+def schema_of(model: type[JobInput]) -> dict[str, Any]:
+    """The model's JSON schema without references: OpenAPI and the page would look for them elsewhere."""
+    schema = model.model_json_schema()
     definitions = schema.pop("$defs")
     for name, field in schema["properties"].items():
         if "$ref" in field:
@@ -200,7 +210,7 @@ def input_schema() -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": input_schema()}},
+            "content": {"application/json": {"schema": schema_of(JobRequest)}},
         },
     },
 )
@@ -212,7 +222,10 @@ async def generate(
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
     new_task = partial(take_rate_token, request) if key is not None else None
-    accepted = await services.tasks.submit(parse_input(body), key, new_task, client=key_name(request))
+    asked = parse_request(body)
+    accepted = await services.tasks.submit(
+        asked.job_input, key, new_task, client=key_name(request), webhook_url=asked.webhook_url
+    )
     log.info("accepted from %s", client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
@@ -240,22 +253,31 @@ async def cancel(task_id: str, request: Request, services: GetServices) -> Statu
 
 
 def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
+    return status_of(job, public_url(request, services))
+
+
+def status_of(job: JobSnapshot, server_url: str) -> Status:
+    """What GET /status answers. `server_url` has no slash at its end."""
     if job.result is not None:
         return CompletedStatus(
             task_id=job.task_id,
-            video_url=f"{public_url(request, services)}/videos/{job.task_id}.mp4",
+            video_url=f"{server_url}/videos/{job.task_id}.mp4",
             duration=job.result.input.duration,
             resolution=job.result.input.resolution,
             file_size=job.result.file_size,
+            webhook=job.webhook,
         )
     if job.failure is not None:
-        return FailedStatus(task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code)
+        return FailedStatus(
+            task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code, webhook=job.webhook
+        )
     return ProcessingStatus(
         task_id=job.task_id,
         progress=min(job.progress, 99),
         elapsed_time=int(job.elapsed_time),
         stage=job.stage,
         queue_position=job.queue_position,
+        webhook=job.webhook,
     )
 
 

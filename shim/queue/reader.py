@@ -20,6 +20,7 @@ from shim.queue.base import (
     JobState,
     QueueSummary,
     QueueUnavailableError,
+    WebhookState,
     Workers,
     valid_manifest,
 )
@@ -41,6 +42,7 @@ class JobRow(NamedTuple):
     finished_at: float | None
     output: Any
     failure: Any
+    webhook: Any
     queue_position: int | None
 
 
@@ -89,6 +91,7 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
         queue_position=row.queue_position,
         result=result,
         failure=failure,
+        webhook=WebhookState.model_validate(row.webhook) if row.webhook is not None else None,
     )
 
 

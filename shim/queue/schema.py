@@ -1,6 +1,6 @@
 """The tables of the SQL queue. `migrations/` creates them; a test compares the two."""
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -33,6 +33,10 @@ jobs = Table(
     Column("deliveries_not_begun", Integer, nullable=False, default=0),
     Column("client", String(64), nullable=False, default=""),  # the name of its API key; empty without one
     Column("turn", Integer, nullable=False, default=0),  # orders the queue, see `shim.queue.fair_order`
+    Column("webhook_url", Text),  # where the end of the job is sent, see `shim.queue.webhooks`
+    Column("webhook_host", String(300)),  # the host and the port in it
+    Column("webhook_due_at", Float),  # when the next attempt is due
+    Column("webhook", JSON(none_as_null=True)),  # a `shim.queue.base.WebhookState`
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
@@ -42,6 +46,7 @@ Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 Index("jobs_by_finish", jobs.c.finished_at)
 Index("jobs_by_bucket_due", jobs.c.bucket_due_at)
+Index("jobs_by_webhook_due", jobs.c.webhook_due_at)
 Index("jobs_by_idempotency_key", jobs.c.idempotency_key, unique=True)
 
 workers = Table(

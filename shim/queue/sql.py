@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
 from shim.queue.base import (
+    NO_WEBHOOKS,
     Backlog,
     Idempotency,
     JobObserver,
@@ -28,15 +29,28 @@ from shim.queue.fair_order import FRONT, ORDER, next_turn
 from shim.queue.outbox import put_in_outbox
 from shim.queue.reader import select_job, snapshot, workers_of
 from shim.queue.schema import jobs, outcomes, render_times, workers
+from shim.queue.webhook_columns import begun_again, webhook_columns
+from shim.queue.webhook_request import WebhookOptions
 
 log = logging.getLogger(__name__)
 
 
 class SqlQueue:
-    """A `JobQueue` in `database`. At most `max_queue_size` jobs of each client wait. `close` closes the database."""
+    """A `JobQueue` in `database`. At most `max_queue_size` jobs of each client wait. `close` closes the database.
 
-    def __init__(self, database: Database, *, max_queue_size: int = 10, observer: JobObserver | None = None) -> None:
+    Without `webhooks`, jobs have none. `shim.queue.webhooks` sends them.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_queue_size: int = 10,
+        observer: JobObserver | None = None,
+        webhooks: WebhookOptions | None = None,
+    ) -> None:
         self._database = database
+        self._webhooks = webhooks
         self._max_queue_size = max_queue_size
         self._observer = observer or JobObserver()
 
@@ -50,8 +64,11 @@ class SqlQueue:
         check: Callable[[], None] | None = None,
         *,
         client: str = "",
+        webhook_url: str | None = None,
     ) -> Submission:
         """Queues a job in one transaction. See `JobQueue.submit`."""
+        if webhook_url is not None and self._webhooks is None:
+            raise InvalidInputError(NO_WEBHOOKS)
         async with self._database.write(notify=True) as connection:
             # 1. Wait for other submissions: the limit of waiting jobs holds for requests at the same moment.
             await self._database.lock_submissions(connection)
@@ -71,7 +88,8 @@ class SqlQueue:
                 check()
             # 4. Queue the job, behind those of its turn and of earlier turns.
             turn = next_turn(waiting, client)
-            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, client=client, turn=turn)
+            order = {"client": client, "turn": turn}
+            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, webhook_url, **order)
         self._observer.submitted()
         ahead = [job for job in waiting if job.turn <= turn]
         job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(ahead) + 1)
@@ -90,7 +108,7 @@ class SqlQueue:
             waiting = await _read_waiting(connection)
             self._check_not_full(waiting, "")
             turn = next_turn(waiting, "")
-            task_id = await self._insert(connection, payload, extras, None, client="", turn=turn)
+            task_id = await self._insert(connection, payload, extras, None, None, client="", turn=turn)
         self._observer.submitted()
         return task_id
 
@@ -162,6 +180,7 @@ class SqlQueue:
                     stage=None,
                     finished_at=None,
                     bucket_due_at=None,
+                    **begun_again(),
                 )
             )
         return result.rowcount > 0
@@ -196,9 +215,11 @@ class SqlQueue:
         payload: Any,
         extras: Mapping[str, Any],
         idempotency: Idempotency | None,
+        webhook_url: str | None,
         **order: Any,
     ) -> str:
         task_id = str(uuid.uuid4())
+        default_url = self._webhooks.default_url if self._webhooks is not None else None
         await connection.execute(
             insert(jobs).values(
                 task_id=task_id,
@@ -209,6 +230,7 @@ class SqlQueue:
                 **order,
                 idempotency_key=idempotency.key if idempotency else None,
                 fingerprint=idempotency.fingerprint if idempotency else None,
+                **webhook_columns(webhook_url or default_url),
             )
         )
         return task_id
