@@ -59,7 +59,8 @@ class Webhooks:
                     changed = self._database.changed
                     wait = await self._start_due(attempts)
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), wait)
+                        async with asyncio.timeout(wait):  # on Python 3.11, wait_for may swallow a cancellation
+                            await changed.wait()
         finally:
             await self._sender.close()
 
@@ -96,12 +97,14 @@ class Webhooks:
             return job
 
     async def _seconds_to_next(self) -> float:
+        due_at = await self.next_due()
+        return min(max(due_at - self._database.clock(), _SHORTEST_POLL), _POLL) if due_at is not None else _POLL
+
+    async def next_due(self) -> float | None:
+        """When the next webhook is due, by the database's clock. None if none is pending."""
         async with self._database.read() as connection:
             row = await fetch_one(connection, self._by_due_time())
-        if row is None:
-            return _POLL
-        seconds: float = row.webhook_due_at - self._database.clock()
-        return min(max(seconds, _SHORTEST_POLL), _POLL)
+        return row.webhook_due_at if row is not None else None
 
     def _by_due_time(self, *which: ColumnElement[bool]) -> Any:
         busy: Collection[str] = [host for host, count in self._under_way.items() if count >= _MOST_OF_ONE]
