@@ -73,6 +73,8 @@ def resolve(host: str, port: int, allowed: Allowed) -> Future[Sequence[str]]:
     answer: Future[Sequence[str]] = Future()
 
     def run() -> None:
+        if not answer.set_running_or_notify_cancel():  # from here on, nobody can cancel it
+            return
         try:
             answer.set_result(_checked_addresses(host, port, allowed))
         except Exception as exc:  # noqa: BLE001 - raised again in the thread that waits

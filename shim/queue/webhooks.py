@@ -131,7 +131,7 @@ class Webhooks:
         ended = replace(snapshot(job, self._database.clock()), webhook=None)
         at = _time(job.finished_at).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         event = {"type": f"task.{_end(ended)}", "timestamp": at, "data": self._describe(ended)}
-        return json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(event, separators=(",", ":")).encode()
 
     async def _record(self, job: Row[Any], outcome: Outcome) -> None:
         """Stores the outcome, unless the job was queued again meanwhile. Wakes `send_forever`."""

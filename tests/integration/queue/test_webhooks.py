@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ OOM = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
 
 def options(**settings: Any) -> WebhookOptions:
     """Those of a server with these settings; private receivers are allowed."""
-    fields = {"webhook_allow_private": True, "webhook_retries": "0.1,0.1,0.1,0.1", "webhook_timeout": 1, **settings}
+    fields = {"webhook_allow_private": True, "webhook_retries": "0.1,0.1,0.1,0.1", "webhook_timeout": 10, **settings}
     made = ShimSettings(webhook_secret=SecretStr(SECRET), **fields).webhooks
     assert made is not None
     return made
@@ -268,38 +270,40 @@ async def test_a_receiver_may_ask_for_a_longer_wait(database_url: str) -> None:
             assert 110 < _seconds_until(state, server) <= 120
 
 
-async def test_slow_receivers_are_cut_off_and_hold_up_no_other_receiver(database_url: str) -> None:
-    """One answers nothing, one a byte now and then. Each has more webhooks than are sent at the same time."""
-    cut_off, released = threading.Event(), threading.Event()
-
-    def drip(request: Request) -> None:
-        while not released.is_set():
-            request.wfile.write(b"H")
-            request.wfile.flush()
-            cut_off.wait(0.1)
-
+async def test_slow_receivers_hold_up_no_other_receiver(database_url: str) -> None:
+    """One answers nothing, and has more webhooks than are sent at the same time. One sends a byte now and then."""
+    released = threading.Event()
     with (
-        receiving(lambda _: released.wait(30)) as silent,
-        receiving(drip) as dripping,
+        receiving(lambda _: released.wait(60)) as silent,
+        receiving(lambda request: drip(request, released)) as dripping,
         receiving() as quick,
     ):
-        async with running(database_url, options(webhook_timeout=20)) as server:
+        async with running(database_url, options(webhook_timeout=60)) as server:
             for _ in range(80):
                 await server.task(silent)
             for _ in range(10):
                 await server.task(dripping)
             await server.queue.purge()
-            await until("both have requests open", lambda: silent.received and dripping.received)
+            await until("four requests to each", lambda: len(silent.received) >= 4 and len(dripping.received) >= 4)
             assert (await server.delivered(await server.cancelled(quick))).attempts == 1
             assert len(silent.received) == len(dripping.received) == 4
         released.set()
-    with receiving(drip) as dripping:
-        released.clear()
-        async with running(database_url, options(webhook_retries="1000")) as server:
-            task_id = await server.cancelled(dripping)
+
+
+async def test_a_receiver_that_sends_byte_by_byte_is_cut_off(database_url: str) -> None:
+    released = threading.Event()
+    with receiving(lambda request: drip(request, released)) as receiver:
+        async with running(database_url, options(webhook_retries="1000", webhook_timeout=1)) as server:
+            task_id = await server.cancelled(receiver)
             state = await server.until(task_id, lambda state: state.attempts == 1, "the end of the attempt")
         released.set()
     assert state.last_error == "no answer within 1 s"
+
+
+def drip(request: Request, released: threading.Event) -> None:
+    while not released.wait(0.1):
+        request.wfile.write(b"H")
+        request.wfile.flush()
 
 
 # Addresses
@@ -339,6 +343,29 @@ async def test_the_operators_own_url_may_be_private_and_gets_what_names_no_other
     assert other.received == []
 
 
+async def test_a_resolver_that_does_not_answer_counts_against_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def resolve(*_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.set()
+        answered.wait(20)
+        return []
+
+    how = options(webhook_retries="1000", webhook_timeout=1)
+    async with running(f"sqlite:///{tmp_path}/queue.sqlite3", how) as server:
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        task_id = (await server.queue.submit(JOB, webhook_url="http://receiver.example/")).task_id
+        await server.queue.cancel(task_id)
+        state = await server.until(task_id, lambda state: state.attempts == 1, "the end of the attempt")
+        assert state.last_error == "no answer within 1 s"
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "resolve"]
+        answered.set()
+        thread.join(10)  # an error in it fails the test
+    assert asked.is_set()
+
+
 # The outbox
 
 
@@ -363,7 +390,7 @@ async def test_an_attempt_that_a_killed_server_made_is_made_again(database_url: 
         receiver.answer = lambda request: request.reply(204)
         async with running(database_url) as server:
             assert (await server.state(task_id)).attempts == 0
-            await server.later(11)  # its time limit, and 10 s
+            await server.later(21)  # its time limit, and 10 s
             await server.delivered(task_id)
     first, second = receiver.received
     assert first.webhook_id == second.webhook_id
