@@ -98,7 +98,7 @@ class Server:
 @asynccontextmanager
 async def running(url: str, how: WebhookOptions | None = None, *, sends: bool = True) -> AsyncIterator[Server]:
     ahead = [0.0]
-    database = await Database.open(url, clock=lambda: time.time() + ahead[0])
+    database = await Database.open(url, clock=lambda: time.time() + ahead[0], worker_timeout=3600)
     how = how or options()
     queue = SqlQueue(database, max_queue_size=200, webhooks=how)
     dispatcher = Dispatcher(database, find_result=find_nothing)
@@ -279,9 +279,9 @@ async def test_slow_receivers_hold_up_no_other_receiver(database_url: str) -> No
         receiving() as quick,
     ):
         async with running(database_url, options(webhook_timeout=60)) as server:
-            for _ in range(80):
+            for _ in range(66):
                 await server.task(silent)
-            for _ in range(10):
+            for _ in range(5):
                 await server.task(dripping)
             await server.queue.purge()
             await until("four requests to each", lambda: len(silent.received) >= 4 and len(dripping.received) >= 4)
