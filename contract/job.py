@@ -4,7 +4,8 @@ The server validates a request with `parse_input` before it queues the job. The 
 that was sent straight to RunPod gets the same limits and the same error codes.
 
 To add a resolution, add one line to `Resolution` here and its routes to `handler.video_model.catalog`. To add an
-optional field, add it to `JobInput`: the command line and the page read `JobInput.model_json_schema()`.
+optional field, add it to `JobInput`: the command line and the page read `JobInput.model_json_schema()`. A field that
+only the server uses goes into `JobRequest`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from contract.errors import ErrorCode, JobFailure
@@ -29,6 +39,7 @@ MAX_DURATION: Final = 10
 MAX_SEED: Final = 2**32 - 1
 #: Characters of an image's URL, enough for a data URL of 5 MB. Over REST the limit of the request body is lower.
 MAX_IMAGE_LENGTH: Final = 7_000_000
+MAX_WEBHOOK_URL_LENGTH: Final = 2000
 
 #: The model that every client may ask for. The worker renders it with its preferred profile.
 DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
@@ -117,6 +128,23 @@ def _storable_text(text: str) -> str:
     return text
 
 
+_HTTP_URL: Final = TypeAdapter(HttpUrl)
+
+
+def _normal_url(text: str) -> str:
+    """The URL with its host in ASCII. Raises ValueError if it is malformed or has a user name."""
+    url = _HTTP_URL.validate_python(text)
+    if url.username is not None or url.password is not None:
+        raise ValueError("user name")
+    return str(url)
+
+
+#: The URL of a receiver of webhooks.
+WebhookUrl = Annotated[
+    str, StringConstraints(max_length=MAX_WEBHOOK_URL_LENGTH, pattern=r"^https?://"), AfterValidator(_normal_url)
+]
+
+
 class JobInput(BaseModel):
     """What to render. The same model checks POST /generate and RunPod's `input`."""
 
@@ -190,29 +218,57 @@ class JobInput(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+class JobRequest(JobInput):
+    """The body of POST /generate: a job's input, and what stays on the server. Workers and manifests never get that."""
+
+    webhook_url: Annotated[
+        WebhookUrl | None, Takes(f"an http(s) URL of at most {MAX_WEBHOOK_URL_LENGTH} characters without a user name")
+    ] = Field(
+        default=None,
+        title="Webhook",
+        description="URL that gets a signed POST when the task has ended. The server must be set up for webhooks.",
+    )
+
+    @property
+    def job_input(self) -> JobInput:
+        """The part that workers get."""
+        return JobInput.model_validate(self.model_dump(include=set(JobInput.model_fields)))
+
+
+ParsedInput = TypeVar("ParsedInput", bound=JobInput)
+
+
 def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
-    """Validate a request body (JSON bytes) or RunPod's decoded `input`.
+    """Validate a job's input: JSON bytes, or RunPod's decoded `input`.
 
     Raises:
         InvalidInputError: with the documented code of the first wrong field, and what that field takes.
     """
+    return _parsed(JobInput, raw)
+
+
+def parse_request(raw: bytes) -> JobRequest:
+    """Validate the body of POST /generate. Raises InvalidInputError as `parse_input` does."""
+    return _parsed(JobRequest, raw)
+
+
+def _parsed(model: type[ParsedInput], raw: object) -> ParsedInput:
     try:
-        if isinstance(raw, bytes):
-            return JobInput.model_validate_json(raw)
-        return JobInput.model_validate(raw)
+        return model.model_validate_json(raw) if isinstance(raw, bytes) else model.model_validate(raw)
     except ValidationError as exc:
-        raise InvalidInputError(_failure(exc.errors(include_url=False, include_context=False)[0])) from exc
+        error = exc.errors(include_url=False, include_context=False)[0]
+        raise InvalidInputError(_failure(error, model)) from exc
 
 
-def _failure(error: ErrorDetails) -> JobFailure:
+def _failure(error: ErrorDetails, model: type[JobInput]) -> JobFailure:
     field = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
-        known = ", ".join(JobInput.model_fields)
+        known = ", ".join(model.model_fields)
         return JobFailure(
             error=f"unknown field {_as_json(field)}; known fields are {known}", error_code=ErrorCode.INVALID_REQUEST
         )
-    if field in JobInput.model_fields:
-        takes = next(item for item in JobInput.model_fields[field].metadata if isinstance(item, Takes))
+    if field in model.model_fields:
+        takes = next(item for item in model.model_fields[field].metadata if isinstance(item, Takes))
         # Four fields have a code of their own, named after the field.
         code = ErrorCode.__members__.get(f"INVALID_{field.upper()}", ErrorCode.INVALID_REQUEST)
         return JobFailure(error=f"{field} must be {takes.text}; {_received(error)}", error_code=code)

@@ -1,9 +1,7 @@
 """Loads the image that a video starts from, out of a data URL or from the public internet.
 
-A client must not make the worker read what only the worker can reach. So the host's addresses are resolved once, must
-all be public, and are the addresses connected to; redirects are not followed. A server must not occupy the worker. So
-time, bytes and pixels are limited, and a compressed response body is not decompressed.
-Source: OWASP Server-Side Request Forgery Prevention Cheat Sheet.
+A client must not make the worker read what only the worker can reach: see contract.addresses. A server must not occupy
+the worker. So time, bytes and pixels are limited, and a compressed response body is not decompressed.
 """
 
 import asyncio
@@ -11,74 +9,23 @@ import base64
 import binascii
 import contextlib
 import io
-import ipaddress
-import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import httpx
 from PIL import Image, ImageOps
 
+from contract.addresses import AddressError, Allowed, is_public, resolve
+
 MAX_BYTES: Final = 20 * 1024 * 1024
 MAX_PIXELS: Final = 50_000_000
 _FORMATS: Final = ("JPEG", "PNG", "WEBP")
-_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
-_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-#: Networks that `ipaddress` counts as global and that lead to a provider, a relay or a router instead of a public host.
-#: Sources: https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16,
-#: https://www.iana.org/assignments/iana-ipv4-special-registry, https://www.iana.org/assignments/iana-ipv6-special-registry.
-_SPECIAL: Final = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "168.63.129.16/32",  # Azure's platform: DNS, DHCP and the host agent of a virtual machine
-        "192.0.0.0/24",  # IETF protocol assignments; 192.0.0.192 is the metadata service of Oracle Cloud
-        "192.31.196.0/24",  # AS112
-        "192.52.193.0/24",  # AMT relays
-        "192.88.99.0/24",  # 6to4 relays, deprecated
-        "192.175.48.0/24",  # AS112
-        "2001::/23",  # IETF protocol assignments: Teredo, AMT relays, ORCHID
-        "2620:4f:8000::/48",  # AS112
-        "3fff::/20",  # documentation
-    )
-)
-#: The middle of an ISATAP address (RFC 5214), which ends with an IPv4 address.
-_ISATAP: Final = (b"\x00\x00\x5e\xfe", b"\x02\x00\x5e\xfe")
-
-#: What `socket.getaddrinfo` returns for each address; the last field begins with the address.
-_AddressInfo = tuple[Any, Any, int, str, tuple[Any, ...]]
-
-#: Returns whether the worker may connect to an address.
-Allowed = Callable[[str], bool]
 
 
 class ImageError(ValueError):
     """The image can't be used. The client reads the message."""
-
-
-def is_public(address: str) -> bool:
-    """Whether the address is on the public internet: not private, loopback, link-local, multicast or reserved."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address):
-        inside = _ipv4_inside(parsed)
-        if inside is None:
-            return parsed.is_global and parsed in _GLOBAL_UNICAST and not _is_special(parsed)
-        parsed = inside
-    return parsed.is_global and not parsed.is_multicast and not _is_special(parsed)
-
-
-def _is_special(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return any(address in network for network in _SPECIAL)  # False for a network of the other version
-
-
-def _ipv4_inside(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address inside a mapped, a 6to4, an ISATAP or a NAT64 (RFC 6052) address; None in any other."""
-    if address in _NAT64 or address.packed[8:12] in _ISATAP:
-        return ipaddress.IPv4Address(address.packed[-4:])
-    return address.ipv4_mapped or address.sixtofour
 
 
 def load_image(source: str, *, allowed: Allowed = is_public, seconds: float = 20.0) -> Image.Image:
@@ -166,36 +113,16 @@ async def _body(url: httpx.URL, host: str, address: str) -> bytes:
     return bytes(body)
 
 
-def _addresses(host: str, port: int, allowed: Allowed, seconds: float) -> list[str]:
-    """Every address of the host, IPv4 first, because some networks have no IPv6.
+def _addresses(host: str, port: int, allowed: Allowed, seconds: float) -> Sequence[str]:
+    """Every address of the host.
 
     Raises:
         TimeoutError: the resolver did not answer within `seconds`.
     """
     try:
-        found = _resolve(host, port).result(seconds)
-    except TimeoutError:
-        raise
-    except (OSError, UnicodeError, OverflowError) as exc:
-        raise ImageError("the image's host name can't be resolved") from exc
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0])))
-    if not addresses or not all(allowed(address) for address in addresses):
-        raise ImageError("the image's host is not on the public internet")
-    return addresses
-
-
-def _resolve(host: str, port: int) -> Future[Sequence[_AddressInfo]]:
-    """`getaddrinfo` in a daemon thread: it has no timeout, and nothing waits for one that is late."""
-    answer: Future[Sequence[_AddressInfo]] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except Exception as exc:  # noqa: BLE001 - raised again in the thread that waits
-            answer.set_exception(exc)
-
-    threading.Thread(target=run, name="resolve", daemon=True).start()
-    return answer
+        return resolve(host, port, allowed).result(seconds)
+    except AddressError as exc:
+        raise ImageError(f"the image's host {exc}") from exc
 
 
 def _decoded(body: bytes) -> Image.Image:

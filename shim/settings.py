@@ -1,5 +1,7 @@
 """The server's settings. Only the `settings` modules of our packages read the environment."""
 
+import base64
+import binascii
 import os
 import re
 import socket
@@ -9,10 +11,11 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from contract.job import Profile
+from contract.job import Profile, WebhookUrl
 from contract.log_fields import LogOptions
 from contract.settings import Settings, split_commas
 from shim.access import Access, ApiKey, ConnectionLimits, parse_api_keys
+from shim.queue.webhook_request import WebhookOptions
 
 
 def _parse_keys(value: object) -> object:
@@ -29,6 +32,24 @@ def _check_host(text: str) -> str:
     if text != "*" and not re.fullmatch(r"[a-z0-9._-]+", text.lower(), re.ASCII):
         raise ValueError("must be * or host names such as films.example, without a port and without https://")
     return text.lower()
+
+
+def _webhook_key(secret: SecretStr) -> bytes:
+    """The key in a secret of Standard Webhooks. Raises ValueError, which does not contain the secret."""
+    prefix, _, encoded = secret.get_secret_value().partition("_")
+    encoded = encoded.rstrip("=")
+    try:
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error:
+        key = b""
+    if prefix != "whsec" or not 24 <= len(key) <= 64:
+        raise ValueError("must be whsec_ and 24 to 64 bytes in base64, as `openssl rand -base64 24` prints them")
+    return key
+
+
+def _check_webhook_secret(secret: SecretStr) -> SecretStr:
+    _webhook_key(secret)
+    return secret
 
 
 class ShimSettings(LogOptions):
@@ -156,6 +177,40 @@ class ShimSettings(LogOptions):
         description="Connections that one client address, or one /64 network for IPv6, may keep open. It does not "
         "apply to addresses in FORWARDED_ALLOW_IPS (by default 127.0.0.1), nor to those that send the platform token.",
     )
+    webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_WEBHOOK_SECRET",
+        description="Turns webhooks on, and signs them: `whsec_` and 24 to 64 bytes in base64. Servers that share a "
+        "database need the same secret. Never logged.",
+    )
+    webhook_url: WebhookUrl | None = Field(
+        default=None,
+        repr=False,
+        validation_alias="HUNYUAN_WEBHOOK_URL",
+        description="URL that gets the webhooks of all tasks that name no `webhook_url`. It may have a private "
+        "address. Logs have its host only.",
+    )
+    webhook_allow_private: bool = Field(
+        default=False,
+        validation_alias="HUNYUAN_WEBHOOK_ALLOW_PRIVATE",
+        description="Whether a `webhook_url` of a client may lead to a private address: it then reaches whatever the "
+        "server reaches.",
+    )
+    webhook_timeout: float = Field(
+        default=15.0,
+        ge=1,
+        le=60,
+        validation_alias="HUNYUAN_WEBHOOK_TIMEOUT",
+        description="Seconds that a receiver has to answer a webhook.",
+    )
+    webhook_retries: Annotated[tuple[Annotated[float, Field(gt=0)], ...], NoDecode, BeforeValidator(split_commas)] = (
+        Field(
+            default=(5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400),
+            validation_alias="HUNYUAN_WEBHOOK_RETRIES",
+            description="Comma-separated seconds to wait after each failed attempt of a webhook. After the last one, "
+            "or four days after the end of the task, the server gives the webhook up.",
+        )
+    )
     shutdown_grace: float = Field(
         default=30.0,
         ge=0,
@@ -194,6 +249,27 @@ class ShimSettings(LogOptions):
         if self.runpod_endpoint_id is None or self.runpod_api_key is None:
             raise ValueError("set both RUNPOD_ENDPOINT_ID and RUNPOD_API_KEY, or neither")
         return self.runpod_endpoint_id, self.runpod_api_key
+
+    @model_validator(mode="after")
+    def _check_webhooks(self) -> Self:
+        if self.webhook_url is not None and self.webhook_secret is None:
+            raise ValueError("HUNYUAN_WEBHOOK_URL needs HUNYUAN_WEBHOOK_SECRET, which signs the webhooks")
+        if self.webhook_secret is not None and self.runpod_endpoint_id is not None:
+            raise ValueError("unset HUNYUAN_WEBHOOK_SECRET: with RUNPOD_ENDPOINT_ID the server sends no webhooks")
+        return self
+
+    @property
+    def webhooks(self) -> WebhookOptions | None:
+        """How webhooks are sent; None if they are off."""
+        if self.webhook_secret is None:
+            return None
+        return WebhookOptions(
+            key=_webhook_key(self.webhook_secret),
+            default_url=self.webhook_url,
+            allow_private=self.webhook_allow_private,
+            timeout=self.webhook_timeout,
+            retries=self.webhook_retries,
+        )
 
     @property
     def access(self) -> Access:

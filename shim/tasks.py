@@ -110,15 +110,19 @@ class Tasks:
         check: Callable[[], None] | None = None,
         *,
         client: str = "",
+        webhook_url: str | None = None,
     ) -> Accepted:
         """Queues a job, unless an earlier request had the same key, and estimates when it is done.
 
-        `client` is the name of the API key of the request, empty on a server without keys.
+        `client` is the name of the API key of the request, empty on a server without keys. `webhook_url` gets a POST
+        when the task has ended.
 
         Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
         """
-        idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        submission = await self._queue.submit(job_input, idempotency, check, client=client)
+        idempotency = None
+        if idempotency_key is not None:
+            idempotency = Idempotency.of(idempotency_key, job_input, webhook_url)
+        submission = await self._queue.submit(job_input, idempotency, check, client=client, webhook_url=webhook_url)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))

@@ -56,6 +56,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if field.default in (None, ()):
         return ""
+    if isinstance(field.default, tuple):
+        return f"`{','.join(map(str, field.default))}`"
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
-from contract.job import JobInput, parse_input
+from contract.job import JobInput, JobRequest, parse_request
 from contract.worker import Gpu, WorkerState
 from shim.api.dependencies import (
     GetServices,
@@ -17,6 +17,7 @@ from shim.api.dependencies import (
     client,
     is_anonymous,
     key_name,
+    public_url,
     services_of,
     take_rate_token,
 )
@@ -139,9 +140,9 @@ async def idempotency_key(request: Request) -> str | None:
     return f"{name}:{key}" if key is not None and name is not None else key
 
 
-def input_schema() -> dict[str, Any]:
-    """JobInput's JSON schema without references: OpenAPI and the page would look for them elsewhere."""
-    schema = JobInput.model_json_schema()
+def schema_of(model: type[JobInput]) -> dict[str, Any]:
+    """The model's JSON schema without references: OpenAPI and the page would look for them elsewhere."""
+    schema = model.model_json_schema()
     definitions = schema.pop("$defs")
     for name, field in schema["properties"].items():
         if "$ref" in field:
@@ -165,7 +166,7 @@ def input_schema() -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": input_schema()}},
+            "content": {"application/json": {"schema": schema_of(JobRequest)}},
         },
     },
 )
@@ -177,7 +178,10 @@ async def generate(
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
     new_task = partial(take_rate_token, request) if key is not None else None
-    accepted = await services.tasks.submit(parse_input(body), key, new_task, client=key_name(request))
+    asked = parse_request(body)
+    accepted = await services.tasks.submit(
+        asked.job_input, key, new_task, client=key_name(request), webhook_url=asked.webhook_url
+    )
     log.info("accepted from %s", client(request))
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
 
@@ -185,7 +189,7 @@ async def generate(
 async def status(task_id: str, request: Request) -> Response:
     """Check the status of a video generation task."""
     services = services_of(request)
-    return json_response(status_of(await services.tasks.find(task_id), request, services))
+    return json_response(status_of(await services.tasks.find(task_id), public_url(request, services)))
 
 
 polled_router.add_api_route(
@@ -201,7 +205,7 @@ polled_router.add_api_route(
 @router.delete("/tasks/{task_id:path}", operation_id="cancel_task", responses=error_responses(401, 404, 500, 503))
 async def cancel(task_id: str, request: Request, services: GetServices) -> Status:
     """Cancel a waiting or running task and return its new status. A finished task does not change."""
-    return status_of(await services.tasks.cancel(task_id), request, services)
+    return status_of(await services.tasks.cancel(task_id), public_url(request, services))
 
 
 async def health(request: Request) -> Response:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from shim.api.dependencies import GetServices, Services
+from shim.api.dependencies import GetServices, Services, public_url
 from shim.api.documented import error_responses
 from shim.api.status import status_of
 from shim.http.admission import STREAM_CONNECTION
@@ -112,7 +112,7 @@ class EventStream(Response):
 
     def _event(self, job: JobSnapshot) -> str:
         self._last_id = max(job.last_event * _PER_EVENT, self._last_id + 1)
-        data = status_of(job, self._request, self._services).model_dump_json()
+        data = status_of(job, public_url(self._request, self._services)).model_dump_json()
         return f"id: {self._last_id}\nevent: status\ndata: {data}\n\n"
 
     async def _send(self, send: Send, text: str) -> None:

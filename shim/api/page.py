@@ -8,7 +8,8 @@ from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
-from shim.api.documented import input_schema
+from contract.job import JobInput
+from shim.api.documented import schema_of
 from shim.api.videos import names_etag
 
 _MEDIA_TYPES: Final = {
@@ -44,7 +45,7 @@ def _files() -> dict[str, _File]:
     for file in resources.files("shim").joinpath("web").iterdir():
         path = "/" if file.name == "index.html" else f"/static/{file.name}"
         found[path] = _File(file.read_bytes(), _MEDIA_TYPES[file.name.rpartition(".")[2]])
-    schema = f"export default {json.dumps(input_schema())};\n"
+    schema = f"export default {json.dumps(schema_of(JobInput))};\n"
     return {**found, "/static/schema.js": _File(schema.encode(), _MEDIA_TYPES["js"])}
 
 

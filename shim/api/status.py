@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import Request
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
 from contract.job import Resolution
 from contract.result import Stage
-from shim.api.dependencies import Services, public_url
-from shim.queue.base import JobSnapshot
+from shim.queue.base import JobSnapshot, WebhookState
 from shim.queue.estimates import remaining_time
+
+_Webhook = Annotated[
+    WebhookState | None,
+    Field(exclude_if=lambda state: state is None, description="Absent unless the task has a webhook."),
+]
 
 
 class ProcessingStatus(BaseModel):
@@ -26,6 +29,7 @@ class ProcessingStatus(BaseModel):
     queue_position: int | None = Field(description="1 for the next task to start; null for a running one.")
     started_at: datetime | None = Field(description="When a worker took the task; null for a waiting one.")
     remaining_time: int | None = Field(description="Seconds until the video is expected; null if that cannot be said.")
+    webhook: _Webhook = None
 
 
 class CompletedStatus(BaseModel):
@@ -43,6 +47,7 @@ class CompletedStatus(BaseModel):
     seed: int = Field(description="The same request with this seed gives the same video.")
     created_at: datetime = Field(description="When the video was made.")
     timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and `total`.")
+    webhook: _Webhook = None
 
 
 class FailedStatus(BaseModel):
@@ -52,15 +57,16 @@ class FailedStatus(BaseModel):
     status: Literal["failed"] = "failed"
     error: str
     error_code: ErrorCode
+    webhook: _Webhook = None
 
 
 Status = ProcessingStatus | CompletedStatus | FailedStatus
 
 
-def status_of(job: JobSnapshot, request: Request, services: Services) -> Status:
-    """What GET /status answers for the job."""
+def status_of(job: JobSnapshot, server_url: str) -> Status:
+    """What GET /status answers for the job. `server_url` has no slash at its end."""
     if job.result is not None:
-        made, address = job.result, f"{public_url(request, services)}/videos/{job.task_id}"
+        made, address = job.result, f"{server_url}/videos/{job.task_id}"
         return CompletedStatus(
             task_id=job.task_id,
             video_url=f"{address}.mp4",
@@ -73,9 +79,12 @@ def status_of(job: JobSnapshot, request: Request, services: Services) -> Status:
             seed=made.seed,
             created_at=made.created_at,
             timings=made.timings,
+            webhook=job.webhook,
         )
     if job.failure is not None:
-        return FailedStatus(task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code)
+        return FailedStatus(
+            task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code, webhook=job.webhook
+        )
     return ProcessingStatus(
         task_id=job.task_id,
         progress=min(job.progress, 99),
@@ -84,6 +93,7 @@ def status_of(job: JobSnapshot, request: Request, services: Services) -> Status:
         queue_position=job.queue_position,
         started_at=moment(job.started_at) if job.started_at is not None else None,
         remaining_time=remaining_time(job),
+        webhook=job.webhook,
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
 from contract.result import Manifest, Stage
-from shim.api.dependencies import GetServices, key_name, take_rate_token
+from shim.api.dependencies import GetServices, key_name, public_url, take_rate_token
 from shim.api.documented import error_responses
 from shim.api.status import CompletedStatus, FailedStatus, ProcessingStatus, Status, moment, status_of
 from shim.errors import ApiError
@@ -135,7 +135,7 @@ async def list_tasks(request: Request, services: GetServices) -> TaskList:
         limit=_limit(asked.get("limit", str(_DEFAULT_LIMIT))),
     )
     return TaskList(
-        tasks=[status_of(job, request, services) for job in page.jobs],
+        tasks=[status_of(job, public_url(request, services)) for job in page.jobs],
         next_cursor=str(page.next_cursor) if page.next_cursor is not None else None,
     )
 
@@ -166,7 +166,7 @@ async def task(task_id: str, request: Request, services: GetServices) -> Process
     """Show everything about a task: its status, request, attempts, stages and events."""
     job = await services.tasks.find(task_id)
     record = await services.queue.record(task_id)
-    status = status_of(job, request, services)
+    status = status_of(job, public_url(request, services))
     detailed: ProcessingTask | CompletedTask | FailedTask = _DETAILED[type(status)](
         **{**_details(job, record), **dict(status)}
     )
@@ -182,7 +182,7 @@ async def task(task_id: str, request: Request, services: GetServices) -> Process
 async def retry(task_id: str, request: Request, services: GetServices) -> Status:
     """Queue a failed task again, under the same id. A task that waits or runs already stays as it is."""
     job = await services.tasks.retry(task_id, partial(take_rate_token, request))
-    return status_of(job, request, services)
+    return status_of(job, public_url(request, services))
 
 
 def _details(job: JobSnapshot, record: JobRecord | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from contract.settings import warnings_of_unknown_variables
 from contract.worker_environment import ENDPOINT_ID
 from shim.access import ConnectionLimits
 from shim.api.platform import Platform
+from shim.api.status import status_of
 from shim.app import create_app
 from shim.host.bucket import OpenBucket, open_bucket
 from shim.host.data_directory import locked_data_directory
@@ -38,6 +39,7 @@ from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
 from shim.queue.sweep import sweep_forever, tidy_bucket_forever
+from shim.queue.webhooks import Webhooks
 from shim.settings import ShimSettings
 from shim.tasks import StoredVideos, Tasks
 
@@ -126,7 +128,7 @@ async def _serve_local(
         stack.push_async_callback(database.close)
         instance = await _retry_database(lambda: _claim_instance(settings, instance_id))
         stack.push_async_callback(instance.release)
-        queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics)
+        queue = SqlQueue(database, max_queue_size=settings.max_queue_size, observer=metrics, webhooks=settings.webhooks)
         videos = StoredVideos(store.bucket)
         dispatcher = _dispatcher(settings, database, videos, metrics)
         outbox = Outbox(database, videos)
@@ -143,11 +145,13 @@ async def _serve_local(
             return
         await _retry_database(lambda: dispatcher.release_workers(f"{instance.instance_id}-"))
 
-        # 4. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, and stay the one instance.
+        # 4. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, send webhooks, and stay
+        #    the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
         retention = _retention(settings, Tasks(queue, videos), videos)
+        webhooks = _webhooks(settings, database, f"http://{_local_address(listener)}")
         background = await stack.enter_async_context(
-            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention)
+            _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention, *webhooks)
         )
 
         # 5. Run the workers. At the end they are given no more jobs, and then stopped.
@@ -185,6 +189,17 @@ def _retention(settings: ShimSettings, tasks: Tasks, videos: StoredVideos) -> Se
     if settings.video_ttl is None:
         return ()
     return (Retention(videos, timedelta(seconds=settings.video_ttl), partial(delete_if_any, tasks)).run_forever(),)
+
+
+def _webhooks(settings: ShimSettings, database: Database, own_url: str) -> Sequence[Coroutine[Any, Any, None]]:
+    """Sends webhooks, if HUNYUAN_WEBHOOK_SECRET is set."""
+    if settings.webhooks is None:
+        return ()
+    if settings.public_url is None:
+        log.warning("HUNYUAN_PUBLIC_URL is not set: video_url in webhooks starts with %s", own_url)
+    server_url = str(settings.public_url or own_url).rstrip("/")
+    webhooks = Webhooks(database, settings.webhooks, lambda job: status_of(job, server_url).model_dump(mode="json"))
+    return (webhooks.send_forever(),)
 
 
 def _dispatcher(settings: ShimSettings, database: Database, videos: StoredVideos, metrics: Metrics) -> Dispatcher:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import JobInput, Resolution, SamplingLimits
@@ -19,6 +20,13 @@ from storage.bucket import ObjectInfo
 
 #: The failure of a job that completed without a manifest in its output.
 NO_VIDEO: Final = JobFailure(error="The worker returned no video", error_code=ErrorCode.GENERATION_FAILED)
+
+#: Why a request with a `webhook_url` is refused.
+NO_WEBHOOKS: Final = JobFailure(
+    error="webhook_url: this server sends no webhooks. Its operator can set HUNYUAN_WEBHOOK_SECRET, unless RunPod has "
+    "the queue; poll the status of the task instead",
+    error_code=ErrorCode.INVALID_REQUEST,
+)
 
 #: Reads a finished job's result from the bucket by its task id; None if the bucket has no manifest. Raises StorageError
 #: if the bucket is unavailable, and nothing else.
@@ -90,6 +98,22 @@ class JobState(StrEnum):
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
+class WebhookState(BaseModel):
+    """The delivery of a task's webhook."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["pending", "delivered", "failed"] = Field(
+        default="pending", description='"failed": the server has given it up.'
+    )
+    attempts: int = 0
+    last_status: int | None = Field(
+        default=None, description="HTTP status of the last attempt; null without an answer."
+    )
+    last_error: str | None = Field(default=None, description="Why the last attempt got no answer.")
+    next_attempt: datetime | None = None
+
+
 @dataclass(frozen=True)
 class JobSnapshot:
     """One job at the time of the call.
@@ -100,6 +124,7 @@ class JobSnapshot:
     `last_event` is the number of its last `JobEvent`, and 0 if the queue keeps none; `attempts` counts deliveries to
     workers. Times are in seconds since the epoch; `running_time` in seconds from the last delivery to the end of the
     job, or to now; `estimated_time` in seconds from submission to the end, as estimated then. None is unknown.
+    `webhook` is None for a job without one.
     """
 
     task_id: str
@@ -171,11 +196,12 @@ class JobPage:
     jobs: Sequence[JobSnapshot]
     inputs: Mapping[str, Any]
     next_cursor: int | None
+    webhook: WebhookState | None = None
 
 
 @dataclass(frozen=True)
 class Idempotency:
-    """Identifies a repeated request: a digest of the client's key and one of the job input.
+    """Identifies a repeated request: a digest of the client's key and one of the rest of the request.
 
     Source: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/.
     """
@@ -184,8 +210,9 @@ class Idempotency:
     fingerprint: str
 
     @classmethod
-    def of(cls, key: str, job_input: JobInput) -> Self:
-        return cls(_digest(key), _digest(json.dumps(job_input.wire(), sort_keys=True)))
+    def of(cls, key: str, job_input: JobInput, webhook_url: str | None = None) -> Self:
+        request = job_input.wire() | ({"webhook_url": webhook_url} if webhook_url is not None else {})
+        return cls(_digest(key), _digest(json.dumps(request, sort_keys=True)))
 
     def check(self, fingerprint: str | None) -> None:
         """Raises IdempotencyConflictError unless `fingerprint`, stored with the key, is this request's."""
@@ -312,14 +339,16 @@ class JobQueue(Protocol):
         check: Callable[[], None] | None = None,
         *,
         client: str = "",
+        webhook_url: str | None = None,
     ) -> Submission:
         """Queues a job. A repeated idempotency key returns the job of the first request as it is now.
 
         `client` is the name of an API key: each has a limit of its own, and clients with waiting jobs take turns.
-        Nothing is queued when it raises. `check` is called last before a job is queued, and may raise.
+        `webhook_url` gets a POST when the job has ended. Nothing is queued when it raises. `check` is called last
+        before a job is queued, and may raise.
 
         Raises:
-            InvalidInputError: no ready worker has the weights for this input.
+            InvalidInputError: no ready worker has the weights for this input, or the queue sends no webhooks.
             IdempotencyConflictError: the key was used before, with another input.
             ModelNotLoadedError: no worker could run the job now.
             QueueFullError: the client's limit of waiting jobs is reached.

@@ -32,6 +32,7 @@ from shim.queue.reader import Reader
 from shim.queue.schema import jobs, outcomes, workers
 from shim.queue.sqlite_reader import SqliteReader
 from shim.queue.watches import Watches
+from shim.queue.webhook_columns import due_if_any
 
 #: Seconds between two looks for changes of other servers: without notifications, and with them.
 _POLL_INTERVAL: Final = 1.0
@@ -261,9 +262,10 @@ class Database:
     ) -> int:
         """Moves the waiting and running jobs that `which` selects to a terminal state; returns how many there were.
 
-        Deletes the credentials that came with them, except of failed jobs, which may be retried. A job that ends
-        without a video enters the outbox of the bucket in the same transaction.
+        Deletes the credentials that came with them, except of failed jobs, which may be retried. In the same
+        transaction, a job that ends without a video enters the outbox of the bucket, and its webhook becomes due.
         """
+        values |= due_if_any(self.clock())
         if state is not JobState.COMPLETED:
             values["bucket_due_at"] = self.clock()
         if state is not JobState.FAILED:

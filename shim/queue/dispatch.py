@@ -46,6 +46,7 @@ from shim.queue.observer import JobObserver
 from shim.queue.outbox import put_in_outbox
 from shim.queue.schema import events, jobs, render_times, workers
 from shim.queue.watches import EVERY_TASK
+from shim.queue.webhook_columns import has_no_pending_webhook
 
 #: Seconds after which a cancellation is sent to the worker again if the job still runs there.
 _CANCELLATION_RETRY: Final = 2.0
@@ -290,7 +291,11 @@ class Dispatcher:
         await self._database.set_clock()
         now = self._database.clock()
         await self._lost_jobs.recover(jobs.c.lease_expires_at < now, Loss.SILENT)
-        ended = (jobs.c.finished_at < now - self._history_ttl) & jobs.c.bucket_due_at.is_(None)
+        ended = (
+            (jobs.c.finished_at < now - self._history_ttl)
+            & jobs.c.bucket_due_at.is_(None)
+            & has_no_pending_webhook(now)
+        )
         async with self._database.read() as connection:
             old = await fetch_all(connection, select(jobs.c.seq).where(ended).limit(_SWEEP_LIMIT))
         async with self._database.write() as connection:

@@ -20,6 +20,7 @@ from shim.queue.base import (
     JobState,
     QueueSummary,
     QueueUnavailableError,
+    WebhookState,
     Workers,
     valid_manifest,
 )
@@ -45,6 +46,7 @@ class JobRow(NamedTuple):
     attempts: int
     output: Any
     failure: Any
+    webhook: Any
     queue_position: int | None
 
 
@@ -100,6 +102,7 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
         started_at=started_at,
         running_time=0.0 if started_at is None else max((row.finished_at or now) - started_at, 0.0),
         estimated_time=row.estimated_time,
+        webhook=WebhookState.model_validate(row.webhook) if row.webhook is not None else None,
     )
 
 

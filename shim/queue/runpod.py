@@ -16,11 +16,12 @@ from typing import Any, Final, TypeVar
 import httpx
 
 from contract.errors import VIDEO_DELETED
-from contract.job import JobInput, Profile
+from contract.job import InvalidInputError, JobInput, Profile
 from contract.render_times import execution_timeout
 from contract.retry import RetryPolicy
 from shim.http_client import HttpClient
 from shim.queue.base import (
+    NO_WEBHOOKS,
     Idempotency,
     JobEvent,
     JobPage,
@@ -129,12 +130,15 @@ class RunPodQueue:
         check: Callable[[], None] | None = None,
         *,
         client: str = "",  # noqa: ARG002 - RunPod has one line and one limit for all
+        webhook_url: str | None = None,
     ) -> Submission:
         """Queues a job. RunPod starts a worker for it, and hides which weights its workers have.
 
         A request that RunPod may have received is not sent again: after a timeout this raises QueueUnavailableError,
         and the job may still run, once.
         """
+        if webhook_url is not None:
+            raise InvalidInputError(NO_WEBHOOKS)
         async with self._submitting:
             is_repeated = idempotency is not None and idempotency.key in self._submitted
             backlog = backlog_of(await self._health(fresh=not is_repeated))

@@ -15,6 +15,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     TextClause,
     text,
 )
@@ -54,6 +55,10 @@ jobs = Table(
     Column("turn", Integer, nullable=False, default=0),  # orders the queue, see `shim.queue.fair_order`
     Column("last_event", Integer, nullable=False, default=0),  # its number in `events`; 0 for jobs of older releases
     Column("estimated_time", Float),  # seconds from submission to the end, as estimated at submission
+    Column("webhook_url", Text),  # where the end of the job is sent, see `shim.queue.webhooks`
+    Column("webhook_host", String(300)),  # the host and the port in it
+    Column("webhook_due_at", Float),  # when the next attempt is due
+    Column("webhook", JSON(none_as_null=True)),  # a `shim.queue.base.WebhookState`
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
@@ -63,6 +68,7 @@ Index("jobs_by_worker", jobs.c.worker_id, jobs.c.state)
 Index("jobs_to_stop", jobs.c.worker_id, jobs.c.stop_requested)
 Index("jobs_by_finish", jobs.c.finished_at)
 Index("jobs_by_bucket_due", jobs.c.bucket_due_at)
+Index("jobs_by_webhook_due", jobs.c.webhook_due_at)
 Index("jobs_by_idempotency_key", jobs.c.idempotency_key, unique=True)
 Index("jobs_by_client", jobs.c.client, jobs.c.seq)
 

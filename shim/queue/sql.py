@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
 from shim.queue.base import (
+    NO_WEBHOOKS,
     Backlog,
     Idempotency,
     JobEvent,
@@ -38,6 +39,8 @@ from shim.queue.outbox import Outbox, put_in_outbox
 from shim.queue.reader import select_job, snapshot, workers_of
 from shim.queue.schema import HAS_STATUS, jobs, outcomes, render_times, workers
 from shim.queue.watches import EVERY_TASK
+from shim.queue.webhook_columns import begun_again, webhook_columns
+from shim.queue.webhook_request import WebhookOptions
 
 #: The columns of a `JobRecord`.
 _RECORD: Final = (
@@ -50,10 +53,21 @@ log = logging.getLogger(__name__)
 
 
 class SqlQueue:
-    """A `JobQueue` in `database`. At most `max_queue_size` jobs of each client wait. `close` closes the database."""
+    """A `JobQueue` in `database`. At most `max_queue_size` jobs of each client wait. `close` closes the database.
 
-    def __init__(self, database: Database, *, max_queue_size: int = 10, observer: JobObserver | None = None) -> None:
+    Without `webhooks`, jobs have none. `shim.queue.webhooks` sends them.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_queue_size: int = 10,
+        observer: JobObserver | None = None,
+        webhooks: WebhookOptions | None = None,
+    ) -> None:
         self._database = database
+        self._webhooks = webhooks
         self._max_queue_size = max_queue_size
         self._observer = observer or JobObserver()
 
@@ -67,8 +81,11 @@ class SqlQueue:
         check: Callable[[], None] | None = None,
         *,
         client: str = "",
+        webhook_url: str | None = None,
     ) -> Submission:
         """Queues a job in one transaction. See `JobQueue.submit`."""
+        if webhook_url is not None and self._webhooks is None:
+            raise InvalidInputError(NO_WEBHOOKS)
         async with self._database.write(notify=True) as connection:
             # 1. Wait for other submissions: the limit of waiting jobs holds for requests at the same moment.
             await self._database.lock_submissions(connection)
@@ -91,7 +108,7 @@ class SqlQueue:
             ahead = [job for job in waiting if job.turn <= turn]
             backlog = _backlog(ahead, running, alive.ready)
             values = {"client": client, "turn": turn, "estimated_time": estimated_time(job_input, backlog, times)}
-            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, **values)
+            task_id = await self._insert(connection, job_input.wire(), {}, idempotency, webhook_url, **values)
         self._observer.submitted()
         job = JobSnapshot(task_id, JobState.QUEUED, queue_position=len(ahead) + 1, last_event=1)
         return Submission(job, backlog, times)
@@ -109,7 +126,7 @@ class SqlQueue:
             waiting = await _read_waiting(connection)
             self._check_not_full(waiting, "")
             turn = next_turn(waiting, "")
-            task_id = await self._insert(connection, payload, extras, None, client="", turn=turn)
+            task_id = await self._insert(connection, payload, extras, None, None, client="", turn=turn)
         self._observer.submitted()
         return task_id
 
@@ -231,6 +248,7 @@ class SqlQueue:
                     bucket_due_at=None,
                     last_event=NEXT_EVENT,
                     estimated_time=None,
+                    **begun_again(),
                 )
             )
             if result.rowcount:
@@ -268,9 +286,11 @@ class SqlQueue:
         payload: Any,
         extras: Mapping[str, Any],
         idempotency: Idempotency | None,
+        webhook_url: str | None,
         **values: Any,
     ) -> str:
         task_id, now = str(uuid.uuid4()), self._database.clock()
+        default_url = self._webhooks.default_url if self._webhooks is not None else None
         await connection.execute(
             insert(jobs).values(
                 task_id=task_id,
@@ -282,6 +302,7 @@ class SqlQueue:
                 **values,
                 idempotency_key=idempotency.key if idempotency else None,
                 fingerprint=idempotency.fingerprint if idempotency else None,
+                **webhook_columns(webhook_url or default_url),
             )
         )
         await add_events(connection, now, jobs.c.task_id == task_id)

@@ -27,6 +27,7 @@ from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
 from shim.queue.schema import events, jobs, outcomes, render_times, workers
 from shim.queue.sql import SqlQueue
+from shim.queue.webhook_request import WebhookOptions
 from shim.tasks import StoredVideos
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
@@ -103,14 +104,19 @@ class Bench:
 
 @asynccontextmanager
 async def sql_bench(
-    url: str, *, find_result: FindResult = find_nothing, bucket: BucketSettings = NOWHERE, **limits: Any
+    url: str,
+    *,
+    find_result: FindResult = find_nothing,
+    bucket: BucketSettings = NOWHERE,
+    webhooks: WebhookOptions | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Bench]:
     """The SQL queue in the database at `url`."""
     clock = Clock()
     database = await Database.open(url, clock=clock)
     try:
         metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
-        queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics)
+        queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics, webhooks=webhooks)
         dispatcher = Dispatcher(database, find_result=find_result, observer=metrics, **limits)
         outbox = Outbox(database, StoredVideos(Bucket(bucket)))
         yield Bench(queue, database, dispatcher, outbox, clock, metrics)

@@ -18,6 +18,7 @@ from contract.job import (
     check_offered,
     num_frames,
     parse_input,
+    parse_request,
 )
 from contract.result import Progress, Stage
 from tests.support.queues import result
@@ -99,6 +100,14 @@ def test_an_unknown_field_is_named() -> None:
     failure = refusal(body(fps=30))
     assert failure.error_code is ErrorCode.INVALID_REQUEST
     assert '"fps"' in failure.error
+
+
+def test_a_webhook_is_part_of_a_request_and_of_no_input_that_a_worker_gets() -> None:
+    raw = body(webhook_url="https://r\u00e4ceiver.example/x")
+    asked = parse_request(raw)
+    assert asked.webhook_url == "https://xn--rceiver-5wa.example/x", "any name resolver takes it"
+    assert asked.job_input == parse_input(body())
+    assert '"webhook_url"' in refusal(raw).error
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"[" * 5000, None, 5, []])

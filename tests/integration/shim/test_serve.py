@@ -158,6 +158,13 @@ NAMED_INSTEAD = {"BUCKET_ACCESS_KEY_ID": "BUCKET_SECRET_ACCESS_KEY", "RUNPOD_END
         ("HUNYUAN_MAX_QUEUE_SIZE", "0"),
         ("HUNYUAN_PUBLIC_URL", "not a url"),
         ("RUNPOD_ENDPOINT_ID", "alone"),
+        ("HUNYUAN_WEBHOOK_SECRET", "a-secret-without-its-prefix-0123456789"),
+        ("HUNYUAN_WEBHOOK_SECRET", "whsec_c2hvcnQ="),
+        ("HUNYUAN_WEBHOOK_SECRET", "whsec_not in base64 not in base64 !!!!"),
+        ("HUNYUAN_WEBHOOK_URL", "https://receiver.example/without-a-secret"),
+        ("HUNYUAN_WEBHOOK_URL", "ftp://receiver.example/"),
+        ("HUNYUAN_WEBHOOK_TIMEOUT", "0"),
+        ("HUNYUAN_WEBHOOK_RETRIES", "5,soon"),
     ],
 )
 def test_a_bad_setting_of_the_server_stops_the_start_and_is_named(tmp_path: Path, variable: str, value: str) -> None:
@@ -168,6 +175,7 @@ def test_a_bad_setting_of_the_server_stops_the_start_and_is_named(tmp_path: Path
     assert run.exit_code == 2, run.output
     assert NAMED_INSTEAD.get(variable, variable) in run.stderr
     assert isinstance(run.exception, SystemExit), "no traceback"
+    assert value not in run.stderr or "SECRET" not in variable
     assert list(tmp_path.iterdir()) == [], "nothing was started"
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import Profile, Resolution
+from contract.job import InvalidInputError, Profile, Resolution
 from contract.render_times import execution_timeout
 from contract.result import InlineResult, Manifest
 from contract.retry import RetryPolicy
@@ -77,6 +77,14 @@ async def test_requests_carry_the_key_and_the_documented_shapes() -> None:
     assert body["input"] == JOB.wire()
     limit = execution_timeout(JOB)
     assert body["policy"] == {"executionTimeout": 1000 * limit, "ttl": 1000 * (86_400 + limit)}
+
+
+async def test_a_request_for_a_webhook_is_refused_and_not_sent() -> None:
+    cloud = Cloud(run=(200, {"id": "job-1", "status": "IN_QUEUE"}))
+    with pytest.raises(InvalidInputError, match="RunPod") as caught:
+        await queue_on(cloud).submit(JOB, webhook_url="https://receiver.example/")
+    assert caught.value.failure.error_code is ErrorCode.INVALID_REQUEST
+    assert cloud.requests == []
 
 
 async def test_each_job_has_a_time_limit_of_its_own() -> None:
