@@ -10,8 +10,10 @@ import functools
 import ssl
 
 import botocore.session
+import pytest
 
 
 def read_once() -> None:
-    botocore.session.create_loader = functools.cache(botocore.session.create_loader)
-    ssl.create_default_context = functools.cache(ssl.create_default_context)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+    patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
