@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from storage.settings import BucketSettings
 from tests.support.postgres import Postgres, running_postgres
+from tests.support.s3_servers import juicefs
 from tests.support.shared_files import read_once
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -72,6 +74,13 @@ def anyio_backend() -> str:
 def postgres() -> Iterator[Postgres]:
     """One server for all tests of a process. Each test creates its own database."""
     with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    """The embedded S3 gateway, once for all tests of a process. Each module creates its own bucket."""
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as server:
         yield server
 
 

@@ -125,6 +125,13 @@ S3_SERVERS: dict[str, Callable[[Path], AbstractContextManager[BucketSettings]]] 
 }
 
 
+def new_bucket(server: BucketSettings) -> BucketSettings:
+    """The settings of an empty bucket on a server that others use, too."""
+    settings = server.model_copy(update={"name": f"test-{secrets.token_hex(8)}"})
+    Bucket(settings).create()
+    return settings
+
+
 def behind(settings: BucketSettings) -> FaultProxy:
     """A proxy in front of that server. Clients sign for the proxy's address, which the proxy passes on unchanged."""
     return FaultProxy((str(settings.endpoint_url.host), settings.endpoint_url.port or 80), http=True)

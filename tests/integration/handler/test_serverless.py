@@ -27,7 +27,7 @@ from handler.video_model.base import ModelOutOfMemoryError
 from handler.worker import Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
 from tests.support.service import eventually
 
@@ -35,9 +35,8 @@ INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution"
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 def handler_of(model: ScriptedModel, settings: BucketSettings) -> Callable[[dict[str, Any]], Any]:

@@ -22,16 +22,15 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.queues import JOB, Bench, add_history, result, sql_bench
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, new_bucket
 
 OOM = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
 A, B = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("store")) as settings:
-        yield settings
+def store(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture
