@@ -26,7 +26,7 @@ QUICK = {"duration": 5, "resolution": "720p", "num_inference_steps": 1}
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One server for every test here; the last one kills and stops it, and starts it again."""
-    with running_service(tmp_path_factory.mktemp("service"), HUNYUAN_SHUTDOWN_GRACE="0") as running:
+    with running_service(tmp_path_factory.mktemp("service")) as running:
         yield running
 
 

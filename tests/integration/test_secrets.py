@@ -64,7 +64,7 @@ def drive(service: Service) -> list[str]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"HUNYUAN_API_KEYS": f"alice:{KEY}", "HUNYUAN_PLATFORM_TOKEN": TOKEN, "HUNYUAN_SHUTDOWN_GRACE": "1"}
+    settings = {"HUNYUAN_API_KEYS": f"alice:{KEY}", "HUNYUAN_PLATFORM_TOKEN": TOKEN}
     with running_service(tmp_path_factory.mktemp("service"), **settings) as made:
         made.http.headers["X-API-Key"] = KEY
         yield made
