@@ -273,7 +273,7 @@ def test_a_bucket_that_denies_access_ends_the_start_and_is_reported(
 
 def test_an_unavailable_bucket_does_not_end_the_start(settings: BucketSettings) -> None:
     environment = bucket_environment(settings, BUCKET_ENDPOINT_URL="http://127.0.0.1:9", HUNYUAN_STORE_PATIENCE="0")
-    run = run_worker("--test_input", json.dumps({"input": INPUT}), **environment)
+    run = run_worker("--test_input", json.dumps({"input": {**INPUT, "num_inference_steps": 1}}), **environment)
     assert run.returncode == WorkerExit.TEST_JOB_FAILED, run.stdout + run.stderr
     assert "the bucket is unavailable; loading the model meanwhile" in run.stderr
     assert "STORAGE_UNAVAILABLE" in run.stdout + run.stderr
