@@ -12,6 +12,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 
 from pydantic import HttpUrl, SecretStr
@@ -130,6 +131,12 @@ def new_bucket(server: BucketSettings) -> BucketSettings:
     settings = server.model_copy(update={"name": f"test-{secrets.token_hex(8)}"})
     Bucket(settings).create()
     return settings
+
+
+@cache
+def client_of(settings: BucketSettings) -> Bucket:
+    """One client for each bucket: many threads and tests may use it, and making one takes longer than a request."""
+    return Bucket(settings)
 
 
 def behind(settings: BucketSettings) -> FaultProxy:
