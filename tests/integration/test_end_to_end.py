@@ -227,7 +227,7 @@ def test_a_killed_server_and_a_stopped_one_lose_no_task_and_leave_no_orphan(
     service: Service, statuses: list[dict[str, Any]]
 ) -> None:
     completed = statuses[-1]
-    running, waiting = [service.generate(**QUICK) for _ in range(2)]
+    running, waiting = [service.generate(**{**QUICK, "num_inference_steps": 4}) for _ in range(2)]
     eventually("the render's start", lambda: service.status(running)["progress"] > 0, RENDER_SECONDS)
     children = service.descendants()
     service.kill()
