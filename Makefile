@@ -40,7 +40,7 @@ test-full: lint ## As `make test`, with the tests marked `full` as well: slow in
 
 .PHONY: unit
 unit: $(VENV)/.dev ## Run the tests that start no server process and load no model, in seconds
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n $$(nproc) --dist loadfile tests/unit
 
 .PHONY: test-faults
 test-faults: $(VENV)/.dev ## Inject 22 kinds of fault at random during 300 tasks, about half an hour (FAULTS="--fault-seed 7" repeats a run)
@@ -72,9 +72,16 @@ eval-demo: $(VENV)/.dev ## Score the demo model on 200 held-out prompts, by pixe
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target types style
+
+.PHONY: types
+types:
+	$(BIN)/mypy
+
+.PHONY: style
+style:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive contract handler hunyuan shim storage tools
 

@@ -1,23 +1,24 @@
 """Options, order and fixtures of all tests."""
 
+import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 
+from storage.settings import BucketSettings
 from tests.support.postgres import Postgres, running_postgres
-
-# --hypothesis-profile=full draws more examples.
-hypothesis.settings.register_profile("short", max_examples=40, print_blob=True)
-hypothesis.settings.register_profile("full", max_examples=400, print_blob=True)
-hypothesis.settings.load_profile("short")
+from tests.support.s3_servers import juicefs
+from tests.support.shared_files import read_once
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each xdist process has a core of its own; one torch thread per core in every process would slow all of them down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+read_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.fault_seed is None:
         config.option.fault_seed = 1 if config.option.faults == "short" else random.randrange(10**6)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The objects of the imports stay, so the garbage collector need not look at them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,6 +74,13 @@ def anyio_backend() -> str:
 def postgres() -> Iterator[Postgres]:
     """One server for all tests of a process. Each test creates its own database."""
     with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    """The embedded S3 gateway, once for all tests of a process. Each module creates its own bucket."""
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as server:
         yield server
 
 

@@ -1,4 +1,7 @@
-"""The Dockerfile's commands, run in virtual environments, build a server and a worker that serve the demo."""
+"""The Dockerfile's commands, run in virtual environments, build a server and a worker that serve the demo.
+
+Both install their dependencies from a package index, which takes minutes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from tests.support.mp4 import probe
 from tests.support.s3_servers import juicefs
 from tests.support.service import RENDER_SECONDS, START_SECONDS, eventually, free_port
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.full]
 
 ROOT = Path(__file__).parents[2]
 STAGES = parse((ROOT / "Dockerfile").read_text())
@@ -38,7 +41,6 @@ def shim_image(builder: Builder) -> Image:
 
 @pytest.fixture(scope="module")
 def worker_image(builder: Builder) -> Image:
-    """Installs the worker's dependencies, torch among them, which takes minutes: its tests run in full only."""
     return builder.build("worker")
 
 
@@ -122,13 +124,11 @@ def test_the_server_answers_every_path_that_kubernetes_probes_or_prometheus_scra
         assert httpx.get(f"{shim[0]}{path}").status_code in (200, 503), path
 
 
-@pytest.mark.full
 def test_only_commands_of_the_distribution_are_skipped(shim_image: Image, worker_image: Image) -> None:
     assert shim_image.skipped == ["useradd"]
     assert worker_image.skipped == ["apt-get", "useradd"]
 
 
-@pytest.mark.full
 def test_the_server_has_no_torch_and_the_worker_has(shim_image: Image, worker_image: Image) -> None:
     for image, code in ((shim_image, 1), (worker_image, 0)):
         assert image.run("python -c 'import torch'").returncode == code
@@ -136,7 +136,6 @@ def test_the_server_has_no_torch_and_the_worker_has(shim_image: Image, worker_im
         assert where.startswith(str(image.root)), "the image must import its own copy of the package"
 
 
-@pytest.mark.full
 def test_both_images_contain_the_versions_of_the_constraints_file(shim_image: Image, worker_image: Image) -> None:
     pinned = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     names = {line.partition("==")[0] for line in pinned}
@@ -147,7 +146,6 @@ def test_both_images_contain_the_versions_of_the_constraints_file(shim_image: Im
         assert len(installed) > 30
 
 
-@pytest.mark.full
 def test_weights_are_baked_in_only_with_the_licence_accepted(worker_image: Image) -> None:
     command = next(run.argument for run in STAGES["worker"].all("RUN") if "download-weights" in run.argument)
     refused = worker_image.run(command, PROFILE="fast")
@@ -156,7 +154,6 @@ def test_weights_are_baked_in_only_with_the_licence_accepted(worker_image: Image
     assert "--accept-licence" in refused.stderr
 
 
-@pytest.mark.full
 def test_the_images_serve_the_demo(
     worker_image: Image, shim: tuple[str, Container], bucket: BucketSettings, tmp_path: Path
 ) -> None:

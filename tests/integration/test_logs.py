@@ -62,7 +62,7 @@ def platform(service: Service) -> httpx.Client:
 @pytest.fixture(scope="module")
 def finished_task(service: Service) -> str:
     """The id of a task that is completed and whose video was downloaded."""
-    task_id = service.generate(prompt=PROMPT)
+    task_id = service.generate(prompt=PROMPT, num_inference_steps=1)
     service.http.get(service.finished(task_id)["video_url"]).raise_for_status()
     lines_with(service, task_id, "Finished.")
     return task_id

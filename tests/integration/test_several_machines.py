@@ -17,7 +17,7 @@ import pytest
 from storage.settings import BucketSettings
 from tests.support.mp4 import probe
 from tests.support.postgres import Postgres
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.service import Service, eventually
 
 TOKEN = "a-token-of-the-tests"
@@ -47,9 +47,8 @@ def worker(platform: str, bucket: BucketSettings, directory: Path) -> Iterator[s
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("bucket")) as settings:
-        yield settings
+def bucket(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_a_task_given_to_one_server_is_rendered_by_a_worker_of_the_other(
     assert here.http.get("/ready").json()["error_code"] == "MODEL_NOT_LOADED"
     with worker(there.address, bucket, tmp_path) as process:
         eventually("the worker's first report", lambda: here.http.get("/ready").status_code == 200, 120)
-        task_id = here.generate()
+        task_id = here.generate(num_inference_steps=1)
         answer = there.finished(task_id)
         assert answer["status"] == "completed"
         video = tmp_path / "video.mp4"

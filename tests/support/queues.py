@@ -29,9 +29,9 @@ from shim.queue.schema import events, jobs, outcomes, render_times, workers
 from shim.queue.sql import SqlQueue
 from shim.queue.webhook_request import WebhookOptions
 from shim.tasks import StoredVideos
-from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
+from tests.support.s3_servers import client_of
 
 TOKEN = "a-token-of-the-tests"
 JOB = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
@@ -118,7 +118,7 @@ async def sql_bench(
         metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
         queue = SqlQueue(database, max_queue_size=limits.pop("max_queue_size", 3), observer=metrics, webhooks=webhooks)
         dispatcher = Dispatcher(database, find_result=find_result, observer=metrics, **limits)
-        outbox = Outbox(database, StoredVideos(Bucket(bucket)))
+        outbox = Outbox(database, StoredVideos(client_of(bucket)))
         yield Bench(queue, database, dispatcher, outbox, clock, metrics)
     finally:
         await database.close()
@@ -132,7 +132,7 @@ async def platform_bench(
     async with sql_bench(url, bucket=bucket, **limits) as bench:
         assert isinstance(bench.queue, SqlQueue)
         platform = Platform(bench.queue, bench.dispatcher, bench.outbox, endpoint_id="local", token=TOKEN, hold=hold)
-        app = create_app(bench.queue, Bucket(bucket), metrics=bench.metrics, routers=[platform.router])
+        app = create_app(bench.queue, client_of(bucket), metrics=bench.metrics, routers=[platform.router])
         async with serving(app) as bench.address:
             yield bench
             platform.stop()

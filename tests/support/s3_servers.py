@@ -12,6 +12,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 
 from pydantic import HttpUrl, SecretStr
@@ -123,6 +124,19 @@ S3_SERVERS: dict[str, Callable[[Path], AbstractContextManager[BucketSettings]]] 
     "moto": moto,
     "seaweedfs": seaweedfs,
 }
+
+
+def new_bucket(server: BucketSettings) -> BucketSettings:
+    """The settings of an empty bucket on a server that others use, too."""
+    settings = server.model_copy(update={"name": f"test-{secrets.token_hex(8)}"})
+    Bucket(settings).create()
+    return settings
+
+
+@cache
+def client_of(settings: BucketSettings) -> Bucket:
+    """One client for each bucket: many threads and tests may use it, and making one takes longer than a request."""
+    return Bucket(settings)
 
 
 def behind(settings: BucketSettings) -> FaultProxy:

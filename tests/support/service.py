@@ -61,7 +61,7 @@ class Service:
             "HUNYUAN_PORT": str(self.port),
             "HUNYUAN_DATA_DIR": str(directory / "data"),
             "HUNYUAN_MODEL_PATH": "demo",
-            "HUNYUAN_SHUTDOWN_GRACE": "5",
+            "HUNYUAN_SHUTDOWN_GRACE": "0",
             **environment,
         }
         self.process: subprocess.Popen[bytes] | None = None

@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -28,9 +29,20 @@ WORKER = BASE | names(PROJECT["optional-dependencies"]["worker"])
 BROUGHT = {"botocore", "pydantic-core", "starlette", "tokenizers", "urllib3"}
 
 
+@lru_cache
+def distributions() -> Mapping[str, list[str]]:
+    """Of each package that is installed."""
+    return packages_distributions()
+
+
+@lru_cache
+def import_graph() -> grimp.ImportGraph:
+    return grimp.build_graph(*OURS, include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None)
+
+
 @pytest.mark.parametrize("package", OURS)
 def test_every_imported_package_is_a_declared_dependency(package: str) -> None:
-    graph = grimp.build_graph(*OURS, include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None)
+    graph = import_graph()
     modules = {package, *graph.find_descendants(package)}
     external = {
         imported
@@ -38,15 +50,13 @@ def test_every_imported_package_is_a_declared_dependency(package: str) -> None:
         for imported in graph.find_modules_directly_imported_by(module)
         if graph.is_module_squashed(imported) and imported not in sys.stdlib_module_names
     }
-    known = packages_distributions()
-    imported = names(known[module][0] for module in external)
+    imported = names(distributions()[module][0] for module in external)
     assert imported <= (WORKER if package == "handler" else BASE) | BROUGHT
 
 
-@pytest.mark.parametrize("name", ["ci.yml", "nightly.yml"])
-def test_the_workflows_have_githubs_shape(name: str) -> None:
+def test_the_workflows_have_githubs_shape() -> None:
     program = Path(sys.executable).with_name("check-jsonschema")
-    workflow = ROOT / ".github" / "workflows" / name
-    command = [str(program), "--builtin-schema", "vendor.github-workflows", str(workflow)]
+    workflows = (ROOT / ".github" / "workflows").glob("*.yml")
+    command = [str(program), "--builtin-schema", "vendor.github-workflows", *map(str, workflows)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,13 +23,13 @@ def test_no_file_is_longer_than_400_lines() -> None:
 
 
 def test_functions_are_short() -> None:
-    nodes = [
+    functions = [
         node
         for name in PACKAGES
         for path in (ROOT / name).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
     assert statistics.median(lengths) < 10
     assert statistics.quantiles(lengths, n=10)[-1] < 25

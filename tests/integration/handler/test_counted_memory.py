@@ -55,9 +55,12 @@ def counted_decode(latents: tuple[int, int, int], tile: int) -> int:
     return count.peak
 
 
+#: The two videos of each pair of a profile and a resolution that `make test` counts: both durations, with and without
+#: an image.
+SHORT = [(5, False), (10, True)]
 KINDS = [
-    (profile, resolution, duration, from_image)
-    for profile, resolution in ((Profile.FAST, Resolution.P1080), (Profile.QUALITY, Resolution.P720))
+    pytest.param(*kind, duration, from_image, marks=() if (duration, from_image) in SHORT else pytest.mark.full)
+    for kind in ((Profile.FAST, Resolution.P1080), (Profile.QUALITY, Resolution.P720))
     for duration in (5, 10)
     for from_image in (False, True)
 ]

@@ -16,7 +16,7 @@ from contract.job import Profile, Resolution
 from handler.video_model.attention import NATIVE, use_mask_free_attention
 from handler.video_model.cost import GPUS, Speed, decode_work, gpu_named, pass_work, render_seconds
 from handler.video_model.dimensions import TRANSFORMER, VAE
-from handler.video_model.placement import weights_of
+from handler.video_model.placement import rounded_bytes_of, weights_of
 from handler.video_model.planning import kind_of_video, published_weights, rows
 
 
@@ -63,6 +63,10 @@ def test_the_published_weights_are_those_of_the_modules(profile: Profile) -> Non
         ):
             assert counted == pytest.approx(said, rel=1e-3), name
     assert found.small == stated.small
+
+
+def test_pinned_blocks_are_rounded_to_powers_of_two() -> None:
+    assert rounded_bytes_of(torch.nn.Linear(3, 5, bias=False)) == 64, "60 bytes"
 
 
 @pytest.mark.parametrize("channels", [65, 98])

@@ -22,7 +22,7 @@ from contract.worker import WorkerState
 from contract.worker_environment import worker_environment
 from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy, Faults
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.service import Service, eventually, free_port, running_without_workers
 from tests.support.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
 from tests.support.worker_process import WorkerProcess, bucket_environment
@@ -35,9 +35,8 @@ LEASE = 600.0
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from handler.video_model.base import ModelOutOfMemoryError
 from handler.worker import Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
 from tests.support.service import eventually
 
@@ -35,9 +35,8 @@ INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution"
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 def handler_of(model: ScriptedModel, settings: BucketSettings) -> Callable[[dict[str, Any]], Any]:
@@ -274,7 +273,7 @@ def test_a_bucket_that_denies_access_ends_the_start_and_is_reported(
 
 def test_an_unavailable_bucket_does_not_end_the_start(settings: BucketSettings) -> None:
     environment = bucket_environment(settings, BUCKET_ENDPOINT_URL="http://127.0.0.1:9", HUNYUAN_STORE_PATIENCE="0")
-    run = run_worker("--test_input", json.dumps({"input": INPUT}), **environment)
+    run = run_worker("--test_input", json.dumps({"input": {**INPUT, "num_inference_steps": 1}}), **environment)
     assert run.returncode == WorkerExit.TEST_JOB_FAILED, run.stdout + run.stderr
     assert "the bucket is unavailable; loading the model meanwhile" in run.stderr
     assert "STORAGE_UNAVAILABLE" in run.stdout + run.stderr

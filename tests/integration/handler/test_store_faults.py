@@ -25,7 +25,7 @@ from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.disks import disk, fill
 from tests.support.fault_proxy import FaultProxy, Faults
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, juicefs, new_bucket
 from tests.support.scripted_model import STEPS, ScriptedModel
 from tests.support.service import eventually
 
@@ -35,9 +35,8 @@ INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def server(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
@@ -31,8 +30,9 @@ from handler.video_model.super_resolution import stage_arguments
 from handler.video_model.upsamplers import SRTo720pUpsampler, SRTo1080pUpsampler, load_upsampler
 from handler.worker import Job, Worker
 from storage.bucket import Bucket
+from storage.settings import BucketSettings
 from tests.support.mp4 import probe
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.small_models import LATENTS, family, sr_transformer, stage, upsampler_720p, upsampler_1080p
 
 State = dict[str, torch.Tensor]
@@ -333,9 +333,8 @@ def test_a_render_is_cancelled_within_one_step_of_each_stage(at: Stage) -> None:
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as settings:
-        yield Bucket(settings)
+def bucket(s3_server: BucketSettings) -> Bucket:
+    return Bucket(new_bucket(s3_server))
 
 
 @pytest.fixture(scope="module")

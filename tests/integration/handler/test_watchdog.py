@@ -27,7 +27,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.fault_proxy import FaultProxy, Faults
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, new_bucket
 from tests.support.scripted_model import STEPS, ScriptedModel
 from tests.support.service import Service, eventually, running_service, running_without_workers
 from tests.support.worker_process import WorkerProcess
@@ -41,9 +41,8 @@ LEASE = 15.0
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @dataclass

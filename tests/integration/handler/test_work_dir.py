@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
@@ -18,16 +17,15 @@ from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.disks import disk, fill
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import STEPS, ScriptedModel
 
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 def run(worker: Worker) -> JobResult:

@@ -31,16 +31,15 @@ from storage.errors import StorageUnavailableError
 from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.mp4 import picture, probe, shows_caption
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
 
 PROMPT = "A paper boat on a rainy street"
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @dataclass

@@ -22,23 +22,22 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.queues import JOB, Bench, add_history, result, sql_bench
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, client_of, new_bucket
 
 OOM = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
 A, B = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("store")) as settings:
-        yield settings
+def store(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture
 def videos(store: BucketSettings) -> Iterator[Videos]:
-    yield Videos(Bucket(store))
-    for key in Bucket(store).list_keys(""):
-        Bucket(store).delete(key)
+    yield Videos(client_of(store))
+    for key in client_of(store).list_keys(""):
+        client_of(store).delete(key)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -58,7 +57,7 @@ async def bench(database_url: str, store: BucketSettings) -> AsyncIterator[Bench
 
 def orphans(bench: Bench, store: BucketSettings, grace: float = 0.0) -> Orphans:
     """A scan whose steps follow each other without a wait, three objects each."""
-    objects = StoredVideos(Bucket(store))
+    objects = StoredVideos(client_of(store))
     return Orphans(bench.database, objects, page=3, step_seconds=0, scan_seconds=0, grace=grace)
 
 
@@ -83,7 +82,7 @@ def manifest(task_id: str, attempt: str) -> Manifest:
 
 def store_attempt(store: BucketSettings, task_id: str, attempt: str, verdict: Verdict | None = None) -> None:
     """What a worker stores; `verdict` overwrites the one that is there, as on a store without conditional writes."""
-    bucket = Bucket(store)
+    bucket = client_of(store)
     bucket.put_bytes(attempt.encode(), layout.video_key(task_id, attempt), content_type="video/mp4")
     bucket.put_bytes(attempt.encode(), layout.poster_key(task_id, attempt), content_type="image/jpeg")
     if verdict is not None:
@@ -92,7 +91,7 @@ def store_attempt(store: BucketSettings, task_id: str, attempt: str, verdict: Ve
 
 
 def files(store: BucketSettings, task_id: str) -> list[str]:
-    return [key.removeprefix(f"videos/{task_id}") for key in Bucket(store).list_keys(f"videos/{task_id}")]
+    return [key.removeprefix(f"videos/{task_id}") for key in client_of(store).list_keys(f"videos/{task_id}")]
 
 
 async def stored_result(bench: Bench, task_id: str) -> Manifest:
@@ -157,15 +156,15 @@ async def test_the_scan_leaves_running_tasks_young_objects_and_other_files_alone
     store_attempt(store, "unknown-lost", A)
     others = ["videos/old-layout.mp4", "videos/holiday/beach.mp4", "elsewhere/x.mp4"]
     for key in others:
-        Bucket(store).put_bytes(b"x", key, content_type="video/mp4")
-    before = Bucket(store).list_keys("")
+        client_of(store).put_bytes(b"x", key, content_type="video/mp4")
+    before = client_of(store).list_keys("")
     await scan(bench, store, grace=3600)
-    assert Bucket(store).list_keys("") == before
+    assert client_of(store).list_keys("") == before
     await scan(bench, store, grace=-1)
     assert files(store, running) == [f"/{A}.jpg", f"/{A}.mp4"]
     assert files(store, "unknown-completed") == [".json", f"/{B}.jpg", f"/{B}.mp4"]
     assert files(store, "unknown-lost") == []
-    assert set(others) <= set(Bucket(store).list_keys(""))
+    assert set(others) <= set(client_of(store).list_keys(""))
 
 
 async def test_a_completed_task_whose_video_was_deleted_gets_no_manifest_back(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -16,7 +16,7 @@ from contract.worker import WorkerReport, WorkerState
 from storage.settings import BucketSettings
 from tests.support.postgres import Postgres
 from tests.support.queues import JOB, TOKEN, Bench, empty, platform_bench, result
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 INPUT = JOB.wire()
 
@@ -36,9 +36,8 @@ def shared_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture(scope="module")

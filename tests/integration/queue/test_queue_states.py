@@ -351,7 +351,8 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(1200)
-def test_the_queue_does_what_its_model_does(database_url: str) -> None:
+@pytest.mark.parametrize("examples", [8, pytest.param(200, marks=pytest.mark.full)])
+def test_the_queue_does_what_its_model_does(database_url: str, examples: int) -> None:
     with asyncio.Runner() as runner:
         clock = Clock()
         database = runner.run(Database.open(database_url, clock=clock, worker_timeout=LEASE))
@@ -364,9 +365,10 @@ def test_the_queue_does_what_its_model_does(database_url: str) -> None:
             run_state_machine_as_test(
                 Machine,
                 settings=settings(
-                    max_examples=settings().max_examples // 2,
+                    max_examples=examples,
                     stateful_step_count=50,
                     deadline=None,
+                    print_blob=True,
                     suppress_health_check=list(HealthCheck),
                 ),
             )

@@ -15,7 +15,7 @@ from pydantic import HttpUrl
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.service import eventually
 from tests.support.stand_in_platform import StandInPlatform, stand_in_platform
 from tests.support.worker_process import WorkerProcess
@@ -27,9 +27,8 @@ STOPPED = 6 * 3600
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from handler.inline import RESULT_LIMIT
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
 from tests.support.mp4 import probe
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.unprivileged import make_read_only, make_writable, respect_permissions
 from tests.support.worker_process import bucket_environment
 
@@ -41,9 +41,8 @@ ENDPOINT = "4m7x2k9q"
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 def environment(bucket: BucketSettings | None, **more: str) -> dict[str, str]:

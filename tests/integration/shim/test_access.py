@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
 from tests.support.queues import JOB, NOWHERE, TOKEN, sql_bench
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 ALICE = "alices-key-0123456789"
 BOB = "bobs-key-0123456789ab"
@@ -201,9 +201,8 @@ async def test_the_openapi_document_says_which_paths_need_a_key(
 
 
 @pytest.fixture(scope="module")
-def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket_settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 async def test_the_hunyuan_command_sends_its_key(tmp_path: Path, bucket_settings: BucketSettings) -> None:

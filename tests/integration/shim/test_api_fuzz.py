@@ -7,7 +7,6 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -21,7 +20,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 SECONDS = 12
 KEY = "key-of-the-fuzzer-0123456789"
@@ -38,9 +37,8 @@ expected-statuses = ["2xx", 400, 401, 404, 409, 429, 503]
 
 
 @pytest.fixture(scope="module")
-def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket_settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 async def work(bench: Bench, bucket: Bucket) -> None:

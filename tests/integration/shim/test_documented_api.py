@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +27,15 @@ from storage.errors import ObjectNotFoundError
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
 from tests.support.queues import JOB, NOWHERE, Bench, empty, result, sql_bench
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 REQUEST = JOB.wire()
 VIDEO = bytes(range(256)) * 40
 
 
 @pytest.fixture(scope="module")
-def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket_settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.http_server import serving
 from tests.support.queues import JOB, Bench, result, sql_bench
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 #: Seconds until each case must have ended.
 DEADLINE = 10.0
@@ -134,9 +134,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket_settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ from tests.support.http_server import serving
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.prometheus import scrape
 from tests.support.queues import JOB, NOWHERE, TOKEN, Bench, platform_bench, result, sql_bench
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 GIB = 1024**3
 OOM = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
@@ -271,9 +271,8 @@ async def test_a_request_id_that_fits_a_log_line_is_kept(http: httpx.AsyncClient
 
 
 @pytest.fixture(scope="module")
-def bucket_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def bucket_settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 async def test_requests_to_the_bucket_are_measured_and_their_errors_counted(

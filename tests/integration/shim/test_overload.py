@@ -152,7 +152,7 @@ def peak_growth(service: Service) -> Iterator[list[int]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seconds", [8, pytest.param(90, marks=pytest.mark.full)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(90, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("attacker", "honest"), [("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.3")])
 def test_downloads_and_reports_succeed_while_another_address_attacks(
     service: Service, attacker: str, honest: str, seconds: int

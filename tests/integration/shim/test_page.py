@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,11 @@ from shim.access import OPEN_TO_ALL, Access, parse_api_keys
 from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
+from storage.settings import BucketSettings
 from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, PROMPT, Visit, chromium, visiting
 from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 
 KEY = "alices-key-0123456789"
 FRAMES = 121
@@ -49,9 +50,8 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as settings:
-        yield Bucket(settings)
+def bucket(s3_server: BucketSettings) -> Bucket:
+    return Bucket(new_bucket(s3_server))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.queues import JOB, Bench, platform_bench, result
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, new_bucket
 from tests.support.service import Service, eventually
 
 ATTEMPT = "0123456789ab"
@@ -29,9 +28,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def settings(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 def store(bucket: Bucket, task_id: str, *, age: timedelta = timedelta()) -> None:

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.http_server import serving
 from tests.support.queues import JOB, Bench, result, sql_bench
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, new_bucket
 from tests.support.service import eventually
 
 MEGABYTE = 1_000_000
@@ -38,9 +38,8 @@ SHA256 = hashlib.sha256(VIDEO).hexdigest()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def server(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @dataclass

@@ -15,16 +15,15 @@ from storage.bucket import Bucket
 from storage.errors import StorageDeniedError, StorageError, StorageFullError, StorageUnavailableError
 from storage.settings import BucketSettings, JobBucketSettings
 from tests.support.fault_proxy import FaultProxy
-from tests.support.s3_servers import behind, juicefs
+from tests.support.s3_servers import behind, new_bucket
 
 KEY = "videos/task-1.mp4"
 BODY = bytes(range(256)) * 1024
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
-    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
-        yield made
+def server(s3_server: BucketSettings) -> BucketSettings:
+    return new_bucket(s3_server)
 
 
 @pytest.fixture(scope="module")

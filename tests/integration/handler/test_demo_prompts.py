@@ -1,24 +1,26 @@
-"""What the demo model has learned of prompts: eight of them through POST /generate, judged by the pixels of their MP4s.
+"""What the demo model has learned of prompts: eight of them, judged by the pixels of their videos.
 
-The model card says what it has not learned yet. `make eval-demo` judges 200 prompts, without a server.
+The model card says what it has not learned yet. `make eval-demo` judges 200 prompts. One test here shows that an MP4 is
+judged as its frames are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from contract.job import FPS, num_frames
+from contract.job import FPS, JobInput, num_frames
 from handler.encode import Target, encode
+from handler.settings import WorkerSettings
+from handler.video_model.base import Frames, VideoModel
+from handler.video_model.loader import load_model
 from tests.support.drawn_clips import FPS as DRAWN_FPS
 from tests.support.drawn_clips import Drawn, clip
 from tests.support.mp4 import decoded
-from tests.support.service import RENDER_SECONDS, Service, running_service
 from tools.demo_model.evaluation.prompts import AskedObject, Prompt
 from tools.demo_model.evaluation.scores import judge
 from tools.demo_model.evaluation.seen import Seen, look_at
@@ -53,39 +55,22 @@ PROMPTS = (
 @dataclass(frozen=True)
 class Video:
     prompt: Prompt
-    frames: npt.NDArray[np.uint8]
+    frames: Frames
     seen: Seen
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service"), HUNYUAN_SHUTDOWN_GRACE="0") as running:
-        yield running
+def videos() -> list[Video]:
+    model = load_model(WorkerSettings(model_path="demo"))
+    return [watched(prompt, render(model, prompt, SEED + index)) for index, prompt in enumerate(PROMPTS)]
 
 
-@pytest.fixture(scope="module")
-def videos(service: Service, tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
-    """All prompts' videos, from one server."""
-    directory = tmp_path_factory.mktemp("videos")
-    tasks = [
-        service.generate(prompt=prompt.text, duration=SECONDS, resolution="720p", seed=SEED + index)
-        for index, prompt in enumerate(PROMPTS)
-    ]
-    return [
-        watched(prompt, download(service, task_id, directory)) for prompt, task_id in zip(PROMPTS, tasks, strict=True)
-    ]
+def render(model: VideoModel, prompt: Prompt, seed: int) -> Frames:
+    job = JobInput(prompt=prompt.text, duration=SECONDS)
+    return np.concatenate(list(model.render(job, seed=seed, on_progress=lambda *_: None, cancelled=Event())))
 
 
-def download(service: Service, task_id: str, directory: Path) -> Path:
-    completed = service.finished(task_id, RENDER_SECONDS)
-    assert completed["status"] == "completed", completed
-    path = directory / f"{task_id}.mp4"
-    path.write_bytes(service.http.get(completed["video_url"]).content)
-    return path
-
-
-def watched(prompt: Prompt, path: Path) -> Video:
-    frames = decoded(path, 288, 162)
+def watched(prompt: Prompt, frames: Frames) -> Video:
     return Video(prompt, frames, look_at(frames, FPS))
 
 

@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from handler import machine
 from handler.machine import available_host_memory, first_lines
-from handler.video_model.placement import rounded_bytes_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,3 @@ def test_the_owner_of_the_volume_is_named(tmp_path: Path) -> None:
     assert list(first_lines(tmp_path))[1] == f"user {os.geteuid()} may write to {tmp_path}, which {owner}"
     absent = tmp_path / "volume"
     assert list(first_lines(absent))[1] == f"user {os.geteuid()}; there is no volume at {absent}"
-
-
-def test_pinned_blocks_are_rounded_to_powers_of_two() -> None:
-    assert rounded_bytes_of(torch.nn.Linear(3, 5, bias=False)) == 64, "60 bytes"
