@@ -141,6 +141,7 @@ class JobSnapshot:
     started_at: float | None = None
     running_time: float = 0.0
     estimated_time: float | None = None
+    webhook: WebhookState | None = None
 
     @property
     def status(self) -> JobStatus:
@@ -196,7 +197,6 @@ class JobPage:
     jobs: Sequence[JobSnapshot]
     inputs: Mapping[str, Any]
     next_cursor: int | None
-    webhook: WebhookState | None = None
 
 
 @dataclass(frozen=True)
