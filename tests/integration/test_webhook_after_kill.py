@@ -6,8 +6,12 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tests.support.receiver import SECRET, Receiver, receiving
 from tests.support.service import Service, eventually
+
+pytestmark = pytest.mark.timeout(600)
 
 TOKEN = "platform-token-of-the-test"
 
