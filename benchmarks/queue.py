@@ -19,12 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
+from shim.queue.base import JobStatus
 from tests.support.postgres import running_postgres
 from tests.support.queues import JOB, Bench, add_history, result, sql_bench
 
 RESULTS: Final = Path(__file__).parent / "results"
-CALLS: Final = ("submit", "status", "take", "complete")
+CALLS: Final = ("submit", "status", "list", "take", "complete")
+#: More cycles than tasks of a page, so that both databases list full pages.
 _WARM_UP: Final = 20
+_PAGE: Final = 10
 
 T = TypeVar("T")
 
@@ -60,6 +63,7 @@ async def measure(empty_url: str, full_url: str, *, history: int, cycles: int) -
 async def _cycle(bench: Bench, into: Mapping[str, list[float]]) -> None:
     task_id = (await _timed(into["submit"], lambda: bench.queue.submit(JOB))).task_id
     await _timed(into["status"], lambda: bench.queue.get(task_id))
+    await _timed(into["list"], lambda: bench.queue.list_jobs("", status=JobStatus.COMPLETED, limit=_PAGE))
     await _timed(into["take"], lambda: bench.dispatcher.take("w1"))
     output = result(task_id).model_dump(mode="json")
     await _timed(into["complete"], lambda: bench.dispatcher.complete("w1", task_id, output))

@@ -50,9 +50,10 @@ def _operation(document: Document, name: str, operation: Document) -> Iterator[s
         schema = body["content"]["application/json"]["schema"]
         yield "Body, application/json:\n"
         yield _table("| field | type | default | |", _fields(document, schema, with_default=True))
-    headers = [one for one in operation.get("parameters", []) if one["in"] == "header"]
-    if headers:
-        yield _table("| header | |", (f"| `{one['name']}` | {one['description']} |" for one in headers))
+    for place, title in (("query", "parameter"), ("header", "header")):
+        given = [one for one in operation.get("parameters", []) if one["in"] == place]
+        if given:
+            yield _table(f"| {title} | type | |", (_parameter(document, one) for one in given))
     responses = {int(status): one for status, one in operation["responses"].items() if status != "422"}
     for status, response in sorted(responses.items()):
         if status < 300:
@@ -61,6 +62,11 @@ def _operation(document: Document, name: str, operation: Document) -> Iterator[s
                 yield _table("| field | type | |", _fields(document, model, with_default=False))
     errors = ", ".join(str(status) for status in sorted(responses) if status >= 300)
     yield f"Other status codes: {errors}.\n"
+
+
+def _parameter(document: Document, given: Document) -> str:
+    default = f" Default: {given['schema']['default']}." if "default" in given["schema"] else ""
+    return f"| `{given['name']}` | {_type(document, given['schema'])} | {given['description']}{default} |"
 
 
 def _models(document: Document, response: Document) -> Iterator[Document]:

@@ -48,7 +48,7 @@ router = APIRouter()
     },
 )
 async def events(task_id: str, request: Request, services: GetServices) -> Response:
-    """Follow a task as Server-Sent Events: `event: status`, with the JSON of GET /status/{task_id} as `data`.
+    """Follow a task as Server-Sent Events: `event: status`, an `id` that grows, and GET /status/{task_id} as `data`.
 
     The first event comes at once, then one at every change, and a comment every 15 s of silence. The answer ends after
     the event of a completed or failed task; if it ends earlier, connect again. A client that sends Last-Event-ID then

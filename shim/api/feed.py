@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
 from typing import Final
 
 from shim.queue.base import JobEvent, JobQueue, JobSnapshot, JobState, QueueUnavailableError
@@ -126,7 +127,7 @@ class Feeds:
         feed, reader = self._feeds.get(job.task_id, (None, None))
         if feed is None or reader is None or feed.is_over:
             feed = Feed(self._tasks, self._queue, job)
-            reader = asyncio.create_task(feed.read())
+            reader = asyncio.create_task(feed.read(), context=Context())  # its log lines are of no one's request
             self._feeds[job.task_id] = feed, reader
         self._listeners[feed] = self._listeners.get(feed, 0) + 1
         try:

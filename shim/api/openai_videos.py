@@ -37,7 +37,8 @@ _STATUS: Final[Mapping[JobState, Literal["queued", "in_progress", "completed", "
     JobState.CANCELLED: "failed",
 }
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+#: docs/openai.md describes these routes; the OpenAPI document has the documented API alone.
+router = APIRouter(prefix="/v1", include_in_schema=False)
 
 
 class VideoError(BaseModel):
@@ -106,7 +107,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-@router.post("/videos", operation_id="create_openai_video", dependencies=[Depends(within_rate_limit)])
+@router.post("/videos", dependencies=[Depends(within_rate_limit)])
 async def create(
     request: Request,
     services: GetServices,
@@ -120,7 +121,7 @@ async def create(
     return await _submit(request, services, job_input, key)
 
 
-@router.post("/videos/{video_id}/remix", operation_id="remix_openai_video", dependencies=[Depends(within_rate_limit)])
+@router.post("/videos/{video_id}/remix", dependencies=[Depends(within_rate_limit)])
 async def remix(video_id: str, body: Remix, request: Request, services: GetServices) -> Video:
     """Generate a video with the settings and the seed of a completed one, and another prompt."""
     manifest = finished_video(await services.tasks.find(video_id))
@@ -129,7 +130,7 @@ async def remix(video_id: str, body: Remix, request: Request, services: GetServi
     return made.model_copy(update={"remixed_from_video_id": video_id})
 
 
-@router.get("/videos", operation_id="list_openai_videos")
+@router.get("/videos")
 async def list_videos(
     request: Request,
     services: GetServices,
@@ -148,7 +149,7 @@ async def list_videos(
     )
 
 
-@router.get("/videos/{video_id}", operation_id="get_openai_video")
+@router.get("/videos/{video_id}")
 async def retrieve(video_id: str, services: GetServices, response: Response) -> Video:
     """A video. A failed one is an answer, too, and not an error of this request."""
     job = await services.tasks.find(video_id)
@@ -160,7 +161,7 @@ async def retrieve(video_id: str, services: GetServices, response: Response) -> 
     return _video(job, _readable(record.input) if record is not None else None)
 
 
-@router.delete("/videos/{video_id}", operation_id="delete_openai_video")
+@router.delete("/videos/{video_id}")
 async def delete(video_id: str, services: GetServices) -> VideoDeleted:
     """Delete a completed video, or cancel an unfinished one."""
     job = await services.tasks.cancel(video_id)
@@ -169,7 +170,7 @@ async def delete(video_id: str, services: GetServices) -> VideoDeleted:
     return VideoDeleted(id=video_id)
 
 
-@router.get("/videos/{video_id}/content", operation_id="get_openai_video_content", response_class=Response)
+@router.get("/videos/{video_id}/content", response_class=Response)
 async def content(
     video_id: str,
     request: Request,
@@ -184,13 +185,13 @@ async def content(
     return Response(poster, media_type="image/jpeg", headers={"Cache-Control": "private, no-cache"})
 
 
-@router.get("/models", operation_id="list_openai_models")
+@router.get("/models")
 async def models(services: GetServices) -> ModelList:
     """The models that the workers render with."""
     return ModelList(data=[Model(id=name) for name in await _models(services)])
 
 
-@router.get("/models/{model}", operation_id="get_openai_model")
+@router.get("/models/{model}")
 async def model_named(model: str, services: GetServices) -> Model:
     """One model."""
     if model not in await _models(services):

@@ -75,24 +75,22 @@ class Details(BaseModel):
     finished_at: datetime | None
     worker: str | None = Field(description="The worker that has, or had, the task.")
     attempts: int | None = Field(description="How often a worker has taken the task.")
-    lost_attempts: int | None = Field(
-        description="Renders that workers began and lost; HUNYUAN_MAX_ATTEMPTS limits them."
-    )
+    lost_attempts: int | None = Field(description="Renders that workers began and lost (HUNYUAN_MAX_ATTEMPTS).")
     input: dict[str, Any] | None = Field(description="The request, without an image that came as data.")
     settings: RenderSettings | None = Field(description="What the render used; null before it is complete.")
     stages: list[StageTime]
     events: list[TaskEvent] = Field(description="At most the last 200. Empty in front of RunPod.")
 
 
-class ProcessingTask(ProcessingStatus, Details):
+class ProcessingTask(Details, ProcessingStatus):
     """A waiting or running task."""
 
 
-class CompletedTask(CompletedStatus, Details):
+class CompletedTask(Details, CompletedStatus):
     """A completed task."""
 
 
-class FailedTask(FailedStatus, Details):
+class FailedTask(Details, FailedStatus):
     """A task that ended without a video."""
 
 

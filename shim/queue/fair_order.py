@@ -8,7 +8,8 @@ at least the turn that is being served, so that nobody saves up turns. With one 
 |---|---|---|---|---|---|
 | turn | 1 | 2 | 3 | 1 | 2 |
 
-These are taken as a1, b1, a2, b2, a3. A job that lost its worker returns to the front: its turn becomes 0.
+These are taken as a1, b1, a2, b2, a3. A job that lost its worker returns to the front: its turn becomes 0. One that a
+client retries gets a new turn, as if it were submitted now.
 """
 
 from collections.abc import Sequence

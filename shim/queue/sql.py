@@ -32,7 +32,7 @@ from shim.queue.base import (
 )
 from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.estimates import estimated_time
-from shim.queue.fair_order import FRONT, ORDER, next_turn
+from shim.queue.fair_order import ORDER, next_turn
 from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events, job_events, select_events
 from shim.queue.observer import JobObserver
 from shim.queue.outbox import Outbox, put_in_outbox
@@ -230,8 +230,9 @@ class SqlQueue:
         async with self._database.write(notify=True) as connection:
             await self._database.lock_submissions(connection)
             which = jobs.c.task_id == task_id
-            client = await connection.scalar(select(jobs.c.client).where(which))
-            self._check_not_full(await _read_waiting(connection), client or "")
+            client = await connection.scalar(select(jobs.c.client).where(which)) or ""
+            waiting = await _read_waiting(connection)
+            self._check_not_full(waiting, client)
             result = await connection.execute(
                 update(jobs)
                 .where(which, jobs.c.state == JobState.FAILED)
@@ -239,7 +240,7 @@ class SqlQueue:
                     state=JobState.QUEUED,
                     failure=None,
                     worker_id=None,
-                    turn=FRONT,
+                    turn=next_turn(waiting, client),
                     lost_attempts=0,
                     deliveries_not_begun=0,
                     progress=0,

@@ -1,6 +1,7 @@
 /** Requests to the server's API with the key. Every failure is an ApiError. */
 
 const TIMEOUT = 20_000; // ms
+const SILENCE = 40_000; // ms; a stream of the server is never silent for longer than 15 s
 const KEY = "hunyuan.key";
 
 /** A request that failed. `code` is the server's error_code, "" without one. */
@@ -55,16 +56,19 @@ function keyFromUser(wrong) {
 
 /**
  * The response, if its status is 2xx; otherwise throws ApiError. On a 401 it asks the user for a key and retries, except
- * in the `background` after the user has declined. A `patient` request has no timeout. Paths are relative to the page.
+ * in the `background` after the user has declined. A `patient` request has no timeout, and one with a `signal` ends with
+ * it. Paths are relative to the page.
  */
-export async function request(path, { method = "GET", body, headers = {}, background = false, patient = false } = {}) {
+export async function request(path, {
+  method = "GET", body, headers = {}, background = false, patient = false, signal = null,
+} = {}) {
   for (;;) {
     const key = currentKey();
     const response = await unlessLost(fetch(new URL(path, document.baseURI), {
       method,
       body,
       headers: { ...headers, ...(key !== null && { Authorization: `Bearer ${key}` }) },
-      signal: patient ? null : AbortSignal.timeout(TIMEOUT),
+      signal: patient ? signal : AbortSignal.timeout(TIMEOUT),
     }));
     if (response.ok) return response;
     const error = await errorOf(response);
@@ -77,6 +81,31 @@ export async function request(path, { method = "GET", body, headers = {}, backgr
 export async function json(path, options) {
   const response = await request(path, options);
   return unlessLost(response.json());
+}
+
+/** What each event of a stream decodes to, until it ends or `stop` (an AbortController) is aborted: then ApiError, too. */
+export async function* streamed(path, stop) {
+  let timer = setTimeout(() => stop.abort("silence"), TIMEOUT);
+  try {
+    const response = await request(path, { background: true, patient: true, signal: stop.signal });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { done, value } = await unlessLost(reader.read());
+      if (done) return;
+      clearTimeout(timer);
+      timer = setTimeout(() => stop.abort("silence"), SILENCE);
+      const events = (text + value).split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.split("\n").find((line) => line.startsWith("data: "));
+        if (data) yield JSON.parse(data.slice("data: ".length));
+      }
+    }
+  } finally {
+    clearTimeout(timer);
+    stop.abort();
+  }
 }
 
 /** What `pending` resolves to; ApiError if the connection fails. */

@@ -1,7 +1,7 @@
 /** A task on the page: its progress while it runs, then its video or its error. */
 
 import { ApiError, currentKey, json, request, unlessLost } from "./api.js";
-import { forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
+import { changes, forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
 
 const STAGES = {
   queued: "In the queue",
@@ -30,6 +30,7 @@ export class Card {
   #task;
   #parts;
   #removed = false;
+  #updatedAt = 0; // by performance.now()
   #blobUrl = null;
 
   constructor(task, { onReuse, onRemove }) {
@@ -64,7 +65,7 @@ export class Card {
       let retryAfter = 0;
       try {
         if (this.#task.taskId === null) await submit(this.#task, { background: true });
-        this.#update(await json(`status/${encodeURIComponent(this.#task.taskId)}`, { background: true }));
+        await this.#watch();
         failures = 0;
       } catch (error) {
         if (!(error instanceof ApiError)) throw error;
@@ -76,21 +77,34 @@ export class Card {
         retryAfter = error.retryAfter ?? 0;
         this.#say(`${error.message}. Trying again …`);
       }
-      await pause(pollDelay(failures, retryAfter));
+      if (!hasEnded(this.#task)) await pause(pollDelay(failures, retryAfter));
     }
+  }
+
+  /** Show each change as long as there is a stream, and then the status once. */
+  async #watch() {
+    const ticking = setInterval(() => this.#renderTime(), 1_000);
+    try {
+      for await (const status of changes(this.#task)) this.#update(status);
+    } finally {
+      clearInterval(ticking);
+    }
+    if (hasEnded(this.#task)) return;
+    this.#update(await json(`status/${encodeURIComponent(this.#task.taskId)}`, { background: true }));
   }
 
   #update(status) {
     if (this.#removed || hasEnded(this.#task)) return;
     this.#task.status = status;
+    this.#updatedAt = performance.now();
     keep(this.#task);
     this.#say("");
     this.#render();
   }
 
   #render() {
-    const { bar, cancel, copy, download, percent, progress, remove, stage, time } = this.#parts;
-    const { estimate, status, taskId } = this.#task;
+    const { bar, cancel, copy, download, percent, progress, remove, stage } = this.#parts;
+    const { status, taskId } = this.#task;
     const ended = hasEnded(this.#task);
     const completed = status?.status === "completed";
     progress.hidden = cancel.hidden = ended;
@@ -105,8 +119,17 @@ export class Card {
       setText(stage, taskId === null ? "Sending" : stageInWords(status));
       bar.value = status?.progress ?? 0;
       percent.textContent = `${bar.value} %`;
-      time.textContent = timeInWords(status?.elapsed_time ?? 0, estimate);
+      this.#renderTime();
     }
+  }
+
+  /** A stream says nothing while nothing changes but the time. */
+  #renderTime() {
+    const { estimate, status } = this.#task;
+    const asked = status?.elapsed_time ?? 0;
+    const since = this.#updatedAt === 0 ? 0 : (performance.now() - this.#updatedAt) / 1000;
+    const expected = status?.remaining_time == null ? estimate : asked + status.remaining_time;
+    this.#parts.time.textContent = timeInWords(asked + since, expected);
   }
 
   #renderVideo() {

@@ -1,9 +1,10 @@
-/** Tasks: the browser keeps them, sends each with an Idempotency-Key, and polls their status. */
+/** Tasks: the browser keeps them, sends each with an Idempotency-Key, and follows their status by stream or by polls. */
 
-import { json } from "./api.js";
+import { ApiError, json, streamed } from "./api.js";
 
 const PREFIX = "hunyuan.task.";
 const KEPT = 30;
+const MAX_STREAMS = 2; // of this page; a browser opens six connections to a server, for all of its pages
 const POLL = { shown: 1_000, hidden: 10_000, failing: 30_000 }; // ms
 
 /** A new task for a body of POST /generate. Its id is the Idempotency-Key, so that a task sent twice is one task. */
@@ -59,6 +60,34 @@ export async function submit(task, options) {
   });
   task.taskId = accepted.task_id;
   task.estimate = accepted.estimated_time;
+}
+
+let streams = 0;
+let canStream = true;
+
+/**
+ * The task's status at each change. Ends without an error when the task has ended, when the page is hidden, or when there
+ * is no stream: too many, or a proxy that holds it back. Poll then.
+ */
+export async function* changes(task) {
+  if (!canStream || document.hidden || streams >= MAX_STREAMS) return;
+  const stop = new AbortController();
+  const onHidden = () => { if (document.hidden) stop.abort("hidden"); };
+  let begun = false;
+  document.addEventListener("visibilitychange", onHidden);
+  streams += 1;
+  try {
+    for await (const status of streamed(`tasks/${encodeURIComponent(task.taskId)}/events`, stop)) {
+      begun = true;
+      yield status;
+    }
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    if (!begun && (stop.signal.reason === "silence" || !error.isTemporary)) canStream = false;
+  } finally {
+    streams -= 1;
+    document.removeEventListener("visibilitychange", onHidden);
+  }
 }
 
 /** End every `pause`, so that every task polls the server now. */

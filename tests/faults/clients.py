@@ -47,7 +47,7 @@ class Record:
     def end(self, status: dict[str, Any]) -> None:
         """Notes the final status of a task. Every later answer must be the same."""
         answer = {
-            name: value for name, value in status.items() if name != "video_url"
+            name: value for name, value in status.items() if name not in ("video_url", "poster_url")
         }  # it contains the server's address
         with self._lock:
             before = self.ended.setdefault(status["task_id"], answer)

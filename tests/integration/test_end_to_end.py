@@ -57,7 +57,7 @@ def test_health_names_the_model_and_the_documented_fields(service: Service) -> N
 def test_a_prompt_becomes_a_video(service: Service, statuses: list[dict[str, Any]], tmp_path: Path) -> None:
     *seen, completed = statuses
     task_id = completed["task_id"]
-    assert completed == {
+    documented = {
         "task_id": task_id,
         "status": "completed",
         "video_url": f"{service.address}/videos/{task_id}.mp4",
@@ -65,6 +65,8 @@ def test_a_prompt_becomes_a_video(service: Service, statuses: list[dict[str, Any
         "resolution": "720p",
         "file_size": completed["file_size"],
     }
+    assert {name: completed[name] for name in documented} == documented
+    assert service.http.get(completed["poster_url"]).content.startswith(b"\xff\xd8"), "a JPEG"
     progress = [status["progress"] for status in seen]
     assert progress == sorted(progress)
     assert max(progress) <= 99

@@ -139,9 +139,9 @@ async def platform_bench(
 
 
 @asynccontextmanager
-async def runpod_bench(url: str) -> AsyncIterator[Bench]:
+async def runpod_bench(url: str, *, bucket: BucketSettings = NOWHERE) -> AsyncIterator[Bench]:
     """`RunPodQueue` over HTTP to our own server."""
-    async with platform_bench(url) as bench:
+    async with platform_bench(url, bucket=bucket) as bench:
         queue = RunPodQueue(
             endpoint_id="local",
             api_key=TOKEN,

@@ -116,6 +116,17 @@ async def test_a_retry_counts_in_the_queue_of_its_client(bench: Bench) -> None:
         await bench.queue.retry(mine)
 
 
+async def test_a_client_that_retries_waits_for_its_turn(bench: Bench) -> None:
+    assert isinstance(bench.queue, SqlQueue)
+    mine = [await submit(bench, "a") for _ in range(3)]
+    for _ in mine:
+        await fail_next(bench)
+    theirs = [await submit(bench, "b") for _ in range(2)]
+    for task_id in mine:
+        assert await bench.queue.retry(task_id)
+    assert [await fail_next(bench) for _ in range(5)] == [mine[0], theirs[0], mine[1], theirs[1], mine[2]]
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_no_client_gets_a_third_job_while_another_waits_for_its_first(bench: Bench, seed: int) -> None:
     """Whatever was submitted when. A client with nothing waiting may join the turn that has just served it."""

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from contract.errors import ErrorCode, JobFailure
 from contract.result import Progress, Stage
-from shim.queue.base import Idempotency, IdempotencyConflictError, JobState, QueueFullError, render_kind
+from shim.queue.base import (
+    Idempotency,
+    IdempotencyConflictError,
+    JobState,
+    JobStatus,
+    NotSupportedError,
+    QueueFullError,
+    render_kind,
+)
+from shim.queue.runpod import RunPodQueue
+from storage.settings import BucketSettings
 from tests.support.queues import JOB, Bench, result, runpod_bench, sql_bench
+from tests.support.s3_servers import juicefs
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
+    with juicefs(tmp_path_factory.mktemp("juicefs")) as made:
+        yield made
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "runpod"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     on_postgresql = request.param == "postgresql"
     url = request.getfixturevalue("postgres").create_database() if on_postgresql else f"sqlite:///{tmp_path}/queue.db"
-    async with runpod_bench(url) if request.param == "runpod" else sql_bench(url) as made:
+    is_runpod = request.param == "runpod"
+    async with runpod_bench(url, bucket=request.getfixturevalue("bucket")) if is_runpod else sql_bench(url) as made:
         await made.worker()
         yield made
 
@@ -216,3 +234,69 @@ async def test_workers_are_counted_and_it_is_ready(bench: Bench) -> None:
     workers = (await bench.queue.summary()).workers
     assert (workers.ready, workers.loading, workers.failed) == (1, 0, 0)
     await bench.queue.check_ready()
+
+
+async def test_a_list_has_the_clients_jobs_or_the_queue_says_that_it_has_none(bench: Bench) -> None:
+    ids = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
+    if isinstance(bench.queue, RunPodQueue):
+        with pytest.raises(NotSupportedError, match=r"GET /tasks/\{task_id\}"):
+            await bench.queue.list_jobs("", limit=2)
+        return
+    page = await bench.queue.list_jobs("", limit=2)
+    assert [job.task_id for job in page.jobs] == [ids[2], ids[1]]
+    rest = await bench.queue.list_jobs("", cursor=page.next_cursor, limit=2)
+    assert ([job.task_id for job in rest.jobs], rest.next_cursor) == ([ids[0]], None)
+    assert (await bench.queue.list_jobs("somebody", limit=2)).jobs == []
+    assert (await bench.queue.list_jobs("", status=JobStatus.COMPLETED, limit=2)).jobs == []
+
+
+async def test_the_history_has_each_state_and_each_stage_if_the_queue_keeps_one(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    for sent, stage in ((0, Stage.ENCODING_PROMPT), (10, Stage.DENOISING), (40, Stage.DENOISING)):
+        await bench.dispatcher.record_progress("w1", task_id, Progress(progress=sent, stage=stage))
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    bench.later()
+    job = await bench.queue.get(task_id)
+    assert job is not None
+    events = await bench.queue.history(task_id)
+    record = await bench.queue.record(task_id)
+    if job.last_event == 0:
+        assert (list(events), record) == ([], None)
+        return
+    assert [(one.number, one.state, one.stage) for one in events] == [
+        (1, JobState.QUEUED, Stage.QUEUED),
+        (2, JobState.RUNNING, Stage.QUEUED),
+        (3, JobState.RUNNING, Stage.ENCODING_PROMPT),
+        (4, JobState.RUNNING, Stage.DENOISING),
+        (5, JobState.COMPLETED, Stage.DENOISING),
+    ]
+    assert job.last_event == 5
+    assert await bench.queue.history(task_id, 3) == events[3:]
+    assert record is not None
+    assert (record.events, record.attempts, record.worker_id) == (events, 1, "w1")
+
+
+async def test_a_failed_job_is_retried_and_no_other(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    assert not await bench.queue.retry("no-such-job")
+    await bench.take()
+    assert not await bench.queue.retry(task_id)
+    await bench.dispatcher.fail("w1", task_id, JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR))
+    bench.later()
+    failed = await bench.queue.get(task_id)
+    assert failed is not None
+    assert failed.state is JobState.FAILED
+    assert await bench.queue.retry(task_id)
+    again = await bench.queue.get(task_id)
+    assert again is not None
+    assert (again.state, again.progress, again.failure) == (JobState.QUEUED, 0, None)
+    assert await bench.take() == task_id
+
+
+async def test_a_watched_job_is_read_again_when_it_changes(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    with bench.queue.watching(task_id) as changed:
+        await bench.dispatcher.record_progress("w1", task_id, Progress(progress=10, stage=Stage.DENOISING))
+        assert changed.is_set() or bench.queue.watch_interval <= 2

@@ -59,6 +59,7 @@ class Expected:
     not_begun: int = 0
     progress: int = 0
     lease: float = 0.0
+    turn: int = 0
 
     @property
     def is_running(self) -> bool:
@@ -102,7 +103,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     @property
     def waiting(self) -> list[Expected]:
-        return [job for job in self.jobs.values() if job.state is JobState.QUEUED]
+        waiting = [job for job in self.jobs.values() if job.state is JobState.QUEUED]
+        return sorted(waiting, key=lambda job: job.turn)  # within a turn in the order of submission
+
+    def next_turn(self) -> int:
+        """The turn of a job that one client queues now."""
+        turns = [job.turn for job in self.waiting]
+        return max(min((turn for turn in turns if turn > 0), default=1), max(turns, default=0) + 1)
 
     def end(self, job: Expected, state: JobState) -> None:
         job.state = state
@@ -120,7 +127,7 @@ class QueueMachine(RuleBasedStateMachine):
             elif loss is not Loss.STOPPED and (job.lost_attempts >= MAX_ATTEMPTS or job.not_begun >= MAX_NOT_BEGUN):
                 self.end(job, JobState.FAILED)
             else:
-                job.state, job.worker = JobState.QUEUED, None
+                job.state, job.worker, job.turn = JobState.QUEUED, None, 0
 
     def running_on(self, worker: str) -> list[Expected]:
         return [job for job in self.jobs.values() if job.is_running and job.worker == worker]
@@ -130,7 +137,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def taken(self, worker: str, job: Expected, delivery: Delivery | None) -> None:
         assert delivery is not None
-        assert delivery.task_id == job.task_id, "the queue is first in, first out"
+        assert delivery.task_id == job.task_id, "the order of the turns"
         job.state, job.worker, job.lease = JobState.RUNNING, worker, self.clock.now + LEASE
         job.not_begun += 1
 
@@ -167,7 +174,7 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             assert all(isinstance(outcome, ModelNotLoadedError) for outcome in outcomes)
         for job in sorted(accepted, key=lambda job: job.queue_position or 0):
-            self.jobs[job.task_id] = Expected(job.task_id)
+            self.jobs[job.task_id] = Expected(job.task_id, turn=self.next_turn())
 
     @rule(key=st.sampled_from(["k1", "k2"]), other=st.booleans())
     def a_client_submits_with_a_key(self, key: str, other: bool) -> None:
@@ -184,7 +191,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert not self.has_ready_worker()
         else:
             assert self.keys.setdefault(key, (job.task_id, other)) == (job.task_id, other)
-            self.jobs.setdefault(job.task_id, Expected(job.task_id))
+            self.jobs.setdefault(job.task_id, Expected(job.task_id, turn=self.next_turn()))
 
     @rule(worker=WORKERS)
     def a_worker_asks(self, worker: str) -> None:
@@ -298,6 +305,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert retried is (job.state is JobState.FAILED)
         if retried:
+            job.turn = self.next_turn()
             job.state, job.worker, job.progress = JobState.QUEUED, None, 0
             job.lost_attempts, job.not_begun = 0, 0
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,10 @@ async def running(directory: Path, bucket: Bucket, **options: Any) -> AsyncItera
         app = create_app(bench.queue, bucket, **options)
         async with serving(app) as address, httpx.AsyncClient(base_url=address, timeout=30) as http:
             yield Server(bench, bucket, http, app)
+
+
+def moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def assert_error(response: httpx.Response, status: int, code: AnyErrorCode, *words: str) -> None:
@@ -336,6 +342,8 @@ async def test_a_waiting_and_a_running_task_are_processing(server: Server) -> No
         "elapsed_time": 0,
         "stage": "queued",
         "queue_position": 1,
+        "started_at": None,
+        "remaining_time": 25,
     }
     await server.bench.take()
     await server.bench.dispatcher.record_progress("w1", task_id, Progress(progress=65, stage=Stage.DENOISING))
@@ -347,19 +355,30 @@ async def test_a_waiting_and_a_running_task_are_processing(server: Server) -> No
         "elapsed_time": 30,
         "stage": "denoising",
         "queue_position": None,
+        "started_at": moment(server.bench.clock.now - 30),
+        "remaining_time": 17,  # 65 % took 30 s
     }
 
 
 async def test_a_completed_task_has_its_video(server: Server) -> None:
     task_id = await server.finished()
-    assert await server.status(task_id) == {
+    status = await server.status(task_id)
+    address = f"{server.http.base_url}/videos/{task_id}".replace("//videos", "/videos")
+    assert status == {
         "task_id": task_id,
         "status": "completed",
-        "video_url": f"{server.http.base_url}/videos/{task_id}.mp4".replace("//videos", "/videos"),
+        "video_url": f"{address}.mp4",
         "duration": 5,
         "resolution": "720p",
         "file_size": len(VIDEO),
+        "poster_url": f"{address}.jpg",
+        "prompt": JOB.prompt,
+        "model": "scripted",
+        "seed": 1,
+        "created_at": status["created_at"],
+        "timings": {"total": 30.0},
     }
+    assert abs(datetime.fromisoformat(status["created_at"]).timestamp() - time.time()) < 300
 
 
 @pytest.mark.parametrize(
@@ -420,7 +439,8 @@ async def test_a_task_that_the_queue_has_forgotten_is_found_in_the_bucket(
     (tmp_path / "other").mkdir()
     async with running(tmp_path / "other", Bucket(bucket_settings)) as other:
         after = await other.status(task_id)
-        assert {**after, "video_url": ""} == {**before, "video_url": ""}
+        own_address = {"video_url": "", "poster_url": ""}
+        assert {**after, **own_address} == {**before, **own_address}
         assert (await other.http.get(after["video_url"])).content == VIDEO
 
 
@@ -628,7 +648,10 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
     assert {path: sorted(methods) for path, methods in schema["paths"].items()} == {
         "/generate": ["post"],
         "/status/{task_id}": ["get"],
-        "/tasks/{task_id}": ["delete"],
+        "/tasks": ["get"],
+        "/tasks/{task_id}": ["delete", "get"],
+        "/tasks/{task_id}/events": ["get"],
+        "/tasks/{task_id}/retry": ["post"],
         "/health": ["get"],
         "/ready": ["get"],
         "/videos/{file_name}": ["delete", "get", "head"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,14 @@ class Stream:
         while found[-1].seen != seen:
             found.append(await self.next())
         return found
+
+
+async def eventually(what: str, look: Callable[[], bool]) -> None:
+    for _ in range(20 * SECONDS):
+        if look():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(what)
 
 
 @dataclass
@@ -216,8 +224,7 @@ async def test_changes_that_another_server_makes_are_read(postgres: Any) -> None
     url = postgres.create_database()
     async with running(url) as site, sql_bench(url) as other:
         listening = asyncio.create_task(site.bench.database.listen())
-        while site.bench.database.poll_interval < 5:
-            await asyncio.sleep(0.01)
+        await eventually("LISTEN", lambda: site.bench.database.poll_interval > 5)
         task_id = (await site.bench.queue.submit(JOB)).task_id
         async with site.listening(task_id) as stream:
             await stream.next()
@@ -314,9 +321,8 @@ async def test_a_reader_ends_with_its_last_listener(site: Site) -> None:
             await second.next()
         await site.bench.take()
         await stream.next()
-    with anyio.fail_after(10):
-        while len(asyncio.all_tasks()) > before or site.bench.database._watches._events:
-            await asyncio.sleep(0.01)
+    await eventually("the reader's end", lambda: not site.bench.database._watches._events)
+    await eventually("no task is left", lambda: len(asyncio.all_tasks()) <= before)
 
 
 async def test_silence_is_filled_with_comments(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +331,7 @@ async def test_silence_is_filled_with_comments(site: Site, monkeypatch: pytest.M
     async with site.listening(task_id) as stream:
         await stream.next()
         waiting = asyncio.create_task(stream.next())
-        with anyio.fail_after(10):
-            while stream.comments < 3:
-                await asyncio.sleep(0.05)
+        await eventually("three comments", lambda: stream.comments >= 3)
         await site.bench.take()
         await waiting
 

@@ -336,19 +336,80 @@ async def test_the_page_waits_for_a_server_that_is_unavailable(site: Site, brows
             await expect(visit.page.locator("#health")).to_have_text("Healthy")
 
 
+async def test_a_page_reads_a_stream_and_asks_for_no_status_until_the_stream_ends(
+    site: Site, visit: Visit, video: bytes
+) -> None:
+    asked: list[str] = []
+    visit.page.on("request", lambda request: asked.append(request.url))
+    await visit.make()
+    task_id, job_input = await site.take()
+    for percent in (20, 40, 60):
+        await site.progress(task_id, percent, Stage.DENOISING)
+        await expect(visit.card.get_by_role("progressbar")).to_have_js_property("value", percent)
+    await site.finish(task_id, job_input, video)
+    await plays(visit.card.locator("video"))
+    assert [url for url in asked if "/status/" in url] == []
+    assert len([url for url in asked if url.endswith("/events")]) == 1
+
+
+async def test_a_page_polls_more_tasks_than_it_has_streams(site: Site, visit: Visit) -> None:
+    """A browser opens few connections to a server, and the videos need some."""
+    asked: list[str] = []
+    visit.page.on("request", lambda request: asked.append(request.url))
+    for count in (1, 2, 3):
+        await visit.make(f"The boat number {count} on a street")
+        await expect(visit.page.locator(".card")).to_have_count(count)
+        await expect(visit.card).to_contain_text("next to start")
+        delivery = await site.bench.dispatcher.take(f"w{count}")
+        assert delivery is not None
+        progress = Progress(progress=10 * count, stage=Stage.DENOISING)
+        await site.bench.dispatcher.record_progress(f"w{count}", delivery.task_id, progress)
+    for index, percent in enumerate((30, 20, 10)):
+        bar = visit.page.locator(".card").nth(index).get_by_role("progressbar")
+        await expect(bar).to_have_js_property("value", percent)
+    assert len([url for url in asked if url.endswith("/events")]) == 2
+    assert len({url for url in asked if "/status/" in url}) == 1
+
+
+@pytest.mark.parametrize("how", ["refused", "held back"])
+async def test_a_page_polls_if_there_is_no_stream(site: Site, visit: Visit, video: bytes, how: str) -> None:
+    visit.expected += ["status of 405"]
+    streams = 0
+
+    async def no_stream(route: Route) -> None:
+        nonlocal streams
+        streams += 1
+        if how == "refused":
+            await route.fulfill(status=405, body="{}")
+        # a proxy that collects the whole answer sends nothing until its end
+
+    await visit.page.clock.install()
+    await visit.page.route("**/events", no_stream)
+    await visit.make()
+    task_id, job_input = await site.take()
+    await site.progress(task_id, 40, Stage.DENOISING)
+    for _ in range(30):
+        await visit.page.clock.run_for(1_000)
+    await expect(visit.card.get_by_role("progressbar")).to_have_js_property("value", 40)
+    await site.finish(task_id, job_input, video)
+    await visit.page.clock.run_for(2_000)
+    await expect(visit.card.locator("video")).to_be_visible()
+    assert streams == 1, "it is not tried again"
+
+
 async def test_a_hidden_page_polls_rarely_until_it_is_visible(site: Site, visit: Visit) -> None:
     await visit.make()
     await expect(visit.card).to_be_visible()
     await visit.page.evaluate(
         "Object.defineProperty(document, 'hidden', { get: () => window.away, configurable: true })"
     )
-    await visit.page.evaluate("window.away = true")
+    await visit.page.evaluate("window.away = true; document.dispatchEvent(new Event('visibilitychange'))")
     async with visit.page.expect_response("**/status/*"):
         pass
     with pytest.raises(Error, match="Timeout"):
         async with visit.page.expect_request("**/status/*", timeout=2_500):
             pass
-    async with visit.page.expect_request("**/status/*", timeout=2_500):
+    async with visit.page.expect_request("**/events", timeout=2_500):
         await visit.page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
 
 
