@@ -21,7 +21,7 @@ from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.gpu import LocalGpus
 from shim.http.access_log import AccessLog
-from shim.http.guard import DOCS_PATH, error_response, guarded
+from shim.http.guard import error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
@@ -31,7 +31,7 @@ from storage.errors import StorageError
 
 DISTRIBUTION: Final = "hunyuan-video-service"
 #: Paths that need no key: probes for load balancers, and what is the same on every server.
-OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"}) | page.PATHS
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/openapi.json"}) | page.PATHS
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
@@ -104,9 +104,8 @@ class _GuardedApp(FastAPI):
     def __init__(self, metrics: Metrics, access: Access, **options: Any) -> None:
         super().__init__(
             title="HunyuanVideo API",
-            docs_url=DOCS_PATH,
+            docs_url=None,
             redoc_url=None,
-            swagger_ui_oauth2_redirect_url=None,
             redirect_slashes=False,
             **options,
         )
