@@ -1,5 +1,6 @@
 """Makes the server's app from its parts."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, RateLimit
-from shim.api import documented, page, videos
+from shim.api import documented, images, page, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
@@ -25,13 +26,15 @@ from shim.http.guard import error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NoVideoError, StoredImages, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
 DISTRIBUTION: Final = "hunyuan-video-service"
 #: Paths that need no key: probes for load balancers, and what is the same on every server.
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/openapi.json"}) | page.PATHS
+#: Uploads of images that are in memory at the same time.
+_UPLOADS: Final = 4
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
@@ -57,9 +60,12 @@ def create_app(
     `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
     A download fails if the bucket sends nothing for `store_timeout` seconds.
     """
+    stored_images = StoredImages(bucket)
     return _app(
         Services(
-            tasks=Tasks(queue, StoredVideos(bucket)),
+            tasks=Tasks(queue, StoredVideos(bucket), stored_images),
+            images=stored_images,
+            uploads=asyncio.Semaphore(_UPLOADS),
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
@@ -89,7 +95,15 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    routers = (documented.polled_router, documented.router, videos.router, page.router, metrics_router, *routers)
+    routers = (
+        documented.polled_router,
+        documented.router,
+        images.router,
+        videos.router,
+        page.router,
+        metrics_router,
+        *routers,
+    )
     for router in routers:
         app.include_router(router)
     app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]

@@ -16,7 +16,7 @@ from shim.errors import ApiError, ServerErrorCode
 from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
-from shim.tasks import Tasks
+from shim.tasks import StoredImages, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageUnavailableError
 
@@ -58,6 +58,8 @@ class Services:
     """The objects that routes use."""
 
     tasks: Tasks
+    images: StoredImages
+    uploads: asyncio.Semaphore
     queue: JobQueue
     bucket: Bucket
     bucket_http: httpx.AsyncClient

@@ -7,10 +7,10 @@ import { codeFor } from "./code.js";
 import { addFields, hasOptional, PROMPT, readFields } from "./fields.js";
 import { watchHealth } from "./health.js";
 import { hintFor } from "./hints.js";
+import { upload } from "./image.js";
 import { forget, keep, keptTasks, makeRoom, newTask, submit } from "./tasks.js";
 import { inWords } from "./words.js";
 
-const MAX_FILE = 45 * 1024; // bytes; 60 KiB in base64, which leaves 4 KiB of a request's 64 KiB for the other fields
 const DRAFT = "hunyuan.draft";
 const MAX_KEPT = 10_000; // characters of a field that a draft keeps
 
@@ -25,26 +25,22 @@ addFields(byId("main"), byId("optional"));
 byId("image").after(byId("image-file-row").content);
 byId("model").closest(".field").hidden = true; // until the server offers a choice
 
-/** The form as the body of POST /generate. */
+/** The form as the body of POST /generate. Waits for the upload of the image. */
 async function readForm() {
-  const input = { ...readFields(form), prompt: form.elements.prompt.value.trim() };
-  const [file] = byId("image-file").files;
-  if (file) input.image = await dataUrl(file);
-  else if (chosenImage !== null) input.image = chosenImage;
-  return input;
+  const failure = await uploading;
+  if (failure !== null) throw failure;
+  return currentInput();
 }
 
-/** The image of a task whose settings are used again. A page cannot put a file into a file field. */
+function currentInput() {
+  const prompt = form.elements.prompt.value.trim();
+  return { ...readFields(form), prompt, ...(chosenImage !== null && { image: chosenImage }) };
+}
+
+/** The image of the file field, or of a task whose settings are used again; null: the text field has the image. */
 let chosenImage = null;
-
-function dataUrl(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(new ApiError("image: the file can’t be read", { code: "INVALID_REQUEST" })));
-    reader.readAsDataURL(file);
-  });
-}
+/** The upload of the file: resolves to its ApiError, or to null. */
+let uploading = Promise.resolve(null);
 
 /** Fill the form with a body of POST /generate. */
 function setForm(input) {
@@ -55,7 +51,7 @@ function setForm(input) {
     const control = form.elements[name];
     if (control) control.value = value;
   }
-  if (image?.startsWith("data:")) chooseImage(image);
+  if (/^(data|upload):/.test(image)) chooseImage(image, "the same image again");
   else if (image) form.elements.image.value = image;
   byId("more").open = hasOptional(input);
   showErrors();
@@ -71,7 +67,7 @@ function useAgain(input, part) {
 
 /** The form survives a reload, but not the tab: sessionStorage. */
 function keepDraft() {
-  const fields = Object.entries(readFields(form)).filter(([, value]) => String(value).length <= MAX_KEPT);
+  const fields = Object.entries(currentInput()).filter(([, value]) => String(value).length <= MAX_KEPT);
   sessionStorage.setItem(DRAFT, JSON.stringify(Object.fromEntries(fields)));
 }
 
@@ -103,25 +99,39 @@ function showChoices() {
   if (byId("code").open) showCode();
 }
 
-function showFile() {
+function chooseFile() {
   const [file] = byId("image-file").files;
   showErrors();
-  if (file && file.size > MAX_FILE) {
-    clearImage();
-    const text = `${file.name} has ${Math.ceil(file.size / 1024)} KiB; at most ${MAX_FILE / 1024} fit a request`;
-    showErrors(new ApiError(text, { code: "REQUEST_TOO_LARGE" }));
-  } else if (file) {
-    chooseImage(null);
+  if (file) uploading = store(file);
+}
+
+/** Upload the file, and use it unless the user has chosen another one meanwhile. Resolves as `uploading` does. */
+async function store(file) {
+  const isChosen = () => byId("image-file").files[0] === file;
+  chooseImage(null, "Uploading …");
+  try {
+    const image = await upload(file);
+    if (isChosen()) chooseImage(image, file.name);
+    return null;
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    if (isChosen()) {
+      clearImage();
+      showErrors(error);
+    }
+    return error;
   }
 }
 
-function chooseImage(url) {
-  chosenImage = url;
+/** `words` say in the text field which image it is. */
+function chooseImage(image, words) {
+  chosenImage = image;
   const field = form.elements.image;
   field.value = "";
-  field.placeholder = url === null ? "the file below" : "the same image again";
+  field.placeholder = words;
   field.disabled = true;
   byId("image-clear").hidden = false;
+  change();
 }
 
 function clearImage() {
@@ -130,6 +140,7 @@ function clearImage() {
   form.elements.image.disabled = false;
   form.elements.image.placeholder = "https://…";
   byId("image-clear").hidden = true;
+  uploading = Promise.resolve(null);
 }
 
 /** Show the error at its field, or above the button; without an error, clear them all. */
@@ -156,7 +167,6 @@ function sentences({ message, code }, advice) {
 
 /** The field that an error is about: the server's messages begin with its name. */
 function fieldOf(error) {
-  if (error?.code === "REQUEST_TOO_LARGE") return "image";
   return error?.code.startsWith("INVALID_") ? error.message.match(/^\w+/)?.[0] : null;
 }
 
@@ -217,19 +227,16 @@ for (const id of ["examples", "ideas"]) byId(id).addEventListener("click", useEx
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
-byId("image-file").addEventListener("change", showFile);
-byId("image-clear").addEventListener("click", () => { clearImage(); showErrors(); });
+byId("image-file").addEventListener("change", chooseFile);
+byId("image-clear").addEventListener("click", () => { clearImage(); showErrors(); change(); });
 
 // The request as code
 
 let language = "curl";
 
 function showCode() {
-  const [file] = byId("image-file").files;
-  const image = file ? `data:${file.type};base64,…` : chosenImage;
-  const input = { ...readFields(form), prompt: form.elements.prompt.value.trim(), ...(image && { image }) };
   const server = document.baseURI.replace(/[?#].*$/, "").replace(/\/+$/, "");
-  byId("code-text").textContent = codeFor(language, input, { server, needsKey: currentKey() !== null });
+  byId("code-text").textContent = codeFor(language, currentInput(), { server, needsKey: currentKey() !== null });
   for (const choice of byId("code").querySelectorAll("[data-language]")) {
     choice.setAttribute("aria-pressed", String(choice.dataset.language === language));
   }

@@ -16,7 +16,7 @@ from tests.support.http_server import serving
 from tests.support.queues import NOWHERE, sql_bench
 
 _SCRIPT = "text/javascript; charset=utf-8"
-SCRIPTS = ("api", "app", "card", "code", "fields", "health", "hints", "key", "schema", "tasks", "words")
+SCRIPTS = ("api", "app", "card", "code", "fields", "health", "hints", "image", "key", "schema", "tasks", "words")
 FILES = {
     "/": "text/html; charset=utf-8",
     **dict.fromkeys((f"/static/{name}.js" for name in SCRIPTS), _SCRIPT),
