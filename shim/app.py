@@ -80,6 +80,7 @@ def create_app(
             readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
+            upload_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
             gpus=LocalGpus(),
         ),
         access,

@@ -69,6 +69,7 @@ class Services:
     readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None
+    upload_limit: RateLimit | None
     gpus: LocalGpus
 
 
@@ -112,9 +113,17 @@ def is_anonymous(request: Request) -> bool:
 
 def take_rate_token(request: Request) -> None:
     """Raise ApiError RATE_LIMITED, with the seconds to wait, if the client requested too many videos."""
-    limit = services_of(request).rate_limit
+    _take(request, services_of(request).rate_limit, "requested too many videos")
+
+
+def take_upload_token(request: Request) -> None:
+    """The same for uploaded images, which have tokens of their own: as many as videos."""
+    _take(request, services_of(request).upload_limit, "uploaded too many images")
+
+
+def _take(request: Request, limit: RateLimit | None, what: str) -> None:
     wait = limit.take(client(request)) if limit is not None else 0.0
     if wait > 0:
         headers = {"Retry-After": str(math.ceil(wait))}
-        text = f"this client requested too many videos in the last minute; retry in {headers['Retry-After']} s"
+        text = f"this client {what} in the last minute; retry in {headers['Retry-After']} s"
         raise ApiError(ServerErrorCode.RATE_LIMITED, text, headers)

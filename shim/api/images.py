@@ -1,4 +1,4 @@
-"""POST /images: stores the image that a video will start from. A request of 64 KiB has no room for most pictures."""
+"""POST /images: stores the image that a video will start from. Most pictures do not fit the 64 KiB of a request."""
 
 import logging
 from datetime import datetime
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
 from contract.job import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, UPLOAD_PREFIX
-from shim.api.dependencies import GetServices, take_rate_token
+from shim.api.dependencies import GetServices, take_upload_token
 from shim.api.documented import error_responses
 from shim.api.image_size import ImageSize, image_size
 from shim.errors import ApiError
@@ -27,16 +27,16 @@ class UploadedImage(BaseModel):
     expires_at: datetime = Field(description="Until then a request may use the image.")
 
 
-async def within_rate_limit(request: Request) -> None:
-    """An upload counts as a video does: it takes a rate token."""
-    take_rate_token(request)
+async def within_upload_limit(request: Request) -> None:
+    """`take_upload_token` as a dependency: a coroutine, because FastAPI would call a function in a thread."""
+    take_upload_token(request)
 
 
 @router.post(
     "/images",
     status_code=201,
     operation_id="upload_image",
-    dependencies=[Depends(within_rate_limit)],
+    dependencies=[Depends(within_upload_limit)],
     responses=error_responses(400, 401, 408, 413, 429, 500, 503),
     openapi_extra={
         "requestBody": {

@@ -130,12 +130,13 @@ async def test_an_upload_id_of_another_form_is_refused(http: httpx.AsyncClient, 
     assert (status, code) == (400, ErrorCode.INVALID_REQUEST)
 
 
-async def test_an_upload_needs_a_key_and_counts_against_the_rate_limit(bench: Bench, bucket: Bucket) -> None:
+async def test_an_upload_needs_a_key_and_has_a_rate_limit_of_its_own(bench: Bench, bucket: Bucket) -> None:
     app = create_app(bench.queue, bucket, access=Access(parse_api_keys(ALICE), rate_limit=1))
     async with serving(app) as address, httpx.AsyncClient(base_url=address) as http:
         assert error_of(await upload(http, picture("PNG")))[:2] == (401, ServerErrorCode.UNAUTHORIZED)
         http.headers["Authorization"] = f"Bearer {ALICE}"
-        assert (await upload(http, picture("PNG"))).status_code == 201
+        image = (await upload(http, picture("PNG"))).json()["image"]
+        assert (await http.post("/generate", json={"prompt": PROMPT, "image": image})).status_code == 202
         assert error_of(await upload(http, picture("PNG")))[:2] == (429, ServerErrorCode.RATE_LIMITED)
 
 
