@@ -40,6 +40,11 @@ MAX_SEED: Final = 2**32 - 1
 #: Characters of an image's URL, enough for a data URL of 5 MB. Over REST the limit of the request body is lower.
 MAX_IMAGE_LENGTH: Final = 7_000_000
 MAX_WEBHOOK_URL_LENGTH: Final = 2000
+#: Bytes and pixels of an image file.
+MAX_IMAGE_BYTES: Final = 20 * 1024 * 1024
+MAX_IMAGE_PIXELS: Final = 50_000_000
+#: An image that POST /images stored begins with this; its id follows.
+UPLOAD_PREFIX: Final = "upload:"
 
 #: The model that every client may ask for. The worker renders it with its preferred profile.
 DEFAULT_MODEL: Final = "HunyuanVideo-1.5"
@@ -196,18 +201,26 @@ class JobInput(BaseModel):
         description="How closely to follow the prompt; 1 turns guidance off, the default depends on the profile. "
         "Distilled models take only 1.",
     )
-    image: Annotated[str | None, Takes("an http(s) URL or a data:image/...;base64 URL")] = Field(
+    image: Annotated[
+        str | None, Takes("an http(s) URL, a data:image/...;base64 URL, or what POST /images returned")
+    ] = Field(
         default=None,
         max_length=MAX_IMAGE_LENGTH,
-        pattern=r"^(https?://|data:image/[a-z+.-]+;base64,)",
+        pattern=r"^(https?://|data:image/[a-z+.-]+;base64,|upload:[0-9]{10}-[A-Za-z0-9_-]{43}$)",
         title="First frame",
-        description="The image that the video starts from: an http(s) URL, or a base64 data URL. JPEG, PNG or WebP.",
+        description="The image that the video starts from: an http(s) URL, a base64 data URL, or what POST "
+        "/images returned. JPEG, PNG or WebP.",
     )
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the delivered video in pixels."""
         return self.resolution.sizes[self.aspect_ratio]
+
+    @property
+    def upload_id(self) -> str | None:
+        """The id of the uploaded image that the video starts from; None without one."""
+        return self.image.removeprefix(UPLOAD_PREFIX) if self.image and self.image.startswith(UPLOAD_PREFIX) else None
 
     def without_data(self) -> JobInput:
         """The same input without an image that came as a data URL, which may be megabytes."""

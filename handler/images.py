@@ -18,9 +18,10 @@ import httpx
 from PIL import Image, ImageOps
 
 from contract.addresses import AddressError, Allowed, is_public, resolve
+from contract.job import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 
-MAX_BYTES: Final = 20 * 1024 * 1024
-MAX_PIXELS: Final = 50_000_000
+MAX_BYTES: Final = MAX_IMAGE_BYTES
+MAX_PIXELS: Final = MAX_IMAGE_PIXELS
 _FORMATS: Final = ("JPEG", "PNG", "WEBP")
 
 
@@ -36,7 +37,7 @@ def load_image(source: str, *, allowed: Allowed = is_public, seconds: float = 20
     Raises:
         ImageError: the image can't be fetched, is no JPEG, PNG or WebP, or is larger than 20 MB or 50 megapixels.
     """
-    return _decoded(_from_data_url(source) if source.startswith("data:") else _fetched(source, allowed, seconds))
+    return decoded(_from_data_url(source) if source.startswith("data:") else _fetched(source, allowed, seconds))
 
 
 def _from_data_url(source: str) -> bytes:
@@ -125,7 +126,8 @@ def _addresses(host: str, port: int, allowed: Allowed, seconds: float) -> Sequen
         raise ImageError(f"the image's host {exc}") from exc
 
 
-def _decoded(body: bytes) -> Image.Image:
+def decoded(body: bytes) -> Image.Image:
+    """The image in a JPEG, PNG or WebP file; upright and as RGB. Raises ImageError."""
     try:
         with Image.open(io.BytesIO(body), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:

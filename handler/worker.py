@@ -22,7 +22,7 @@ from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Ver
 from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode
-from handler.images import ImageError, load_image
+from handler.images import ImageError, decoded, load_image
 from handler.inline import InlineStore, VideoTooLargeError
 from handler.provenance import ProvenanceError
 from handler.store import NOT_STORED, JobStore
@@ -31,6 +31,7 @@ from handler.watchdog import Watch, Watchdog
 from handler.work_dir import WorkDirError, job_directory
 from storage.bucket import Bucket
 from storage.errors import StorageError, StorageFullError
+from storage.images import Images
 from storage.settings import JobBucketSettings
 from storage.videos import Videos
 
@@ -223,9 +224,19 @@ class Worker:
         if job_input.image is None:
             return None
         try:
-            return self.load_image(job_input.image)
+            upload_id = job_input.upload_id
+            return self.load_image(job_input.image) if upload_id is None else decoded(self._uploaded(upload_id))
         except ImageError as exc:
             raise JobError.of(ErrorCode.INVALID_REQUEST, f"image: {exc}") from exc
+
+    def _uploaded(self, image_id: str) -> bytes:
+        """An image that POST /images stored in the worker's own bucket, which is the server's."""
+        if self.bucket is None:
+            raise ImageError("the worker has no bucket with uploaded images")
+        body = Images(self.bucket).get(image_id)
+        if body is None:
+            raise ImageError("the uploaded image has expired; upload it again")
+        return body
 
     def _store_for(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobStore | InlineStore:
         if self.returns_videos and self.bucket is None and job.s3_config is None:

@@ -1,5 +1,6 @@
 """Makes the server's app from its parts."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -16,24 +17,26 @@ from starlette.types import ASGIApp
 from contract.errors import ErrorCode
 from contract.job import InvalidInputError
 from shim.access import OPEN_TO_ALL, Access, RateLimit
-from shim.api import documented, events, openai_videos, page, tasks, videos
+from shim.api import documented, events, images, openai_videos, page, tasks, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.feed import Feeds
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
 from shim.gpu import LocalGpus
 from shim.http.access_log import AccessLog
-from shim.http.guard import DOCS_PATH, error_response, guarded
+from shim.http.guard import error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
-from shim.tasks import NotRetryableError, NoVideoError, StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NotRetryableError, NoVideoError, StoredImages, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
 
 DISTRIBUTION: Final = "hunyuan-video-service"
 #: Paths that need no key: probes for load balancers, and what is the same on every server.
-OPEN_PATHS: Final = frozenset({"/health", "/ready", DOCS_PATH, "/openapi.json"}) | page.PATHS
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/openapi.json"}) | page.PATHS
+#: Uploads of images that are in memory at the same time.
+_UPLOADS: Final = 4
 _BUCKET_LIMITS: Final = httpx.Limits(max_connections=200)
 #: What a route may raise. `Exception` stands for every other error: a 500.
 _HANDLED: Final = (
@@ -59,11 +62,14 @@ def create_app(
     `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
     A download fails if the bucket sends nothing for `store_timeout` seconds.
     """
-    found_tasks = Tasks(queue, StoredVideos(bucket))
+    stored_images = StoredImages(bucket)
+    found_tasks = Tasks(queue, StoredVideos(bucket), stored_images)
     return _app(
         Services(
             tasks=found_tasks,
             feeds=Feeds(found_tasks, queue),
+            images=stored_images,
+            uploads=asyncio.Semaphore(_UPLOADS),
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
@@ -78,6 +84,7 @@ def create_app(
             readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
+            upload_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
             gpus=LocalGpus(),
         ),
         access,
@@ -93,8 +100,8 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)
     app.state.services = services
-    own = documented.polled_router, documented.router, events.router, tasks.router, videos.router, openai_videos.router
-    routers = (*own, page.router, metrics_router, *routers)
+    own = documented.polled_router, documented.router, events.router, tasks.router, images.router, videos.router
+    routers = (*own, openai_videos.router, page.router, metrics_router, *routers)
     for router in routers:
         app.include_router(router)
     app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]
@@ -109,9 +116,8 @@ class _GuardedApp(FastAPI):
     def __init__(self, metrics: Metrics, access: Access, **options: Any) -> None:
         super().__init__(
             title="HunyuanVideo API",
-            docs_url=DOCS_PATH,
+            docs_url=None,
             redoc_url=None,
-            swagger_ui_oauth2_redirect_url=None,
             redirect_slashes=False,
             **options,
         )

@@ -142,7 +142,8 @@ class ShimSettings(LogOptions):
         default=None,
         ge=1,
         validation_alias="HUNYUAN_RATE_LIMIT",
-        description="Videos per minute that each key may request; each client address, if HUNYUAN_API_KEYS is unset. "
+        description="Videos per minute that each key may request, and images that it may upload; each client "
+        "address, if HUNYUAN_API_KEYS is unset. "
         "Default: no limit.",
     )
     provider: str | None = Field(

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 
 import anyio.to_thread
 
-from contract.errors import VIDEO_DELETED, ErrorCode
-from contract.job import JobInput
+from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
+from contract.job import InvalidInputError, JobInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
 from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
@@ -16,6 +17,7 @@ from shim.queue.estimates import estimated_time
 from storage import layout
 from storage.bucket import Bucket, ObjectInfo
 from storage.errors import StorageError
+from storage.images import Images
 from storage.videos import Videos
 
 log = logging.getLogger(__name__)
@@ -96,12 +98,29 @@ class StoredVideos:
         await anyio.to_thread.run_sync(self._bucket.delete, key)
 
 
+class StoredImages:
+    """`storage.images.Images` for coroutines: each call runs in a thread."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._images = Images(bucket)
+
+    async def put(self, body: bytes, content_type: str) -> tuple[str, datetime]:
+        return await anyio.to_thread.run_sync(partial(self._images.put, body, content_type=content_type))
+
+    async def is_available(self, image_id: str) -> bool:
+        return await anyio.to_thread.run_sync(self._images.is_available, image_id)
+
+    async def delete_expired(self) -> bool:
+        return await anyio.to_thread.run_sync(self._images.delete_expired)
+
+
 class Tasks:
     """Submits, finds and cancels tasks. Keeps no state: the queue and the bucket do."""
 
-    def __init__(self, queue: JobQueue, videos: StoredVideos) -> None:
+    def __init__(self, queue: JobQueue, videos: StoredVideos, images: StoredImages | None = None) -> None:
         self._queue = queue
         self._videos = videos
+        self._images = images
 
     async def submit(
         self,
@@ -118,7 +137,9 @@ class Tasks:
         when the task has ended.
 
         Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
+        Raises InvalidInputError for an uploaded image that expired or never existed.
         """
+        await self._check_upload(job_input.upload_id)
         idempotency = None
         if idempotency_key is not None:
             idempotency = Idempotency.of(idempotency_key, job_input, webhook_url)
@@ -126,6 +147,12 @@ class Tasks:
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))
+
+    async def _check_upload(self, image_id: str | None) -> None:
+        if image_id is None or self._images is None or await self._images.is_available(image_id):
+            return
+        text = "image: this uploaded image has expired or was never stored; upload it again"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))
 
     async def cancel(self, task_id: str) -> JobSnapshot:
         """Cancels a waiting or running task and deletes its objects. A finished task stays unchanged.

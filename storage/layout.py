@@ -4,6 +4,7 @@ videos/{task_id}.json             the verdict: the manifest of a completed task,
 videos/{task_id}/{attempt}.mp4    the video of one attempt
 videos/{task_id}/{attempt}.jpg    its poster
 videos/{task_id}.mp4, .jpg        video and poster that an older release stored
+uploaded-images/{expires}-{random}  an uploaded image, until some time after `expires`, in seconds since 1970
 """
 
 import re
@@ -14,6 +15,9 @@ _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
 
 #: What the keys of all tasks begin with.
 PREFIX: Final = "videos/"
+#: What the keys of uploaded images begin with.
+IMAGES: Final = "uploaded-images/"
+_IMAGE_ID = re.compile(r"([0-9]{10})-[A-Za-z0-9_-]{43}", re.ASCII)
 
 
 def is_task_id(text: str) -> bool:
@@ -46,6 +50,19 @@ def task_id_of(key: str) -> str | None:
     name = key.removeprefix(PREFIX)
     task_id = name.partition("/")[0] if "/" in name else name.rpartition(".")[0]
     return task_id if key.startswith(PREFIX) and is_task_id(task_id) else None
+
+
+def image_key(image_id: str) -> str:
+    """Key of an uploaded image."""
+    if _IMAGE_ID.fullmatch(image_id) is None:
+        raise ValueError(f"not an image id: {image_id!r}")
+    return f"{IMAGES}{image_id}"
+
+
+def image_expires(key: str) -> int | None:
+    """When the uploaded image with this key expires, in seconds since 1970; None for another object."""
+    match = _IMAGE_ID.fullmatch(key.removeprefix(IMAGES)) if key.startswith(IMAGES) else None
+    return int(match[1]) if match is not None else None
 
 
 def _key(task_id: str, attempt: str | None, extension: str) -> str:

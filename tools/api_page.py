@@ -43,13 +43,20 @@ def page(document: Document) -> str:
     return "\n".join(parts)
 
 
+def _body(document: Document, content: Document) -> Iterator[str]:
+    if "application/json" not in content:
+        yield f"Body: {', '.join(content)}\n"
+        return
+    yield "Body, application/json:\n"
+    schema = content["application/json"]["schema"]
+    yield _table("| field | type | default | |", _fields(document, schema, with_default=True))
+
+
 def _operation(document: Document, name: str, operation: Document) -> Iterator[str]:
     yield f"## {name}\n\n{operation['description']}\n"
     body = operation.get("requestBody")
     if body is not None:
-        schema = body["content"]["application/json"]["schema"]
-        yield "Body, application/json:\n"
-        yield _table("| field | type | default | |", _fields(document, schema, with_default=True))
+        yield from _body(document, body["content"])
     for place, title in (("query", "parameter"), ("header", "header")):
         given = [one for one in operation.get("parameters", []) if one["in"] == place]
         if given:

@@ -17,7 +17,7 @@ from shim.errors import ApiError, ServerErrorCode
 from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
-from shim.tasks import Tasks
+from shim.tasks import StoredImages, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageUnavailableError
 
@@ -60,6 +60,8 @@ class Services:
 
     tasks: Tasks
     feeds: Feeds
+    images: StoredImages
+    uploads: asyncio.Semaphore
     queue: JobQueue
     bucket: Bucket
     bucket_http: httpx.AsyncClient
@@ -69,6 +71,7 @@ class Services:
     readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None
+    upload_limit: RateLimit | None
     gpus: LocalGpus
 
 
@@ -112,9 +115,17 @@ def is_anonymous(request: Request) -> bool:
 
 def take_rate_token(request: Request) -> None:
     """Raise ApiError RATE_LIMITED, with the seconds to wait, if the client requested too many videos."""
-    limit = services_of(request).rate_limit
+    _take(request, services_of(request).rate_limit, "requested too many videos")
+
+
+def take_upload_token(request: Request) -> None:
+    """The same for uploaded images, which have tokens of their own: as many as videos."""
+    _take(request, services_of(request).upload_limit, "uploaded too many images")
+
+
+def _take(request: Request, limit: RateLimit | None, what: str) -> None:
     wait = limit.take(client(request)) if limit is not None else 0.0
     if wait > 0:
         headers = {"Retry-After": str(math.ceil(wait))}
-        text = f"this client requested too many videos in the last minute; retry in {headers['Retry-After']} s"
+        text = f"this client {what} in the last minute; retry in {headers['Retry-After']} s"
         raise ApiError(ServerErrorCode.RATE_LIMITED, text, headers)

@@ -89,6 +89,7 @@ class Health(BaseModel):
     version: str
     model: str | None = Field(description="The model that the workers have loaded.")
     models: list[str] = Field(description="The valid values of `model`; empty if the workers do not report them.")
+    takes_images: bool = Field(description="Whether the workers have image-to-video weights.")
     attention: str | None = Field(description="The attention kernel that the workers use.")
     load_seconds: dict[str, float] | None = Field(description="Seconds of each phase of a worker's start.")
     workers: WorkersHealth
@@ -239,6 +240,7 @@ async def _health(services: Services) -> Health:
         version=services.version,
         model=loaded.model if loaded else None,
         models=list(workers.models),
+        takes_images=workers.takes_images,
         attention=loaded.attention if loaded else None,
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),

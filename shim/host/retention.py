@@ -1,4 +1,4 @@
-"""Deletes videos that are older than HUNYUAN_VIDEO_TTL, with their posters and manifests."""
+"""Deletes videos that are older than HUNYUAN_VIDEO_TTL, with their posters and manifests; and expired images."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from typing import Final
 from contract.log_fields import bound
 from contract.result import Manifest
 from shim.queue.base import QueueUnavailableError
-from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
+from shim.tasks import NoVideoError, StoredImages, StoredVideos, TaskNotFoundError, Tasks
 from storage import layout
 from storage.bucket import ObjectInfo
 from storage.errors import StorageError
@@ -31,6 +31,17 @@ async def delete_if_any(tasks: Tasks, task_id: str) -> None:
         await tasks.delete_video(task_id)
     except (NoVideoError, TaskNotFoundError) as exc:
         log.info("nothing to delete: %s", exc)
+
+
+async def delete_expired_images(images: StoredImages) -> None:
+    """Deletes uploaded images some time after they have expired, until it is cancelled."""
+    while True:
+        try:
+            more = await images.delete_expired()
+        except StorageError as exc:
+            log.error("deleting expired images failed, trying again: %s", exc)
+            more = False
+        await asyncio.sleep(_STEP_SECONDS if more else _SCAN_SECONDS)
 
 
 class Retention:

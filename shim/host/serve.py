@@ -25,7 +25,7 @@ from shim.host.bucket import OpenBucket, open_bucket
 from shim.host.data_directory import locked_data_directory
 from shim.host.errors import StartError, settings_errors
 from shim.host.local_worker import LocalWorker, model_environment
-from shim.host.retention import Retention, delete_if_any
+from shim.host.retention import Retention, delete_expired_images, delete_if_any
 from shim.host.secret_file import secret_file
 from shim.host.supervisor import Supervised, supervising
 from shim.http.server import HttpServer
@@ -41,7 +41,8 @@ from shim.queue.sql import SqlQueue
 from shim.queue.sweep import sweep_forever, tidy_bucket_forever
 from shim.queue.webhooks import Webhooks
 from shim.settings import ShimSettings
-from shim.tasks import StoredVideos, Tasks
+from shim.tasks import StoredImages, StoredVideos, Tasks
+from storage.bucket import Bucket
 
 #: How long the start retries a database that does not answer.
 _DATABASE_START: Final = RetryPolicy(first=1.0, longest=1.0, total=30.0)
@@ -103,12 +104,11 @@ async def _serve_runpod(
         profile=settings.profile,
         observer=metrics,
     )
-    videos = StoredVideos(store.bucket)
     try:
         log.info("jobs go to RunPod endpoint %s", endpoint_id)
         async with (
             _listening(_http_server(settings, queue, store, metrics), listener) as server,
-            _background(*_retention(settings, Tasks(queue, videos), videos)) as background,
+            _background(*_retention(settings, queue, store.bucket)) as background,
         ):
             await _run_until(stopping, [server, *background])
             log.info("stopping")
@@ -148,7 +148,7 @@ async def _serve_local(
         # 4. Requeue the tasks of lost workers, tidy up the bucket, listen for notifications, send webhooks, and stay
         #    the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
-        retention = _retention(settings, Tasks(queue, videos), videos)
+        retention = _retention(settings, queue, store.bucket)
         webhooks = _webhooks(settings, database, f"http://{_local_address(listener)}")
         background = await stack.enter_async_context(
             _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention, *webhooks)
@@ -184,11 +184,14 @@ def _http_server(
     return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)
 
 
-def _retention(settings: ShimSettings, tasks: Tasks, videos: StoredVideos) -> Sequence[Coroutine[Any, Any, None]]:
-    """Deletes old videos, if HUNYUAN_VIDEO_TTL is set."""
+def _retention(settings: ShimSettings, queue: JobQueue, bucket: Bucket) -> Sequence[Coroutine[Any, Any, None]]:
+    """Deletes expired images, and old videos if HUNYUAN_VIDEO_TTL is set."""
+    images = delete_expired_images(StoredImages(bucket))
     if settings.video_ttl is None:
-        return ()
-    return (Retention(videos, timedelta(seconds=settings.video_ttl), partial(delete_if_any, tasks)).run_forever(),)
+        return (images,)
+    videos = StoredVideos(bucket)
+    delete = partial(delete_if_any, Tasks(queue, videos))
+    return images, Retention(videos, timedelta(seconds=settings.video_ttl), delete).run_forever()
 
 
 def _webhooks(settings: ShimSettings, database: Database, own_url: str) -> Sequence[Coroutine[Any, Any, None]]:

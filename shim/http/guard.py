@@ -16,18 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shim.access import Access, ApiKeys, is_allowed_host
 from shim.errors import ApiError, ServerErrorCode
 
-DOCS_PATH: Final = "/docs"
 #: The platform's routes check the platform's own token instead of an API key.
 _PLATFORM_PREFIX: Final = "/v2/"
 #: Probes name a server as their orchestrator does, and learn nothing but its health.
 _PROBES: Final = frozenset({"/health", "/ready"})
 #: A response runs no script and shows no frame or form. A browser that opens a video may play it.
 _POLICY: Final = b"default-src 'none'; media-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-#: FastAPI's documentation page loads Swagger UI from these hosts and starts it with an inline script.
-_DOCS_POLICY: Final = (
-    b"default-src 'none'; connect-src 'self'; img-src data: https://fastapi.tiangolo.com; frame-ancestors 'none'; "
-    b"script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
-)
 #: On every response, last: no route sets them.
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 _CORS_REQUEST: Final = (
@@ -123,7 +117,6 @@ class SafeHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        policy = _DOCS_POLICY if scope["path"] == DOCS_PATH else _POLICY
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -131,7 +124,7 @@ class SafeHeaders:
                 names = {name.lower() for name, _ in headers}
                 headers += _HEADERS
                 if b"content-security-policy" not in names:
-                    headers.append((b"content-security-policy", policy))
+                    headers.append((b"content-security-policy", _POLICY))
                 if b"cache-control" not in names:
                     headers.append((b"cache-control", b"no-store"))
                 message["headers"] = headers

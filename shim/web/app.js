@@ -1,12 +1,18 @@
-/** The page: the form, the server's health in its header, the dialog for the API key, and the list of videos. */
+/** The page: the form, and the list of videos. */
 
-import { ApiError, currentKey, json, keepKey, onKeyNeeded } from "./api.js";
-import { Card } from "./card.js";
-import { addFields, DEFAULT_MODEL, hasOptional, PROMPT, readFields } from "./fields.js";
-import { forget, keep, keptTasks, makeRoom, newTask, pause, pollDelay, submit, wake } from "./tasks.js";
+import "./key.js";
+import { ApiError, currentKey } from "./api.js";
+import { Card, copied } from "./card.js";
+import { codeFor } from "./code.js";
+import { addFields, hasOptional, PROMPT, readFields } from "./fields.js";
+import { watchHealth } from "./health.js";
+import { hintFor } from "./hints.js";
+import { upload } from "./image.js";
+import { forget, keep, keptTasks, makeRoom, newTask, submit } from "./tasks.js";
+import { inWords } from "./words.js";
 
-const MAX_FILE = 45 * 1024; // bytes; 60 KiB in base64, which leaves 4 KiB of a request's 64 KiB for the other fields
-const HEALTH_INTERVAL = 5_000; // ms, at least
+const DRAFT = "hunyuan.draft";
+const MAX_KEPT = 10_000; // characters of a field that a draft keeps
 
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
@@ -19,28 +25,25 @@ addFields(byId("main"), byId("optional"));
 byId("image").after(byId("image-file-row").content);
 byId("model").closest(".field").hidden = true; // until the server offers a choice
 
-/** The form as the body of POST /generate. */
+/** The form as the body of POST /generate. Waits for the upload of the image. */
 async function readForm() {
-  const input = { ...readFields(form), prompt: form.elements.prompt.value.trim() };
-  const [file] = byId("image-file").files;
-  if (file) input.image = await dataUrl(file);
-  else if (chosenImage !== null) input.image = chosenImage;
-  return input;
+  const failure = await uploading;
+  if (failure !== null) throw failure;
+  return currentInput();
 }
 
-/** The image of a task whose settings are used again. A page cannot put a file into a file field. */
+function currentInput() {
+  const prompt = form.elements.prompt.value.trim();
+  return { ...readFields(form), prompt, ...(chosenImage !== null && { image: chosenImage }) };
+}
+
+/** The image of the file field, or of a task whose settings are used again; null: the text field has the image. */
 let chosenImage = null;
+/** The upload of the file: resolves to its ApiError, or to null. */
+let uploading = Promise.resolve(null);
 
-function dataUrl(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(new ApiError("image: the file can’t be read", { code: "INVALID_REQUEST" })));
-    reader.readAsDataURL(file);
-  });
-}
-
-function fillForm(input) {
+/** Fill the form with a body of POST /generate. */
+function setForm(input) {
   form.reset();
   clearImage();
   const { image, ...fields } = input;
@@ -48,12 +51,24 @@ function fillForm(input) {
     const control = form.elements[name];
     if (control) control.value = value;
   }
-  if (image?.startsWith("data:")) chooseImage(image);
+  if (/^(data|upload):/.test(image)) chooseImage(image, "the same image again");
   else if (image) form.elements.image.value = image;
   byId("more").open = hasOptional(input);
   showErrors();
   showChoices();
+}
+
+function useAgain(input, part) {
+  setForm(input);
+  keepDraft();
   form.elements.prompt.focus();
+  if (part === "prompt") form.elements.prompt.select(); // what the user types replaces it
+}
+
+/** The form survives a reload, but not the tab: sessionStorage. */
+function keepDraft() {
+  const fields = Object.entries(currentInput()).filter(([, value]) => String(value).length <= MAX_KEPT);
+  sessionStorage.setItem(DRAFT, JSON.stringify(Object.fromEntries(fields)));
 }
 
 function useExample({ target }) {
@@ -61,36 +76,62 @@ function useExample({ target }) {
   if (example === null) return; // between two buttons
   form.elements.prompt.value = example.textContent;
   showErrors();
-  showChoices();
+  change();
   form.elements.prompt.focus();
 }
 
+/** The user changed the form. */
+function change() {
+  showChoices();
+  keepDraft();
+}
+
+let isDemo = false;
+
 function showChoices() {
-  const length = [...form.elements.prompt.value.trim()].length; // code points, as the server counts
+  const prompt = form.elements.prompt.value.trim();
+  const length = [...prompt].length; // code points, as the server counts
+  byId("prompt-hint").textContent = hintFor(prompt, isDemo);
+  byId("prompt-tips").hidden = length > 0;
   byId("count").textContent = `${length} / ${PROMPT.maxLength}`;
   byId("count").dataset.off = length > 0 && (length < PROMPT.minLength || length > PROMPT.maxLength);
   for (const output of form.querySelectorAll("output")) output.value = form.elements[output.htmlFor.value].value;
+  if (byId("code").open) showCode();
 }
 
-function showFile() {
+function chooseFile() {
   const [file] = byId("image-file").files;
   showErrors();
-  if (file && file.size > MAX_FILE) {
-    clearImage();
-    const text = `${file.name} has ${Math.ceil(file.size / 1024)} KiB; at most ${MAX_FILE / 1024} fit a request`;
-    showErrors(new ApiError(text, { code: "REQUEST_TOO_LARGE" }));
-  } else if (file) {
-    chooseImage(null);
+  if (file) uploading = store(file);
+}
+
+/** Upload the file, and use it unless the user has chosen another one meanwhile. Resolves as `uploading` does. */
+async function store(file) {
+  const isChosen = () => byId("image-file").files[0] === file;
+  chooseImage(null, "Uploading …");
+  try {
+    const image = await upload(file);
+    if (isChosen()) chooseImage(image, file.name);
+    return null;
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    if (isChosen()) {
+      clearImage();
+      showErrors(error);
+    }
+    return error;
   }
 }
 
-function chooseImage(url) {
-  chosenImage = url;
+/** `words` say in the text field which image it is. */
+function chooseImage(image, words) {
+  chosenImage = image;
   const field = form.elements.image;
   field.value = "";
-  field.placeholder = url === null ? "the file below" : "the same image again";
+  field.placeholder = words;
   field.disabled = true;
   byId("image-clear").hidden = false;
+  change();
 }
 
 function clearImage() {
@@ -99,6 +140,7 @@ function clearImage() {
   form.elements.image.disabled = false;
   form.elements.image.placeholder = "https://…";
   byId("image-clear").hidden = true;
+  uploading = Promise.resolve(null);
 }
 
 /** Show the error at its field, or above the button; without an error, clear them all. */
@@ -115,25 +157,29 @@ function showErrors(error = null, advice = "") {
     if (byId("more").contains(field)) byId("more").open = true;
     control.focus();
   }
-  byId("form-error").textContent = error && !placed ? [error.message, advice].filter(Boolean).join(". ") : "";
+  byId("form-error").textContent = error && !placed ? sentences(error, advice) : "";
+}
+
+function sentences({ message, code }, advice) {
+  const { text, detail } = inWords(message, code);
+  return [text, detail && `${detail}.`, advice].filter(Boolean).join(" ");
 }
 
 /** The field that an error is about: the server's messages begin with its name. */
 function fieldOf(error) {
-  if (error?.code === "REQUEST_TOO_LARGE") return "image";
   return error?.code.startsWith("INVALID_") ? error.message.match(/^\w+/)?.[0] : null;
 }
 
 let busy = false;
 
-async function make(event) {
-  event.preventDefault();
+/** Make a video with the body that `read` returns, unless a request is being sent. */
+async function make(read) {
   if (busy) return;
   setBusy("Sending …");
   showErrors();
   let waitFor = 0;
   try {
-    await send(newTask(await readForm()));
+    await send(newTask(await read()));
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     waitFor = error.retryAfter ?? 0;
@@ -175,19 +221,39 @@ async function countDown(seconds) {
   setBusy(null);
 }
 
-form.addEventListener("submit", make);
-form.addEventListener("input", showChoices);
-byId("examples").addEventListener("click", useExample);
+form.addEventListener("submit", (event) => { event.preventDefault(); make(readForm); });
+form.addEventListener("input", change);
+for (const id of ["examples", "ideas"]) byId(id).addEventListener("click", useExample);
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
-byId("image-file").addEventListener("change", showFile);
-byId("image-clear").addEventListener("click", () => { clearImage(); showErrors(); });
+byId("image-file").addEventListener("change", chooseFile);
+byId("image-clear").addEventListener("click", () => { clearImage(); showErrors(); change(); });
+
+// The request as code
+
+let language = "curl";
+
+function showCode() {
+  const server = document.baseURI.replace(/[?#].*$/, "").replace(/\/+$/, "");
+  byId("code-text").textContent = codeFor(language, currentInput(), { server, needsKey: currentKey() !== null });
+  for (const choice of byId("code").querySelectorAll("[data-language]")) {
+    choice.setAttribute("aria-pressed", String(choice.dataset.language === language));
+  }
+}
+
+byId("code").addEventListener("toggle", showChoices);
+byId("code").addEventListener("click", ({ target }) => {
+  if (!target.dataset.language) return;
+  ({ language } = target.dataset);
+  showCode();
+});
+byId("code-copy").addEventListener("click", ({ target }) => copied(byId("code-text").textContent, target));
 
 // The cards
 
 function addCard(task) {
-  const card = new Card(task, { onReuse: fillForm, onRemove: showEmpty });
+  const card = new Card(task, { onReuse: useAgain, onAgain: (input) => make(() => input), onRemove: showEmpty });
   cards.prepend(card.element);
   showEmpty();
   return card.element;
@@ -197,107 +263,9 @@ function showEmpty() {
   byId("empty").hidden = cards.childElementCount > 0;
 }
 
-// The server's health
-
-async function watchHealth() {
-  let failures = 0;
-  for (;;) {
-    try {
-      showHealth(await json("health", { background: true }));
-      failures = 0;
-    } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
-      failures += 1;
-      showChip("health", error.message, "bad");
-      for (const chip of ["loaded-model", "gpu", "queue"]) byId(chip).hidden = true;
-    }
-    await pause(Math.max(pollDelay(failures), HEALTH_INTERVAL));
-  }
-}
-
-function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider }) {
-  showChip("health", ...stateInWords(status, model_loaded, workers));
-  showChip("loaded-model", model && `Model: ${model}`);
-  showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
-  const busy = queue.waiting + queue.running > 0;
-  showChip("queue", busy ? `${queue.waiting} waiting, ${queue.running} running` : "Queue empty");
-  for (const id of ["demo", "examples"]) byId(id).hidden = model !== "demo";
-  byId("version").textContent = `HunyuanVideo ${version}`;
-  byId("provider").textContent = provider ? `Offered by ${provider}. ` : "";
-  offerModels(models);
-}
-
-function stateInWords(status, loaded, workers) {
-  if (status !== "healthy") return ["Degraded", "bad"];
-  if (loaded) return ["Healthy", "good"];
-  if (workers.loading > 0) return ["Loading the model", "busy"];
-  return workers.failed > 0 ? ["The model failed to load", "bad"] : ["No worker", "bad"];
-}
-
-function showChip(id, text, tone = "") {
-  const chip = byId(id);
-  chip.hidden = !text;
-  chip.dataset.tone = tone;
-  if (chip.textContent !== text) chip.textContent = text ?? "";
-}
-
-function offerModels(models) {
-  const choice = byId("model");
-  choice.closest(".field").hidden = models.length < 2;
-  const profiles = models.filter((name) => name !== DEFAULT_MODEL);
-  if (choice.dataset.offered === profiles.join()) return;
-  choice.dataset.offered = profiles.join();
-  const chosen = choice.value;
-  choice.replaceChildren(
-    new Option("The server’s choice", ""),
-    ...profiles.map((name) => new Option(profileInWords(name), name, false, name === chosen)),
-  );
-}
-
-function profileInWords(model) {
-  const profile = model.replace(`${DEFAULT_MODEL}-`, "");
-  return profile[0].toUpperCase() + profile.slice(1);
-}
-
-// The key
-
-const dialog = byId("key-dialog");
-
-/** Ask the user for a key; true if there is a new one. */
-function askForKey(wrong) {
-  return new Promise((resolve) => {
-    byId("key-offer").hidden = false;
-    byId("key-error").textContent = wrong ? "The server does not accept this key" : "";
-    byId("key-forget").hidden = currentKey() === null;
-    dialog.returnValue = "";
-    dialog.addEventListener("close", () => {
-      resolve(dialog.returnValue === "given");
-      byId("key").value = "";
-    }, { once: true });
-    dialog.showModal();
-  });
-}
-
-byId("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const key = byId("key").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(key)) { // what a header can contain
-    byId("key-error").textContent = "A key has only letters, digits and punctuation, and no spaces";
-    return;
-  }
-  keepKey(key, byId("key-remember").checked);
-  dialog.close("given");
-  wake();
-});
-byId("key-forget").addEventListener("click", () => {
-  keepKey(null);
-  dialog.close();
-});
-byId("key-cancel").addEventListener("click", () => dialog.close());
-byId("key-button").addEventListener("click", () => askForKey(false));
-
-byId("key-offer").hidden = currentKey() === null;
-onKeyNeeded(askForKey);
 for (const task of keptTasks().reverse()) addCard(task);
-showChoices();
-watchHealth();
+setForm(JSON.parse(sessionStorage.getItem(DRAFT) ?? "{}"));
+watchHealth(({ model }) => {
+  isDemo = model === "demo";
+  showChoices();
+});

@@ -2,6 +2,7 @@
 
 import { ApiError, currentKey, json, request, unlessLost } from "./api.js";
 import { changes, forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
+import { inWords } from "./words.js";
 
 const STAGES = {
   queued: "In the queue",
@@ -12,9 +13,11 @@ const STAGES = {
   storing: "Storing the video",
 };
 const PARTS = [
-  "video", "prompt", "settings", "progress", "stage", "percent", "bar", "time", "problem",
-  "cancel", "download", "copy", "reuse", "remove",
+  "video", "prompt", "settings", "progress", "stage", "percent", "bar", "time", "problem", "detail",
+  "cancel", "download", "again", "reuse", "reseed", "copy", "remove",
 ];
+const TALL = 1; // width to height, below which a card takes two rows
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 /** A video is loaded when its player comes near the visible part of the page. */
 const nearby = new IntersectionObserver((entries) => {
@@ -25,26 +28,35 @@ const nearby = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "300px" });
 
-/** Shows `task` until it is removed. `onReuse(input)`: the user wants its settings again; `onRemove()`: it was removed. */
+/**
+ * Shows `task` until it is removed. `onReuse(input, part)`: the user wants to edit these settings, `part` first;
+ * `onAgain(input)`: they want a video with them now; `onRemove()`: the task was removed.
+ */
 export class Card {
   #task;
   #parts;
   #removed = false;
   #updatedAt = 0; // by performance.now()
-  #blobUrl = null;
+  #blobUrls = [];
+  #previewing = false;
 
-  constructor(task, { onReuse, onRemove }) {
+  constructor(task, { onReuse, onAgain, onRemove }) {
     this.#task = task;
     this.element = document.getElementById("card").content.firstElementChild.cloneNode(true);
     this.#parts = Object.fromEntries(PARTS.map((name) => [name, this.element.querySelector(`.${name}`)]));
     this.#describe();
-    const { cancel, copy, remove, reuse, video } = this.#parts;
+    const { again, cancel, copy, remove, reseed, reuse, video } = this.#parts;
     cancel.addEventListener("click", () => this.#cancel());
-    copy.addEventListener("click", () => this.#copyLink());
+    copy.addEventListener("click", () => copied(this.#task.status.video_url, copy));
+    again.addEventListener("click", () => onAgain(this.#isCompleted ? withoutSeed(task.input) : task.input));
     reuse.addEventListener("click", () => onReuse(task.input));
+    reseed.addEventListener("click", () => onReuse({ ...task.input, seed: this.#seed }, "prompt"));
     remove.addEventListener("click", () => { this.#remove(); onRemove(); });
     video.addEventListener("nearby", () => this.#loadVideo());
     video.addEventListener("error", () => this.#explainVideo());
+    video.addEventListener("pointerenter", ({ pointerType }) => { if (pointerType === "mouse") this.#startPreview(); });
+    video.addEventListener("pointerleave", () => this.#endPreview());
+    video.addEventListener("click", () => { this.#previewing = false; }); // the user plays it
     this.#render();
     this.#follow();
   }
@@ -57,6 +69,16 @@ export class Card {
     settings.textContent = settingsInWords(input);
     for (const named of [this.element.firstElementChild, video]) named.setAttribute("aria-labelledby", prompt.id);
     [video.width, video.height] = input.aspect_ratio.split(":").map(Number); // the player's shape until the video is loaded
+    this.element.dataset.tall = String(video.width / video.height < TALL);
+  }
+
+  get #isCompleted() {
+    return this.#task.status?.status === "completed";
+  }
+
+  /** The seed of the video; undefined if the server chose it and does not say. */
+  get #seed() {
+    return this.#task.status?.seed ?? this.#task.input.seed;
   }
 
   async #follow() {
@@ -103,17 +125,19 @@ export class Card {
   }
 
   #render() {
-    const { bar, cancel, copy, download, percent, progress, remove, stage } = this.#parts;
+    const { again, bar, cancel, copy, download, percent, progress, remove, reseed, stage } = this.#parts;
     const { status, taskId } = this.#task;
     const ended = hasEnded(this.#task);
-    const completed = status?.status === "completed";
+    const completed = this.#isCompleted;
     progress.hidden = cancel.hidden = ended;
     download.hidden = copy.hidden = !completed;
-    remove.hidden = !ended;
+    reseed.hidden = !completed || this.#seed === undefined;
+    again.hidden = remove.hidden = !ended;
+    again.textContent = completed ? "New seed" : "Try again";
     if (completed) {
       this.#renderVideo();
     } else if (ended) {
-      this.#say(status.error_code ? `${status.error} (${status.error_code})` : status.error);
+      this.#renderFailure();
     } else {
       cancel.textContent = taskId === null ? "Give up" : "Cancel";
       setText(stage, taskId === null ? "Sending" : stageInWords(status));
@@ -137,6 +161,13 @@ export class Card {
     settings.textContent = `${settingsInWords(this.#task.input)} · ${megabytes(this.#task.status.file_size)}`;
     video.hidden = false;
     nearby.observe(video);
+  }
+
+  #renderFailure() {
+    const { error, error_code: code } = this.#task.status;
+    const { text, detail } = inWords(error, code);
+    this.#say(text);
+    this.#parts.detail.textContent = detail;
   }
 
   #say(text) {
@@ -169,6 +200,7 @@ export class Card {
     const { download, video } = this.#parts;
     let source = this.#videoPath;
     try {
+      await this.#loadPoster();
       if (currentKey() !== null) source = await this.#fetchVideo();
     } catch (error) {
       await this.#videoFailed(error);
@@ -183,8 +215,44 @@ export class Card {
   async #fetchVideo() {
     this.#say("Loading the video …");
     const response = await request(this.#videoPath, { background: true, patient: true });
-    this.#blobUrl = URL.createObjectURL(await unlessLost(response.blob()));
-    return this.#blobUrl;
+    return this.#blobOf(response);
+  }
+
+  async #loadPoster() {
+    const path = this.#posterPath;
+    if (path === null) return;
+    const poster = currentKey() === null ? path : await this.#blobOf(await request(path, { background: true }));
+    this.#parts.video.poster = poster;
+  }
+
+  /** The poster's path on this server: its URL begins as the video's does. null without a poster. */
+  get #posterPath() {
+    const { poster_url: poster, video_url: video } = this.#task.status;
+    const base = video.slice(0, video.lastIndexOf("videos/"));
+    return poster?.startsWith(base) ? poster.slice(base.length) : null;
+  }
+
+  async #blobOf(response) {
+    const url = URL.createObjectURL(await unlessLost(response.blob()));
+    this.#blobUrls.push(url);
+    return url;
+  }
+
+  /** The video plays while the mouse is over it, unless the user plays it or wants no motion. */
+  #startPreview() {
+    const { video } = this.#parts;
+    if (!video.paused || video.currentTime > 0 || calm.matches) return;
+    this.#previewing = video.loop = true;
+    video.play().catch(() => { this.#previewing = false; }); // the mouse has left, or the browser does not allow it
+  }
+
+  #endPreview() {
+    const { video } = this.#parts;
+    video.loop = false;
+    if (!this.#previewing) return;
+    this.#previewing = false;
+    video.pause();
+    video.currentTime = 0;
   }
 
   /** The player does not say why it failed, so ask the server. */
@@ -208,18 +276,11 @@ export class Card {
     if (!this.#removed) nearby.observe(this.#parts.video);
   }
 
-  async #copyLink() {
-    const { copy } = this.#parts;
-    copy.textContent = await copied(this.#task.status.video_url) ? "Copied" : "Copying is not allowed";
-    await pause(2_000);
-    copy.textContent = "Copy link";
-  }
-
   #remove() {
     this.#removed = true;
     forget(this.#task);
     this.element.remove();
-    if (this.#blobUrl !== null) URL.revokeObjectURL(this.#blobUrl);
+    this.#blobUrls.forEach((url) => URL.revokeObjectURL(url));
   }
 }
 
@@ -235,7 +296,18 @@ function stageInWords(status) {
 }
 
 function timeInWords(elapsed, estimate) {
-  return estimate === null ? clock(elapsed) : `${clock(elapsed)} of about ${clock(estimate)}`;
+  if (estimate === null) return clock(elapsed);
+  const left = estimate - elapsed;
+  return `${clock(elapsed)} · ${left > 0 ? `about ${roundly(left)} left` : `longer than the ${roundly(estimate)} expected`}`;
+}
+
+/** Seconds in words that change seldom: 45 s, 3 min. */
+function roundly(seconds) {
+  return seconds < 90 ? `${Math.ceil(seconds / 5) * 5} s` : `${Math.ceil(seconds / 60)} min`;
+}
+
+function withoutSeed({ seed, ...input }) {
+  return input;
 }
 
 function settingsInWords(input) {
@@ -253,8 +325,16 @@ function megabytes(bytes) {
   return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
-/** Copy the text; true if that worked. Browsers have navigator.clipboard over https and on localhost only. */
-async function copied(text) {
+/** Copy the text, and show on the button for two seconds whether that worked. */
+export async function copied(text, button) {
+  const label = button.textContent;
+  button.textContent = await copy(text) ? "Copied" : "Copying is not allowed";
+  await pause(2_000);
+  button.textContent = label;
+}
+
+/** True if the text was copied. Browsers have navigator.clipboard over https and on localhost only. */
+async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
   const area = document.body.appendChild(document.createElement("textarea"));
   area.value = text;

@@ -65,6 +65,12 @@ class Visit:
     async def click(self, name: str) -> None:
         await self.page.get_by_role("button", name=name, exact=True).first.click()
 
+    async def choose(self, name: str) -> None:
+        """Clicks an option of the newest card."""
+        if await self.card.locator("details").get_attribute("open") is None:
+            await self.card.get_by_text("Options").click()
+        await self.card.get_by_role("button", name=name, exact=True).click()
+
     async def make(self, prompt: str = PROMPT) -> None:
         await self.prompt.fill(prompt)
         await self.click("Make video")

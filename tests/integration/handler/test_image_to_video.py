@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -23,7 +24,10 @@ from handler.video_model.memory import CHUNK
 from handler.video_model.parts import Base, Parts
 from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
+from storage.images import Images
+from storage.layout import image_key
 from tests.support.queues import NOWHERE
+from tests.support.s3_servers import juicefs
 from tests.support.scripted_model import ScriptedModel
 from tests.support.small_models import image_family, image_pipeline
 
@@ -156,6 +160,28 @@ def test_an_image_that_can_not_be_used_fails_the_job_and_says_why() -> None:
     code, text = failure(worker, "http://169.254.169.254/latest/meta-data")
     assert code is ErrorCode.INVALID_REQUEST
     assert text == "image: the image's host is not on the open internet"
+
+
+def test_an_uploaded_image_is_read_from_the_workers_bucket_until_it_is_deleted(tmp_path: Path) -> None:
+    body = io.BytesIO()
+    picture().save(body, "PNG")
+    with juicefs(tmp_path) as settings:
+        bucket = Bucket(settings)
+        image_id, _ = Images(bucket).put(body.getvalue(), content_type="image/png")
+        worker = Worker(ScriptedModel(), bucket, version="1")
+        job_input = JobInput(prompt=PROMPT, image=f"upload:{image_id}")
+        loaded = worker._image(job_input)
+        assert loaded is not None
+        assert np.array_equal(np.asarray(loaded), np.asarray(picture()))
+        bucket.delete(image_key(image_id))
+        code, text = failure(worker, f"upload:{image_id}")
+    assert (code, text) == (ErrorCode.INVALID_REQUEST, "image: the uploaded image has expired; upload it again")
+
+
+def test_a_worker_without_a_bucket_says_that_it_has_no_uploaded_images() -> None:
+    worker = Worker(ScriptedModel(), None, version="1", returns_videos=True)
+    code, text = failure(worker, "upload:1900000000-" + "A" * 43)
+    assert (code, text) == (ErrorCode.INVALID_REQUEST, "image: the worker has no bucket with uploaded images")
 
 
 def test_a_model_without_image_weights_says_so() -> None:
