@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
 from contract.job import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, UPLOAD_PREFIX
-from shim.api.dependencies import GetServices, take_upload_token
+from shim.api.dependencies import GetServices, Services, take_upload_token
 from shim.api.documented import error_responses
 from shim.api.image_size import ImageSize, image_size
 from shim.errors import ApiError
@@ -57,9 +57,13 @@ async def upload(request: Request, services: GetServices) -> UploadedImage:
     if not request.headers.get("content-type", "").lower().startswith("image/"):
         raise ApiError(ErrorCode.INVALID_REQUEST, "Content-Type must be image/jpeg, image/png or image/webp")
     async with services.uploads:
-        body = await limited_body(request, MAX_IMAGE_BYTES)
-        size = _checked(body)
-        image_id, expires_at = await services.images.put(body, size.media_type)
+        return await store_image(services, await limited_body(request, MAX_IMAGE_BYTES))
+
+
+async def store_image(services: Services, body: bytes) -> UploadedImage:
+    """Stores a file. Raises ApiError for one that is no image, or has too many pixels."""
+    size = _checked(body)
+    image_id, expires_at = await services.images.put(body, size.media_type)
     log.info("stored an image of %d x %d pixels, %d bytes", size.width, size.height, len(body))
     return UploadedImage(image=UPLOAD_PREFIX + image_id, expires_at=expires_at)
 

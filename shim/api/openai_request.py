@@ -1,6 +1,5 @@
 """The body of POST /v1/videos, a form or JSON, as a JobInput."""
 
-import base64
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -11,11 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import AspectRatio, InvalidInputError, JobInput, Resolution, parse_input
+from contract.job import MAX_IMAGE_BYTES, AspectRatio, InvalidInputError, JobInput, Resolution, parse_input
+from shim.api.dependencies import Services, services_of
+from shim.api.images import store_image
 from shim.errors import ApiError
 from shim.http.body import limited_body
 
-#: As POST /generate takes.
+#: As POST /generate takes, besides the file of a form.
 _MAX_BODY: Final = 64 * 1024
 _MAX_FIELDS: Final = 32
 #: What a request without them gets: the defaults of OpenAI are short and 720p, too.
@@ -54,11 +55,12 @@ def _image(reference: Any) -> Any:
 
 async def _fields(request: Request) -> dict[str, Any]:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await limited_body(request, _MAX_BODY)
     if media_type == "application/json":
-        return _json_object(body)
+        return _json_object(await limited_body(request, _MAX_BODY))
     if media_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        return await _form(request, body)
+        services = services_of(request)
+        async with services.uploads:
+            return await _form(request, await limited_body(request, MAX_IMAGE_BYTES + _MAX_BODY), services)
     raise ApiError(ErrorCode.INVALID_REQUEST, "Content-Type must be multipart/form-data or application/json")
 
 
@@ -72,21 +74,20 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-async def _form(request: Request, body: bytes) -> dict[str, Any]:
+async def _form(request: Request, body: bytes, services: Services) -> dict[str, Any]:
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
     try:
         async with Request(request.scope, receive).form(max_files=1, max_fields=_MAX_FIELDS) as form:
-            return {name: await _value(name, value) for name, value in form.items()}
+            return {name: await _value(name, value, services) for name, value in form.items()}
     except HTTPException as exc:
         raise ApiError(ErrorCode.INVALID_REQUEST, f"the form is not valid: {exc.detail}") from exc
 
 
-async def _value(name: str, value: UploadFile | str) -> Any:
+async def _value(name: str, value: UploadFile | str, services: Services) -> Any:
     if isinstance(value, UploadFile):
-        data = base64.b64encode(await value.read()).decode()
-        return f"data:{value.content_type or 'application/octet-stream'};base64,{data}"
+        return (await store_image(services, await value.read())).image
     if name in _TEXTS or name in _DEFAULTS:
         return value
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import litellm
 import openai
 import pytest
 from openai import AsyncOpenAI
+from PIL import Image
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import AspectRatio, JobInput, Resolution
@@ -197,6 +199,17 @@ async def test_a_wrong_field_is_a_bad_request_that_names_it(
         await site.client.videos.create(**{"prompt": PROMPT, **fields})  # type: ignore[arg-type]
     assert (caught.value.code, caught.value.param, caught.value.type) == (code, param, "invalid_request_error")
     assert (await site.bench.queue.summary()).waiting == 0
+
+
+async def test_a_reference_image_is_stored_for_the_worker(site: Site) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, "PNG")
+    await site.client.videos.create(prompt=PROMPT, input_reference=("red.png", file.getvalue(), "image/png"))
+    _, asked = await site.take()
+    assert asked.upload_id is not None
+    assert asked.image == f"upload:{asked.upload_id}"
+    with pytest.raises(openai.BadRequestError, match="no JPEG, PNG or WebP"):
+        await site.client.videos.create(prompt=PROMPT, input_reference=("red.png", b"not an image", "image/png"))
 
 
 async def test_errors_have_the_clients_own_classes(site: Site) -> None:
