@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from contract.errors import ErrorCode, JobFailure
 from contract.worker import WorkerReport, WorkerState
-from shim.api.documented import status_of
+from shim.api.status import status_of
 from shim.queue.base import JobSnapshot, WebhookState
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
