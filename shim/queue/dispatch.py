@@ -44,7 +44,7 @@ from shim.queue.history import NEXT_EVENT, add_events
 from shim.queue.lost_jobs import Loss, LostJobs, running_on
 from shim.queue.observer import JobObserver
 from shim.queue.outbox import put_in_outbox
-from shim.queue.schema import events, jobs, render_times, workers
+from shim.queue.schema import jobs, render_times, workers
 from shim.queue.watches import EVERY_TASK
 from shim.queue.webhook_columns import has_no_pending_webhook
 
@@ -301,9 +301,7 @@ class Dispatcher:
         async with self._database.write() as connection:
             await connection.execute(delete(workers).where(workers.c.last_seen < now - _WORKER_TTL))
             if old:  # `ended` again: a client may have retried a job in between
-                which = jobs.c.seq.in_([row.seq for row in old]) & ended
-                await connection.execute(delete(events).where(events.c.job.in_(select(jobs.c.seq).where(which))))
-                await connection.execute(delete(jobs).where(which))
+                await connection.execute(delete(jobs).where(jobs.c.seq.in_([row.seq for row in old]), ended))
                 self._database.note_deleted()
         await self._database.forget_deleted()
 

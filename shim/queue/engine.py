@@ -193,8 +193,8 @@ def _configure_sqlite(connection: Any, _: object) -> None:
     """
     connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
     cursor = connection.cursor()
-    pragmas = "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", f"busy_timeout = {_BUSY_TIMEOUT}"
-    for pragma in pragmas:
+    pragmas = "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "foreign_keys = ON"
+    for pragma in (*pragmas, f"busy_timeout = {_BUSY_TIMEOUT}"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

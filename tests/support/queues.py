@@ -25,7 +25,7 @@ from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
-from shim.queue.schema import events, jobs, outcomes, render_times, workers
+from shim.queue.schema import jobs, outcomes, render_times, workers
 from shim.queue.sql import SqlQueue
 from shim.queue.webhook_request import WebhookOptions
 from shim.tasks import StoredVideos
@@ -159,7 +159,7 @@ async def runpod_bench(url: str, *, bucket: BucketSettings = NOWHERE) -> AsyncIt
 async def empty(database: Database) -> None:
     """Delete every job and worker, and what was measured of them: several tests share one server."""
     async with database.write() as connection:
-        for table in (events, jobs, workers, render_times):
+        for table in (jobs, workers, render_times):
             await connection.execute(table.delete())
         await connection.execute(outcomes.update().values(total=0))
 

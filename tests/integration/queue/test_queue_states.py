@@ -92,7 +92,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def empty(self) -> None:
         async with self.database.write() as connection:
-            for table in ("events", "jobs", "workers", "render_times"):
+            for table in ("jobs", "workers", "render_times"):
                 await connection.execute(text(f"DELETE FROM {table}"))
             await connection.execute(text("UPDATE outcomes SET total = 0"))
 
