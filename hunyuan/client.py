@@ -1,191 +1,178 @@
-"""A client of the documented API. The `hunyuan` command uses it."""
+"""The clients of a HunyuanVideo server. docs/client.md shows them."""
 
-import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Self, Unpack
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 
-from contract.retry import RetryPolicy
-
-_POLL_INTERVAL: Final = 1.0
-#: For a POST /generate whose answer was lost.
-_SUBMIT: Final = RetryPolicy(first=1.0, longest=3.0, attempts=3)
-#: For a task's status: longer than a server's restart.
-_POLL: Final = RetryPolicy(first=1.0, longest=5.0, total=120.0)
-
-
-class _Answer(BaseModel):
-    """Fields that a newer server adds are kept."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-
-class TaskStatus(_Answer):
-    """The answer of /status. Which of the optional fields are set depends on `status`."""
-
-    task_id: str
-    status: Literal["processing", "completed", "failed"]
-    progress: int | None = None
-    elapsed_time: int | None = None
-    stage: str | None = None
-    queue_position: int | None = None
-    video_url: str | None = None
-    duration: int | None = None
-    resolution: str | None = None
-    file_size: int | None = None
-    error: str | None = None
-    error_code: str | None = None
-
-
-class Health(_Answer):
-    """The answer of /health."""
-
-    status: str
-    model_loaded: bool
-    gpu_available: bool
-    vram_free: str
-    version: str
-
-
-class ClientError(Exception):
-    """The server could not be used as requested."""
-
-
-class UnreachableError(ClientError):
-    """The server did not answer."""
-
-
-class RefusedError(ClientError):
-    """The server answered with an error of the API. `retry_after` is its Retry-After in seconds."""
-
-    def __init__(self, status: int, error: str, error_code: str, retry_after: str | None) -> None:
-        super().__init__(error)
-        self.status = status
-        self.error_code = error_code
-        self.retry_after = retry_after
-
-
-class TaskFailedError(ClientError):
-    """The task failed."""
-
-    def __init__(self, status: TaskStatus) -> None:
-        super().__init__(f"{status.error} ({status.error_code})")
-        self.status = status
+from hunyuan.connection import AsyncConnection, BlockingConnection, finish
+from hunyuan.models import (
+    AcceptedTask,
+    CompletedStatus,
+    Health,
+    RequestFields,
+    TaskAnswer,
+    TaskPage,
+    TaskStatus,
+    Video,
+)
+from hunyuan.operations import Operations, ignore
+from hunyuan.settings import ClientSettings
 
 
 class Client:
-    """Talks to one server. Every method may raise UnreachableError or RefusedError."""
+    """Talks to one server.
 
-    def __init__(self, server: str, api_key: str | None = None) -> None:
-        self._server = server.rstrip("/")
-        self._http = httpx.Client(
-            base_url=self._server,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
-            timeout=httpx.Timeout(30, connect=5),
-            follow_redirects=True,  # httpx sends the key to no other host
-        )
+        with Client("http://localhost:8000") as client:
+            task = client.generate("A paper boat on a rainy street", duration=5)
+            client.wait(task)
+            client.download(task, "boat.mp4")
+
+    Without a `server`, the server and its key are HUNYUAN_SERVER and HUNYUAN_API_KEY. `timeout` is how many seconds the
+    server may take to answer.
+
+    Every method that talks to the server may raise:
+        UnreachableError: there was no answer. Lost answers are asked for again first.
+        RefusedError: the answer is an error; its class is the one of its code in `hunyuan.errors`.
+        UnexpectedAnswerError: the answer is not one of such a server.
+    """
+
+    def __init__(self, server: str | None = None, api_key: str | None = None, *, timeout: float = 30.0) -> None:
+        self._connection = BlockingConnection(**_options(server, api_key, timeout))
+        self._operations = Operations(self._connection)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        self.close()
 
-    def generate(self, request: Mapping[str, object]) -> str:
-        """Submits the body of a POST /generate and returns the task's id.
+    def close(self) -> None:
+        """Close all connections."""
+        finish(self._connection.close())
 
-        A request whose answer was lost is sent again under the same Idempotency-Key, so it makes one task.
+    def generate(
+        self,
+        prompt: str | Mapping[str, object],
+        *,
+        idempotency_key: str | None = None,
+        wait_if_busy: float = 0.0,
+        **fields: Unpack[RequestFields],
+    ) -> AcceptedTask:
+        """Submit a task. `prompt` may also be a whole request, and `image` a file.
+
+        The same `idempotency_key` with the same request returns the same task. Without one, each call makes a task of
+        its own; a request whose answer was lost makes one task in either case. While the server is busy (429, 503), the
+        request is sent again for `wait_if_busy` seconds.
+
+        Raises:
+            OSError, NotAnImageError: the image can't be read.
         """
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        retrying = _SUBMIT.retrying(_is_lost_answer, what="submitting the task")
-        task_id: str = retrying(self._ask, "POST", "/generate", json=request, headers=headers)["task_id"]
-        return task_id
+        return finish(
+            self._operations.generate(prompt, idempotency_key=idempotency_key, wait_if_busy=wait_if_busy, **fields)
+        )
 
-    def cancel(self, task_id: str) -> TaskStatus:
-        """Cancels the task and returns its new status."""
-        return TaskStatus.model_validate(self._ask("DELETE", f"/tasks/{task_id}"))
+    def status(self, task: str | TaskAnswer) -> TaskStatus:
+        """The task's status now."""
+        return finish(self._operations.status(task))
 
-    def status(self, task_id: str) -> TaskStatus:
-        """The task's status."""
-        return TaskStatus.model_validate(self._ask("GET", f"/status/{task_id}"))
+    def cancel(self, task: str | TaskAnswer) -> TaskStatus:
+        """Cancel the task and return its new status. A task that has ended does not change."""
+        return finish(self._operations.cancel(task))
+
+    def list(self, *, status: str | None = None, limit: int = 20, cursor: str | None = None) -> TaskPage:
+        """The newest tasks, or those of one status. The page's `next_cursor` gets the next page.
+
+        Raises:
+            NotFoundError: the server is too old to list tasks, or it is in front of RunPod.
+        """
+        return finish(self._operations.list(status=status, limit=limit, cursor=cursor))
 
     def health(self) -> Health:
         """The server's health."""
-        return Health.model_validate(self._ask("GET", "/health"))
+        return finish(self._operations.health())
 
     def ready(self) -> bool:
         """Whether the server accepts tasks now; also False while it can't be reached."""
-        try:
-            self._ask("GET", "/ready")
-        except ClientError:
-            return False
-        return True
+        return finish(self._operations.ready())
 
-    def wait(self, task_id: str, on_status: Callable[[TaskStatus], None] = lambda _: None) -> TaskStatus:
-        """Polls until the task is completed; a server that is away for up to two minutes, as in a restart, is retried.
+    def stream_events(self, task: str | TaskAnswer) -> Generator[TaskStatus, None, None]:
+        """The task's status now and at each change, until it has ended.
+
+        The server sends the changes; one that does not is asked every second. A server that is away for up to two
+        minutes, as in a restart, is waited for.
+        """
+        statuses = self._operations.stream_events(task)
+        try:
+            while True:
+                yield finish(statuses.asend(None))
+        except StopAsyncIteration:
+            return
+        finally:
+            finish(statuses.aclose())
+
+    def wait(
+        self,
+        task: str | TaskAnswer,
+        on_status: Callable[[TaskStatus], None] = ignore,
+        *,
+        timeout: float | None = None,
+    ) -> CompletedStatus:
+        """Wait for the task's video. `on_status` receives what `stream_events` yields.
 
         Raises:
-            TaskFailedError: the task failed.
+            TaskFailedError: the task failed; its class is also the one of the error code, for example OomError.
+            WaitTimeoutError: it did not end within `timeout` seconds.
         """
-        retrying = _POLL.retrying(_is_outage, what="asking for the task's status", at_least=_retry_after)
-        while True:
-            status = retrying(self.status, task_id)
-            on_status(status)
-            if status.status == "completed":
-                return status
-            if status.status == "failed":
-                raise TaskFailedError(status)
-            time.sleep(_POLL_INTERVAL)
+        return finish(self._operations.wait(task, on_status, timeout=timeout))
 
-    def download(self, task_id: str, output: Path) -> int:
-        """Saves the video and returns its size in bytes. `output` is created only when the download is complete."""
-        part = output.with_name(f"{output.name}.part")
-        try:
-            with self._http.stream("GET", f"/videos/{task_id}.mp4") as response, part.open("wb") as file:
-                if response.is_error:
-                    response.read()
-                    raise _refused(response)
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-            size = part.stat().st_size
-            part.replace(output)
-        except httpx.HTTPError as exc:
-            raise UnreachableError(f"the download from {self._server} was interrupted: {exc}") from exc
-        finally:
-            part.unlink(missing_ok=True)
-        return size
+    def download(self, task: str | TaskAnswer, output: str | Path | None = None, *, overwrite: bool = True) -> Video:
+        """Save the task's video, by default as TASK_ID.mp4; `output` is a file or an existing directory.
 
-    def _ask(self, method: str, path: str, **arguments: Any) -> Any:
-        try:
-            response = self._http.request(method, path, **arguments)
-        except httpx.HTTPError as exc:
-            raise UnreachableError(f"no answer from {self._server}: {exc}") from exc
-        if response.is_error:
-            raise _refused(response)
-        return response.json()
+        The file appears when it is complete. A download that breaks off is continued where it did.
+
+        Raises:
+            FileExistsError: the file exists, unless `overwrite`.
+            OSError: it can't be written.
+        """
+        return finish(self._operations.download(task, output, overwrite=overwrite))
 
 
-def _refused(response: httpx.Response) -> RefusedError:
-    try:
-        body = response.json()
-        error, code = str(body["error"]), str(body["error_code"])
-    except (ValueError, KeyError, TypeError):
-        error, code = f"the server answered {response.status_code}", "INTERNAL_ERROR"
-    return RefusedError(response.status_code, error, code, response.headers.get("retry-after"))
+class AsyncClient(Operations):
+    """`Client` for asyncio and trio: the same methods, awaited.
+
+    async with AsyncClient("http://localhost:8000") as client:
+        task = await client.generate("A paper boat on a rainy street", duration=5)
+        async for status in client.stream_events(task):
+            print(status)
+        await client.download(task, "boat.mp4")
+    """
+
+    def __init__(self, server: str | None = None, api_key: str | None = None, *, timeout: float = 30.0) -> None:
+        super().__init__(AsyncConnection(**_options(server, api_key, timeout)))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._connection.close()
 
 
-def _is_lost_answer(exc: BaseException) -> bool:
-    return isinstance(exc, UnreachableError) and not isinstance(exc.__cause__, httpx.ConnectError)
-
-
-def _is_outage(exc: BaseException) -> bool:
-    return isinstance(exc, UnreachableError) or (isinstance(exc, RefusedError) and exc.status >= 500)
-
-
-def _retry_after(exc: BaseException) -> float:
-    value = exc.retry_after if isinstance(exc, RefusedError) else None
-    return float(value) if value is not None and value.isdigit() else 0.0
+def _options(server: str | None, api_key: str | None, timeout: float) -> dict[str, Any]:
+    """What httpx is created with. An explicit server never gets the key of the environment."""
+    if server is None:
+        settings = ClientSettings()
+        server = str(settings.server)
+        if api_key is None and settings.api_key is not None:
+            api_key = settings.api_key.get_secret_value()
+    return {
+        "base_url": server.rstrip("/"),
+        "headers": {"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
+        "timeout": httpx.Timeout(timeout, connect=min(timeout, 5.0)),
+        "follow_redirects": True,  # httpx sends the key to no other host
+    }

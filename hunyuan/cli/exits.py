@@ -1,9 +1,12 @@
-"""How every command ends: exit codes, errors on stderr, answers on stdout."""
+"""How every command ends: exit codes, errors, answers on stdout."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
@@ -11,7 +14,7 @@ from pydantic import ValidationError
 
 from contract.settings import explain
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer, or the error, as JSON.")]
 
 
 class ExitCode(IntEnum):
@@ -29,6 +32,15 @@ class ExitCode(IntEnum):
 INTERRUPTED: Final = 130
 
 
+class CommandError(Exception):
+    """Ends a command. `fields` are added to the error that `--json` prints."""
+
+    def __init__(self, text: str, code: int, *, error_code: str | None = None, **fields: object) -> None:
+        super().__init__(text)
+        self.code = code
+        self.fields = {"error": text, "error_code": error_code, **fields}
+
+
 def end(text: str, code: int) -> NoReturn:
     """Ends the command with a line on stderr."""
     typer.echo(text, err=True)
@@ -38,6 +50,18 @@ def end(text: str, code: int) -> NoReturn:
 def fail(text: str, code: ExitCode) -> NoReturn:
     """Ends the command with an error."""
     end(f"error: {text}", code)
+
+
+@contextmanager
+def reported(as_json: bool) -> Iterator[None]:
+    """Ends the command with a CommandError of the block: as JSON on stdout, or as text on stderr."""
+    try:
+        yield
+    except CommandError as exc:
+        if as_json:
+            typer.echo(json.dumps(exc.fields))
+            raise typer.Exit(exc.code) from None
+        end(str(exc) if exc.code == INTERRUPTED else f"error: {exc}", exc.code)
 
 
 @contextmanager
@@ -56,3 +80,8 @@ def print_answer(answer: Mapping[str, Any], as_json: bool) -> None:
         return
     for name, value in answer.items():
         typer.echo(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+def program() -> str:
+    """How the user can type this command: `make demo` runs one that is not on the PATH."""
+    return "hunyuan" if shutil.which("hunyuan") else str(Path(sys.executable).with_name("hunyuan"))

@@ -1,25 +1,44 @@
 """The `hunyuan` command: its subcommands, each in a module of this package."""
 
 import logging
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
-from hunyuan.cli import deploy, plan, server, tasks, weights
+from hunyuan.cli import batch, deploy, plan, server, tasks, weights
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hunyuan {version('hunyuan-video-service')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="hunyuan",
-    help="Text in, MP4 out: serve HunyuanVideo-1.5, and use a server of it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Text in, MP4 out: serve HunyuanVideo-1.5, and use a server of it."""
+
+
 for command in (
     *(server.serve, server.worker, server.downgrade_queue),
-    *(tasks.generate, tasks.status, tasks.cancel, tasks.download, tasks.health),
+    *(tasks.generate, batch.batch, tasks.wait, tasks.status, tasks.cancel, tasks.download, tasks.health),
     *(server.prune, server.demo, weights.download_weights, weights.convert_weights, plan.plan),
 ):
     app.command()(command)
 
+app.command("list")(tasks.list_tasks)
 app.add_typer(deploy.app, name="deploy")
 
 

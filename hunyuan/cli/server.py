@@ -1,8 +1,6 @@
 """`hunyuan serve`, `worker`, `demo` and `downgrade-queue`: commands of the server and its workers."""
 
 import re
-import shutil
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Final
@@ -11,7 +9,10 @@ import typer
 
 from contract.job import Resolution
 from hunyuan.cli import demo_server, launch, tasks
-from hunyuan.cli.exits import ExitCode, fail
+from hunyuan.cli.exits import ExitCode, fail, program
+from hunyuan.cli.options import DEFAULT_DURATION, DEFAULT_RESOLUTION
+from hunyuan.cli.output import Destination
+from hunyuan.cli.session import connect
 
 _UNITS: Final = {
     "s": timedelta(seconds=1),
@@ -22,6 +23,7 @@ _UNITS: Final = {
 }
 #: A prompt for the demo model.
 _DEMO_PROMPT: Final = "A red fish swims to the right over the sea"
+_DEMO_FILE: Final = Path("demo.mp4")
 _ABOUT_THE_DEMO: Final = """
 This video is from the demo model, a tiny HunyuanVideo-1.5 that is being trained on simple moving objects. The colours
 of an object and of the scene behind it (sea, meadow, snow, night and the like) follow the prompt; shapes and motions
@@ -77,22 +79,19 @@ def downgrade_queue(
 
 
 def demo(
-    prompt: tasks.Prompt = _DEMO_PROMPT,
-    duration: Annotated[int, typer.Option(help="Length in seconds, 5-10.")] = tasks.DEFAULT_DURATION,
-    resolution: Annotated[Resolution, typer.Option(help="Output size.")] = tasks.DEFAULT_RESOLUTION,
-    output: tasks.Output = Path("demo.mp4"),
+    prompt: Annotated[str, typer.Argument(help="What the video shows, 10-500 characters.")] = _DEMO_PROMPT,
+    duration: Annotated[int, typer.Option(help="Length in seconds, 5-10.")] = DEFAULT_DURATION,
+    resolution: Annotated[Resolution, typer.Option(help="Output size.")] = DEFAULT_RESOLUTION,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to save to, also if it exists.")] = _DEMO_FILE,
 ) -> None:
     """Start a temporary server with the demo model, generate one video end to end, and stop the server."""
     typer.echo("starting a server with the demo model ...", err=True)
     request = {"prompt": prompt, "duration": duration, "resolution": resolution}
     try:
-        with demo_server.running() as address, tasks.connect(address) as client:
-            tasks.generate_and_save(client, request, output, as_json=False)
+        with demo_server.running() as address, connect(address) as client:
+            task_id = client.generate(request).task_id
+            typer.echo(f"task {task_id}", err=True)
+            tasks.follow_and_save(client, task_id, Destination(output, overwrite=True), as_json=False, quiet=False)
     except demo_server.DemoError as exc:
         fail(str(exc), ExitCode.FAILED)
-    typer.echo(_ABOUT_THE_DEMO.format(program=_program()), err=True)
-
-
-def _program() -> str:
-    """How the user can type this command: `make demo` runs one that is not on the PATH."""
-    return "hunyuan" if shutil.which("hunyuan") else str(Path(sys.executable).with_name("hunyuan"))
+    typer.echo(_ABOUT_THE_DEMO.format(program=program()), err=True)

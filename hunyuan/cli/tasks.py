@@ -1,154 +1,219 @@
-"""The commands that talk to a server: generate, status, cancel, download, health."""
+"""The commands that talk to a server about one task, and `list` and `health`."""
 
-import inspect
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, Final
 
 import typer
 from pydantic import BaseModel
-from tqdm import tqdm
 
-from contract.job import JobInput, Resolution
-from hunyuan.cli.exits import INTERRUPTED, AsJson, ExitCode, fail, print_answer, settings_errors
-from hunyuan.client import Client, ClientError, RefusedError, TaskFailedError, TaskStatus, UnreachableError
-from hunyuan.settings import ClientSettings
+from hunyuan.cli.exits import INTERRUPTED, AsJson, CommandError, ExitCode, print_answer
+from hunyuan.cli.options import Output, Overwrite, Quiet, with_request_fields
+from hunyuan.cli.output import Destination, checked
+from hunyuan.cli.progress import Progress
+from hunyuan.cli.session import Server, connect, refusal
+from hunyuan.client import Client
+from hunyuan.errors import MethodNotAllowedError, NotFoundError, RefusedError, RequestTooLargeError
+from hunyuan.images import NotAnImageError, with_image_url
+from hunyuan.models import AcceptedTask, CompletedStatus, FailedStatus, TaskStatus
 
-#: The command line renders short videos unless told otherwise; the API's own defaults are longer and larger.
-DEFAULT_DURATION: Final = 5
-DEFAULT_RESOLUTION: Final = Resolution.P720
+Prompt = Annotated[
+    str | None,
+    typer.Argument(help="What the video shows, 10-500 characters. `-`, or none and a pipe: read from stdin."),
+]
+TaskId = Annotated[str, typer.Argument(help="The task's id.")]
 
-Server = Annotated[str | None, typer.Option(help="Address of the server. Default: HUNYUAN_SERVER.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to save to. Default: TASK_ID.mp4.")]
-Prompt = Annotated[str, typer.Argument(help="What the video shows, 10-500 characters.")]
+#: The server's longest page.
+_PAGE: Final = 100
 
 
+@with_request_fields
 def generate(
-    prompt: Prompt, output: Output = None, server: Server = None, as_json: AsJson = False, **fields: Any
+    prompt: Prompt = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit the task, print its id and end.")] = False,
+    quiet: Quiet = False,
+    server: Server = None,
+    as_json: AsJson = False,
+    **fields: Any,
 ) -> None:
     """Generate a video, show its progress, and save it."""
-    request = {name: value for name, value in {"prompt": prompt, **fields}.items() if value is not None}
-    with connect(server) as client:
-        generate_and_save(client, request, output, as_json)
+    with connect(server, as_json) as client:
+        if no_wait and output is not None:
+            raise CommandError("--no-wait saves no video; give --output to `hunyuan wait`", ExitCode.USAGE)
+        destination = checked(output, overwrite=overwrite, server=server, as_json=as_json)
+        request = {"prompt": _text_of(prompt), **fields}
+        task = submit(client, {name: value for name, value in request.items() if value is not None})
+        if no_wait:
+            _print_accepted(task, destination, as_json=as_json, quiet=quiet)
+            return
+        if not quiet:
+            typer.echo(f"task {task.task_id}", err=True)
+        with _interruptible(task.task_id, destination):
+            follow_and_save(client, task.task_id, destination, as_json=as_json, quiet=quiet)
 
 
-def _with_request_fields(command: inspect.Signature) -> inspect.Signature:
-    """`command` with an option for each optional field of a request in place of its `**fields`."""
-    defaults = {"duration": DEFAULT_DURATION, "resolution": DEFAULT_RESOLUTION}
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, field.default),
-            annotation=Annotated[_plain_type(field.annotation) | None, typer.Option(help=field.description)],
-        )
-        for name, field in JobInput.model_fields.items()
-        if not field.is_required()
-    ]
-    fixed = [each for each in command.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    return command.replace(parameters=[*fixed, *options])
+def wait(
+    task_id: TaskId,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """Wait for a task, show its progress, and save its video."""
+    with connect(server, as_json) as client:
+        destination = checked(output, overwrite=overwrite, server=server, as_json=as_json, task_id=task_id)
+        with _interruptible(task_id, destination):
+            follow_and_save(client, task_id, destination, as_json=as_json, quiet=quiet)
 
 
-def _plain_type(annotation: Any) -> Any:
-    """`str` for `Annotated[str, ...] | None`."""
-    arguments = get_args(annotation)
-    return _plain_type(arguments[0]) if arguments else annotation
-
-
-generate.__signature__ = _with_request_fields(inspect.signature(generate, eval_str=True))  # type: ignore[attr-defined]
-
-
-def status(task_id: str, server: Server = None, as_json: AsJson = False) -> None:
+def status(task_id: TaskId, server: Server = None, as_json: AsJson = False) -> None:
     """Show a task's status."""
-    with connect(server) as client:
+    with connect(server, as_json) as client:
         answer = client.status(task_id)
     _print(answer, as_json)
     if answer.status == "failed":
         raise typer.Exit(ExitCode.FAILED)
 
 
-def cancel(task_id: str, server: Server = None, as_json: AsJson = False) -> None:
+def cancel(task_id: TaskId, server: Server = None, as_json: AsJson = False) -> None:
     """Cancel a task that is queued or running."""
-    with connect(server) as client:
+    with connect(server, as_json) as client:
         _print(client.cancel(task_id), as_json)
 
 
-def download(task_id: str, output: Output = None, server: Server = None, as_json: AsJson = False) -> None:
+def download(
+    task_id: TaskId,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
     """Save a completed task's video."""
-    with connect(server) as client:
-        _download(client, task_id, output, as_json)
+    with connect(server, as_json) as client:
+        destination = checked(output, overwrite=overwrite, server=server, as_json=as_json, task_id=task_id)
+        destination.save(client, task_id, as_json=as_json, quiet=quiet)
+
+
+def list_tasks(
+    status: Annotated[str | None, typer.Option(help="Only tasks with this status.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many tasks, the newest first.")] = 20,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the ids only.")] = False,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the newest tasks."""
+    with connect(server, as_json) as client:
+        tasks = _newest(client, status, limit)
+    if as_json:
+        print_answer({"tasks": [task.model_dump(mode="json", exclude_unset=True) for task in tasks]}, as_json)
+        return
+    for task in tasks:
+        typer.echo(task.task_id if quiet else f"{task.task_id}  {_summary(task)}")
+    if not tasks and not quiet:
+        typer.echo("There are no tasks.", err=True)
 
 
 def health(server: Server = None, as_json: AsJson = False) -> None:
     """Show the server's health; fail if no model is loaded."""
-    with connect(server) as client:
+    with connect(server, as_json) as client:
         answer = client.health()
     _print(answer, as_json)
     if not answer.model_loaded:
         raise typer.Exit(ExitCode.BUSY)
 
 
-@contextmanager
-def connect(server: str | None) -> Iterator[Client]:
-    """A client of `server`, by default HUNYUAN_SERVER. Its errors end the command with their exit code."""
-    with settings_errors():
-        settings = ClientSettings()
-    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
+def submit(client: Client, request: Mapping[str, object]) -> AcceptedTask:
+    """Submits a request, whose image may be a file."""
     try:
-        with Client(server or str(settings.server), key) as client:
-            yield client
-    except TaskFailedError as exc:
-        fail(f"the task failed: {exc}", ExitCode.FAILED)
-    except UnreachableError as exc:
-        fail(f"{exc}\nIs the server running? Start one with `hunyuan serve`.", ExitCode.UNREACHABLE)
-    except RefusedError as exc:
-        fail(*_refusal(exc))
-    except (ClientError, OSError) as exc:
-        fail(str(exc), ExitCode.FAILED)
+        whole = with_image_url(request)
+    except (NotAnImageError, OSError) as exc:
+        raise CommandError(f"--image: {exc}", ExitCode.USAGE) from exc
+    try:
+        return client.generate(whole)
+    except RequestTooLargeError as exc:
+        if whole == request or not isinstance(exc, RefusedError):
+            raise
+        hint = f"; --image {request['image']} is too large: pass a smaller file, or an http(s) URL"
+        raise refusal(exc, hint) from exc
+
+
+def follow_and_save(client: Client, task_id: str, destination: Destination, *, as_json: bool, quiet: bool) -> None:
+    """Shows the task's progress until it ends, and saves the video."""
+    with Progress(quiet=quiet) as progress:
+        client.wait(task_id, progress.show)
+    destination.save(client, task_id, as_json=as_json, quiet=quiet)
+
+
+@contextmanager
+def _interruptible(task_id: str, destination: Destination) -> Iterator[None]:
+    """Ctrl-C ends the command and not the task, and says how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
-        os.write(2, b"\n")  # the task itself continues on the server
-        raise typer.Exit(INTERRUPTED) from None
+        go_on, stop = destination.command("wait", task_id), destination.command("cancel", task_id)
+        text = f"""
+Interrupted. Task {task_id} continues on the server.
+To wait for its video:
+  {go_on}
+To cancel it:
+  {stop}"""
+        fields = {"task_id": task_id, "wait": go_on, "cancel": stop}
+        raise CommandError(text, INTERRUPTED, error_code="INTERRUPTED", **fields) from None
 
 
-def generate_and_save(client: Client, request: Mapping[str, object], output: Path | None, as_json: bool) -> None:
-    """Submits the request, shows a progress bar until the task ends, and downloads the video."""
-    task_id = client.generate(request)
-    typer.echo(f"task {task_id}", err=True)
-    with tqdm(total=100, unit="%", bar_format="{desc:<16}|{bar}| {n:3.0f} % [{elapsed}]", file=sys.stderr) as bar:
-
-        def show(status: TaskStatus) -> None:
-            bar.set_description_str((status.stage or status.status).replace("_", " "), refresh=False)
-            progress = 100 if status.status == "completed" else status.progress or 0
-            bar.update(max(progress - bar.n, 0))
-            bar.refresh()
-
-        client.wait(task_id, show)
-    _download(client, task_id, output, as_json)
+def _text_of(prompt: str | None) -> str:
+    """The prompt, from stdin if it is `-`, or none and stdin is no terminal."""
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise CommandError("there is no prompt; pass it as an argument, or pipe it in", ExitCode.USAGE)
+    text = sys.stdin.read().strip()
+    if not text:
+        raise CommandError("there is no prompt on stdin", ExitCode.USAGE)
+    return text
 
 
-def _download(client: Client, task_id: str, output: Path | None, as_json: bool) -> None:
-    path = output or Path(f"{task_id}.mp4")
-    size = client.download(task_id, path)
-    print_answer({"task_id": task_id, "output": str(path), "file_size": size}, as_json)
+def _print_accepted(task: AcceptedTask, destination: Destination, *, as_json: bool, quiet: bool) -> None:
+    if quiet and not as_json:
+        typer.echo(task.task_id)
+        return
+    print_answer(task.model_dump(mode="json"), as_json)
+    if not quiet:
+        typer.echo(f"To wait for the video: {destination.command('wait', task.task_id)}", err=True)
+
+
+def _newest(client: Client, status: str | None, limit: int) -> list[TaskStatus]:
+    tasks: list[TaskStatus] = []
+    cursor: str | None = None
+    try:
+        while len(tasks) < limit:
+            page = client.list(status=status, limit=min(limit - len(tasks), _PAGE), cursor=cursor)
+            tasks += page.tasks
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+    except (NotFoundError, MethodNotAllowedError) as exc:
+        text = "this server does not list tasks: it is older than this command, or its queue is RunPod's"
+        raise CommandError(text, ExitCode.FAILED, error_code=exc.error_code) from exc
+    return tasks
+
+
+def _summary(task: TaskStatus) -> str:
+    match task:
+        case CompletedStatus():
+            return f"completed   {task.duration} s {task.resolution}, {task.file_size / 1e6:.1f} MB"
+        case FailedStatus():
+            return f"failed      {task.error_code}"
+        case _:
+            stage = (task.stage or "").replace("_", " ")
+            place = f", place {task.queue_position}" if task.queue_position is not None else f" {task.progress} %"
+            return f"processing  {stage}{place}"
 
 
 def _print(answer: BaseModel, as_json: bool) -> None:
     print_answer(answer.model_dump(mode="json", exclude_unset=True), as_json)
-
-
-def _refusal(exc: RefusedError) -> tuple[str, ExitCode]:
-    text = f"{exc} ({exc.error_code})"
-    match exc.status:
-        case 404:
-            return text, ExitCode.NOT_FOUND
-        case 429 | 503:
-            return f"{text}; try again in {exc.retry_after or 'a few'} s", ExitCode.BUSY
-        case 401:
-            return f"{text}; set HUNYUAN_API_KEY", ExitCode.USAGE
-        case 400 | 413:
-            return text, ExitCode.USAGE
-        case _:
-            return text, ExitCode.FAILED

@@ -1,0 +1,64 @@
+"""A client for one command, whose errors end the command."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from hunyuan.cli.exits import INTERRUPTED, CommandError, ExitCode, reported, settings_errors
+from hunyuan.client import Client
+from hunyuan.errors import ClientError, RefusedError, TaskFailedError, UnreachableError
+from hunyuan.settings import ClientSettings
+
+Server = Annotated[str | None, typer.Option(help="Address of the server. Default: HUNYUAN_SERVER.")]
+
+
+@contextmanager
+def connect(server: str | None, as_json: bool = False) -> Iterator[Client]:
+    """A client of `server`, by default HUNYUAN_SERVER. Errors in the block end the command with their exit code."""
+    with settings_errors():
+        settings = ClientSettings()
+    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
+    with reported(as_json), _translated(), Client(server or str(settings.server), key) as client:
+        yield client
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except TaskFailedError as exc:
+        text = f"the task failed: {exc}"
+        fields = {"error_code": exc.error_code, "task_id": exc.status.task_id}
+        raise CommandError(text, ExitCode.FAILED, **fields) from exc
+    except UnreachableError as exc:
+        text = f"{exc}\nIs the server running? Start one with `hunyuan serve`."
+        raise CommandError(text, ExitCode.UNREACHABLE) from exc
+    except RefusedError as exc:
+        raise refusal(exc) from exc
+    except FileExistsError as exc:
+        raise CommandError(f"{exc}; pass --overwrite to replace it", ExitCode.USAGE) from exc
+    except (ClientError, OSError) as exc:
+        raise CommandError(str(exc), ExitCode.FAILED) from exc
+    except KeyboardInterrupt:
+        os.write(2, b"\n")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def refusal(exc: RefusedError, hint: str = "") -> CommandError:
+    """The error of a refused request, with its exit code."""
+    code = ExitCode.FAILED
+    match exc.status:
+        case 404:
+            code = ExitCode.NOT_FOUND
+        case 429 | 503:
+            code = ExitCode.BUSY
+            seconds = "a few" if exc.retry_after is None else f"{exc.retry_after:g}"
+            hint = hint or f"; try again in {seconds} s"
+        case 401:
+            code, hint = ExitCode.USAGE, hint or "; set HUNYUAN_API_KEY"
+        case 400 | 413:
+            code = ExitCode.USAGE
+    return CommandError(f"{exc}{hint}", code, error_code=exc.error_code)

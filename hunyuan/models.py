@@ -1,0 +1,105 @@
+"""What a client receives. Every model is frozen, and keeps fields that a newer server adds."""
+
+import base64
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+#: A notebook stores what it shows. A larger video is not embedded.
+_EMBEDDED_BYTES: Final = 50_000_000
+
+
+class RequestFields(TypedDict, total=False):
+    """The optional fields of a request. docs/api.md says what each one does; the server sets what is left out."""
+
+    duration: int
+    resolution: Literal["720p", "1080p"]
+    model: str
+    aspect_ratio: Literal["16:9", "9:16", "1:1", "4:3", "3:4"]
+    seed: int
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    image: str | Path
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class TaskAnswer(_Answer):
+    """An answer about one task. Every method that takes a task takes this or the task's id."""
+
+    task_id: str
+
+
+class AcceptedTask(TaskAnswer):
+    """A task that the server accepted. `estimated_time` is in seconds."""
+
+    status: Literal["processing"]
+    estimated_time: int
+
+
+class ProcessingStatus(TaskAnswer):
+    """A waiting or running task. `progress` is a percentage, `elapsed_time` the seconds since it was accepted."""
+
+    status: Literal["processing"]
+    progress: int = 0
+    elapsed_time: int = 0
+    stage: str | None = None
+    queue_position: int | None = None
+
+
+class CompletedStatus(TaskAnswer):
+    """A task with a video. `duration` is in seconds, `file_size` in bytes."""
+
+    status: Literal["completed"]
+    video_url: str
+    duration: int
+    resolution: str
+    file_size: int
+
+
+class FailedStatus(TaskAnswer):
+    """A task that ended without a video."""
+
+    status: Literal["failed"]
+    error: str
+    error_code: str
+
+
+#: The answer of /status; `status` tells them apart.
+TaskStatus = ProcessingStatus | CompletedStatus | FailedStatus
+TASK_STATUS: Final[TypeAdapter[TaskStatus]] = TypeAdapter(Annotated[TaskStatus, Field(discriminator="status")])
+
+
+class TaskPage(_Answer):
+    """Some tasks, the newest first. `next_cursor` gets the page after this one; None if it is the last."""
+
+    tasks: tuple[Annotated[TaskStatus, Field(discriminator="status")], ...]
+    next_cursor: str | None = None
+
+
+class Health(_Answer):
+    """The answer of /health."""
+
+    status: str
+    model_loaded: bool
+    gpu_available: bool
+    vram_free: str
+    version: str
+
+
+class Video(TaskAnswer):
+    """A video on this machine. A notebook plays it."""
+
+    path: Path
+    file_size: int
+
+    def _repr_html_(self) -> str | None:
+        """The video itself, for Jupyter: neither the server nor its key is needed to play it later."""
+        if self.file_size > _EMBEDDED_BYTES or not self.path.is_file():
+            return None
+        data = base64.b64encode(self.path.read_bytes()).decode()
+        return f'<video controls loop style="max-width: 100%" src="data:video/mp4;base64,{data}"></video>'
