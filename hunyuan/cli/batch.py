@@ -36,7 +36,7 @@ def batch(
 ) -> None:
     """Generate a video for each prompt of a file.
 
-    After an interruption the same command goes on where it was and renders nothing twice. It submits failed prompts again.
+    After an interruption the same command goes on where it was, and renders nothing twice. It retries failed prompts.
     """
     with reported(as_json):
         rows = read(file, {name: value for name, value in fields.items() if value is not None})
