@@ -33,12 +33,12 @@ INTERRUPTED: Final = 130
 
 
 class CommandError(Exception):
-    """Ends a command. `fields` are added to the error that `--json` prints."""
+    """Ends a command. `--json` prints `fields`: the text as `error`, the code of the API, and what else is given."""
 
     def __init__(self, text: str, code: int, *, error_code: str | None = None, **fields: object) -> None:
         super().__init__(text)
         self.code = code
-        self.fields = {"error": text, "error_code": error_code, **fields}
+        self.fields = {"error": text.strip(), "error_code": error_code, **fields}
 
 
 def end(text: str, code: int) -> NoReturn:

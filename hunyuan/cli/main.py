@@ -31,15 +31,14 @@ def options(
     """Text in, MP4 out: serve HunyuanVideo-1.5, and use a server of it."""
 
 
-for command in (
-    *(server.serve, server.worker, server.downgrade_queue),
-    *(tasks.generate, batch.batch, tasks.wait, tasks.status, tasks.cancel, tasks.download, tasks.health),
-    *(server.prune, server.demo, weights.download_weights, weights.convert_weights, plan.plan),
-):
-    app.command()(command)
-
-app.command("list")(tasks.list_tasks)
-app.add_typer(deploy.app, name="deploy")
+for panel, commands in {
+    "Videos": (tasks.generate, batch.batch, tasks.wait, tasks.list_tasks, tasks.status, tasks.cancel, tasks.download),
+    "Servers": (server.serve, server.worker, server.demo, tasks.health, server.prune, server.downgrade_queue),
+    "Models": (weights.download_weights, weights.convert_weights, plan.plan),
+}.items():
+    for command in commands:
+        app.command("list" if command is tasks.list_tasks else None, rich_help_panel=panel)(command)
+app.add_typer(deploy.app, name="deploy", rich_help_panel="Servers")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class Progress:
         percent = 100 if isinstance(status, CompletedStatus) else getattr(status, "progress", 0)
         if self._bar is not None:
             self._bar.set_description_str(stage, refresh=False)
-            self._bar.update(max(percent - self._bar.n, 0))
+            self._bar.n = max(percent, self._bar.n)
             self._bar.refresh()
         elif not self._quiet and (stage != self._last or time.monotonic() >= self._next_line):
             typer.echo(stage if percent in (0, 100) else f"{stage} {percent} %", err=True)

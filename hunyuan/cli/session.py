@@ -31,13 +31,13 @@ def _translated() -> Iterator[None]:
         yield
     except TaskFailedError as exc:
         text = f"the task failed: {exc}"
-        fields = {"error_code": exc.error_code, "task_id": exc.status.task_id}
-        raise CommandError(text, ExitCode.FAILED, **fields) from exc
+        fields = {"error": exc.error, "task_id": exc.status.task_id}
+        raise CommandError(text, ExitCode.FAILED, error_code=exc.error_code, **fields) from exc
     except UnreachableError as exc:
         text = f"{exc}\nIs the server running? Start one with `hunyuan serve`."
         raise CommandError(text, ExitCode.UNREACHABLE) from exc
     except RefusedError as exc:
-        raise refusal(exc) from exc
+        raise _refusal(exc) from exc
     except FileExistsError as exc:
         raise CommandError(f"{exc}; pass --overwrite to replace it", ExitCode.USAGE) from exc
     except (ClientError, OSError) as exc:
@@ -47,18 +47,18 @@ def _translated() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def refusal(exc: RefusedError, hint: str = "") -> CommandError:
+def _refusal(exc: RefusedError) -> CommandError:
     """The error of a refused request, with its exit code."""
-    code = ExitCode.FAILED
+    code, hint = ExitCode.FAILED, ""
     match exc.status:
         case 404:
             code = ExitCode.NOT_FOUND
         case 429 | 503:
             code = ExitCode.BUSY
             seconds = "a few" if exc.retry_after is None else f"{exc.retry_after:g}"
-            hint = hint or f"; try again in {seconds} s"
+            hint = f"; try again in {seconds} s"
         case 401:
-            code, hint = ExitCode.USAGE, hint or "; set HUNYUAN_API_KEY"
+            code, hint = ExitCode.USAGE, "; set HUNYUAN_API_KEY"
         case 400 | 413:
             code = ExitCode.USAGE
-    return CommandError(f"{exc}{hint}", code, error_code=exc.error_code)
+    return CommandError(f"{exc}{hint}", code, error_code=exc.error_code, error=exc.error)

@@ -12,9 +12,9 @@ from hunyuan.cli.exits import INTERRUPTED, AsJson, CommandError, ExitCode, print
 from hunyuan.cli.options import Output, Overwrite, Quiet, with_request_fields
 from hunyuan.cli.output import Destination, checked
 from hunyuan.cli.progress import Progress
-from hunyuan.cli.session import Server, connect, refusal
+from hunyuan.cli.session import Server, connect
 from hunyuan.client import Client
-from hunyuan.errors import MethodNotAllowedError, NotFoundError, RefusedError, RequestTooLargeError
+from hunyuan.errors import MethodNotAllowedError, NotFoundError, RequestTooLargeError
 from hunyuan.images import NotAnImageError, with_image_url
 from hunyuan.models import AcceptedTask, CompletedStatus, FailedStatus, TaskStatus
 
@@ -136,10 +136,12 @@ def submit(client: Client, request: Mapping[str, object]) -> AcceptedTask:
     try:
         return client.generate(whole)
     except RequestTooLargeError as exc:
-        if whole == request or not isinstance(exc, RefusedError):
+        if whole == request:
             raise
-        hint = f"; --image {request['image']} is too large: pass a smaller file, or an http(s) URL"
-        raise refusal(exc, hint) from exc
+        text = (
+            f"the image {request['image']} is too large for this server: {exc}; pass a smaller file or an http(s) URL"
+        )
+        raise CommandError(text, ExitCode.USAGE, error_code=exc.error_code) from exc
 
 
 def follow_and_save(client: Client, task_id: str, destination: Destination, *, as_json: bool, quiet: bool) -> None:
