@@ -16,7 +16,7 @@ from hunyuan.models import CompletedStatus, FailedStatus
 from hunyuan.part_file import remove_parts
 
 _POLL_INTERVAL: Final = 1.0
-#: Seconds between two attempts while the server is busy or away, unless its Retry-After says more.
+#: Seconds between two attempts while the server is busy or away, unless it sends a Retry-After.
 _BUSY_INTERVAL: Final = 5.0
 #: A server that is away or has no model for longer ends the command.
 _OUTAGE: Final = 600.0
@@ -113,4 +113,4 @@ class BatchRun:
             self._away_since = self._away_since or time.monotonic()
             if time.monotonic() - self._away_since > _OUTAGE:
                 raise exc
-        return max(retry_after or 0.0, _BUSY_INTERVAL)
+        return _BUSY_INTERVAL if retry_after is None else retry_after
