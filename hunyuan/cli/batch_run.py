@@ -23,7 +23,7 @@ _OUTAGE: Final = 600.0
 
 
 class Report(Protocol):
-    """Who is told about the batch."""
+    """What shows the batch to its user."""
 
     def running(self, item: Item, percent: int) -> None: ...
 
