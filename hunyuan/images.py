@@ -1,12 +1,13 @@
 """The image that a video starts from, as a request has it."""
 
 import base64
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 #: The first bytes of the kinds of image that a worker reads.
-_KINDS: Final = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
+_KINDS: Final = {rb"\xff\xd8\xff": "jpeg", rb"\x89PNG\r\n\x1a\n": "png", rb"RIFF....WEBP": "webp"}
 
 
 class NotAnImageError(ValueError):
@@ -23,7 +24,7 @@ def as_url(image: str | Path) -> str:
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
         return image
     data = Path(image).read_bytes()
-    kind = next((kind for start, kind in _KINDS.items() if data.startswith(start)), None)
+    kind = next((kind for start, kind in _KINDS.items() if re.match(start, data, re.DOTALL)), None)
     if kind is None:
         raise NotAnImageError(f"{image} is not a JPEG, PNG or WebP file")
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -15,7 +15,7 @@ class ClientSettings(Settings):
     server: HttpUrl = Field(
         default=HttpUrl("http://localhost:8000"),
         validation_alias="HUNYUAN_SERVER",
-        description="Server that `hunyuan generate`, `status`, `download` and `health` talk to.",
+        description="Server that `hunyuan generate`, `batch` and the like, and the Python client, talk to.",
     )
     api_key: HeaderToken | None = Field(
         default=None,

@@ -1,6 +1,5 @@
 """A client for one command, whose errors end the command."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -43,8 +42,7 @@ def _translated() -> Iterator[None]:
     except (ClientError, OSError) as exc:
         raise CommandError(str(exc), ExitCode.FAILED) from exc
     except KeyboardInterrupt:
-        os.write(2, b"\n")
-        raise typer.Exit(INTERRUPTED) from None
+        raise CommandError("\nInterrupted.", INTERRUPTED, error_code="INTERRUPTED") from None
 
 
 def _refusal(exc: RefusedError) -> CommandError:

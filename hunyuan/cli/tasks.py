@@ -66,6 +66,7 @@ def wait(
     """Wait for a task, show its progress, and save its video."""
     with connect(server, as_json) as client:
         destination = checked(output, overwrite=overwrite, server=server, as_json=as_json, task_id=task_id)
+        client.status(task_id)  # an outage is only waited for if it begins later
         with _interruptible(task_id, destination):
             follow_and_save(client, task_id, destination, as_json=as_json, quiet=quiet)
 

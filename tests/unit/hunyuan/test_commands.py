@@ -32,7 +32,7 @@ def answer(request: Request) -> Answer:
         return Answer(202, {"task_id": "t1", "status": "processing", "estimated_time": 1})
     if request.path.endswith("/events"):
         return events(RUNNING, COMPLETED)
-    return Answer(200, VIDEO)
+    return Answer(200, VIDEO if request.path.startswith("/videos/") else RUNNING)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_wait_saves_the_video_of_an_earlier_task(api: ScriptedApi) -> None:
     done = run("wait", "t1", "--output", "boat.mp4", "--json")
     assert json.loads(done.stdout) == {"task_id": "t1", "output": "boat.mp4", "file_size": 1000}
     assert Path("boat.mp4").read_bytes() == VIDEO
-    assert api.paths() == ["/tasks/t1/events", "/videos/t1.mp4"]
+    assert api.paths() == ["/status/t1", "/tasks/t1/events", "/videos/t1.mp4"]
 
 
 def test_an_output_that_cannot_be_used_is_found_before_a_task_is_submitted(api: ScriptedApi) -> None:
@@ -185,7 +185,7 @@ def test_errors_are_json_where_answers_are(api: ScriptedApi, given: Answer, code
 
 
 def test_a_failed_task_is_json_with_its_id(api: ScriptedApi) -> None:
-    api.answer = lambda _: events(FAILED)
+    api.answer = lambda request: events(FAILED) if request.path.endswith("/events") else Answer(200, FAILED)
     done = run("wait", "t2", "--json")
     wanted = {"error": "Out of memory", "error_code": "OOM_ERROR", "task_id": "t2"}
     assert (done.exit_code, json.loads(done.stdout)) == (1, wanted)
