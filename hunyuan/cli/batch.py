@@ -43,6 +43,7 @@ def batch(
         directory = output_dir or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-videos"))
     with connect(server, as_json) as client, BatchState(directory, rows) as state:
         _check_outputs(state.items, overwrite=overwrite)
+        client.health()  # an outage is only waited for if it begins later
         with BatchProgress(state.items, quiet=quiet) as progress:
             try:
                 BatchRun(client, state, parallel, progress).run()

@@ -17,6 +17,7 @@ COMPLETED = {
     **{"task_id": "t1", "status": "completed", "video_url": "http://x/t1.mp4", "duration": 5, "resolution": "720p"},
     "file_size": len(VIDEO),
 }
+HEALTH = {"status": "healthy", "model_loaded": True, "gpu_available": False, "vram_free": "0.0 GB", "version": "1"}
 RUNNING = {"task_id": "t1", "status": "processing", "progress": 40, "elapsed_time": 3, "stage": "denoising"}
 
 
@@ -95,6 +96,8 @@ def test_ctrl_c_in_a_batch_says_what_is_saved_and_how_to_go_on(
     def first_alone(request: Request) -> Answer:
         if request.method == "POST":
             return Answer(202, {"task_id": next(ids), "status": "processing", "estimated_time": 1})
+        if request.path == "/health":
+            return Answer(200, HEALTH)
         if request.path.startswith("/status/"):
             return Answer(200, COMPLETED if request.path == "/status/t1" else {**RUNNING, "task_id": "t2"})
         return answer(request)

@@ -20,6 +20,7 @@ from tests.support.scripted_api import LOST, Answer, Request, refusal, scripted_
 BOAT = "A paper boat on a rainy street"
 FISH = "A red fish swims over the sea"
 VIDEO = b"0123456789"
+HEALTH = {"status": "healthy", "model_loaded": True, "gpu_available": False, "vram_free": "0.0 GB", "version": "1"}
 
 
 # Files
@@ -128,6 +129,8 @@ class Server:
         self.unknown: set[str] = set()
 
     def __call__(self, request: Request) -> Answer:
+        if request.path == "/health":
+            return Answer(200, HEALTH)
         if request.method == "POST":
             return self.submit(request)
         task_id = request.path.rpartition("/")[2].removesuffix(".mp4")
@@ -238,3 +241,13 @@ def test_files_that_are_not_the_batchs_own_are_not_overwritten(server: Server) -
     assert output.read_bytes() == b"before"
     assert batch("--overwrite").exit_code == 0
     assert output.read_bytes() == VIDEO + b"t1"
+
+
+def test_a_server_that_is_away_from_the_start_is_not_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUNYUAN_SERVER", "http://127.0.0.1:9")
+    asked = time.monotonic()
+    done = batch()
+    assert (done.exit_code, "Is the server running?" in done.stderr) == (3, True)
+    assert time.monotonic() - asked < 4
