@@ -123,6 +123,14 @@ class MethodNotAllowedError(ApiError, code="METHOD_NOT_ALLOWED"):
     """The path does not take this method; the server may be older than this client."""
 
 
+class NotRetryableError(ApiError, code="NOT_RETRYABLE"):
+    """Only a task that failed or was cancelled can be tried again."""
+
+
+class NotSupportedError(ApiError, code="NOT_SUPPORTED"):
+    """This server can't do that, for example because its queue is RunPod's."""
+
+
 class RequestTimeoutError(ApiError, code="REQUEST_TIMEOUT"):
     """The request did not arrive in time."""
 

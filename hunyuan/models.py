@@ -42,23 +42,29 @@ class AcceptedTask(TaskAnswer):
 
 
 class ProcessingStatus(TaskAnswer):
-    """A waiting or running task. `progress` is a percentage, `elapsed_time` the seconds since it was accepted."""
+    """A waiting or running task. `progress` is a percentage, `elapsed_time` the seconds since it was accepted.
+
+    `remaining_time` is in seconds; None if that cannot be said, or if the server is older.
+    """
 
     status: Literal["processing"]
     progress: int = 0
     elapsed_time: int = 0
     stage: str | None = None
     queue_position: int | None = None
+    remaining_time: int | None = None
 
 
 class CompletedStatus(TaskAnswer):
-    """A task with a video. `duration` is in seconds, `file_size` in bytes."""
+    """A task with a video. `duration` is in seconds, `file_size` in bytes. Older servers leave out prompt and seed."""
 
     status: Literal["completed"]
     video_url: str
     duration: int
     resolution: str
     file_size: int
+    prompt: str | None = None
+    seed: int | None = None
 
 
 class FailedStatus(TaskAnswer):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hunyuan.models import CompletedStatus, ProcessingStatus, TaskStatus
 
 _WIDTH: Final = 80
+_LAYOUT: Final = "{desc:<16}|{bar}| {n:3.0f} % [{elapsed}{postfix}]"
 #: Seconds between two lines of the same stage.
 _LINE_INTERVAL: Final = 10.0
 
@@ -20,7 +21,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._bar = None if quiet or not sys.stderr.isatty() else bar(100, "{desc:<16}|{bar}| {n:3.0f} % [{elapsed}]")
+        self._bar = None if quiet or not sys.stderr.isatty() else bar(100, _LAYOUT)
         self._last, self._next_line = "", 0.0
 
     def __enter__(self) -> Self:
@@ -36,6 +37,8 @@ class Progress:
         percent = 100 if isinstance(status, CompletedStatus) else getattr(status, "progress", 0)
         if self._bar is not None:
             self._bar.set_description_str(stage, refresh=False)
+            left = getattr(status, "remaining_time", None)
+            self._bar.set_postfix_str(f"{left} s left" if left is not None else "", refresh=False)
             self._bar.n = max(percent, self._bar.n)
             self._bar.refresh()
         elif not self._quiet and (stage != self._last or time.monotonic() >= self._next_line):

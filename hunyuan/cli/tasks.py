@@ -1,5 +1,6 @@
 """The commands that talk to a server about one task, and `list` and `health`."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -101,7 +102,9 @@ def download(
 
 
 def list_tasks(
-    status: Annotated[str | None, typer.Option(help="Only tasks with this status.")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only tasks with this status: processing, completed or failed.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many tasks, the newest first.")] = 20,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the ids only.")] = False,
     server: Server = None,
@@ -114,7 +117,7 @@ def list_tasks(
         print_answer({"tasks": [task.model_dump(mode="json", exclude_unset=True) for task in tasks]}, as_json)
         return
     for task in tasks:
-        typer.echo(task.task_id if quiet else f"{task.task_id}  {_summary(task)}")
+        typer.echo(task.task_id if quiet else _fitted(f"{task.task_id}  {_summary(task)}"))
     if not tasks and not quiet:
         typer.echo("There are no tasks.", err=True)
 
@@ -209,13 +212,20 @@ def _newest(client: Client, status: str | None, limit: int) -> list[TaskStatus]:
 def _summary(task: TaskStatus) -> str:
     match task:
         case CompletedStatus():
-            return f"completed   {task.duration} s {task.resolution}, {task.file_size / 1e6:.1f} MB"
+            prompt = " ".join((task.prompt or "").split())
+            return f"completed   {task.duration} s {task.resolution}  {prompt}".rstrip()
         case FailedStatus():
             return f"failed      {task.error_code}"
         case _:
             stage = (task.stage or "").replace("_", " ")
             place = f", place {task.queue_position}" if task.queue_position is not None else f" {task.progress} %"
             return f"processing  {stage}{place}"
+
+
+def _fitted(line: str) -> str:
+    """The line, cut to the width of a terminal."""
+    columns = shutil.get_terminal_size().columns
+    return f"{line[: columns - 1]}…" if sys.stdout.isatty() and len(line) > columns else line
 
 
 def _print(answer: BaseModel, as_json: bool) -> None:

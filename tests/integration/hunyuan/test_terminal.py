@@ -18,7 +18,14 @@ COMPLETED = {
     "file_size": len(VIDEO),
 }
 HEALTH = {"status": "healthy", "model_loaded": True, "gpu_available": False, "vram_free": "0.0 GB", "version": "1"}
-RUNNING = {"task_id": "t1", "status": "processing", "progress": 40, "elapsed_time": 3, "stage": "denoising"}
+RUNNING = {
+    "task_id": "t1",
+    "status": "processing",
+    "progress": 40,
+    "elapsed_time": 3,
+    "stage": "denoising",
+    "remaining_time": 7,
+}
 
 
 def answer(request: Request) -> Answer:
@@ -49,6 +56,7 @@ def test_a_terminal_shows_one_bar_that_fits(terminal: Callable[..., OnTerminal])
     assert bar.startswith("completed       |█")
     assert "100 % [00:0" in bar
     assert len(bar) <= 80
+    assert ", 7 s left]\r" in shown.text
 
 
 def test_ctrl_c_says_how_to_go_on_and_how_to_cancel(api: ScriptedApi, terminal: Callable[..., OnTerminal]) -> None:

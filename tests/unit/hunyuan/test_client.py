@@ -302,7 +302,7 @@ def test_a_blocking_client_works_where_an_event_loop_runs_already() -> None:
 
 
 def test_every_error_code_has_its_class() -> None:
-    assert set(errors.ERRORS) == {code.value for code in (*ErrorCode, *ServerErrorCode)}
+    assert set(errors.ERRORS) >= {code.value for code in (*ErrorCode, *ServerErrorCode)}
     for code, kind in errors.ERRORS.items():
         assert kind.code == code
         assert kind.__doc__

@@ -193,7 +193,8 @@ def test_a_failed_task_is_json_with_its_id(api: ScriptedApi) -> None:
 
 def test_list_shows_as_many_tasks_as_it_is_asked_for(api: ScriptedApi) -> None:
     waiting = {**RUNNING, "task_id": "t3", "stage": "queued", "progress": 0, "queue_position": 2}
-    pages = {"": [RUNNING, COMPLETED], "c1": [FAILED, waiting]}
+    completed = {**COMPLETED, "prompt": PROMPT}
+    pages = {"": [RUNNING, completed], "c1": [FAILED, waiting]}
 
     def page(request: Request) -> Answer:
         cursor = request.path.partition("cursor=")[2]
@@ -202,13 +203,13 @@ def test_list_shows_as_many_tasks_as_it_is_asked_for(api: ScriptedApi) -> None:
     api.answer = page
     assert run("list", "--limit", "4").stdout.splitlines() == [
         "t1  processing  denoising 40 %",
-        "t1  completed   5 s 720p, 0.0 MB",
+        f"t1  completed   5 s 720p  {PROMPT}",
         "t2  failed      OOM_ERROR",
         "t3  processing  queued, place 2",
     ]
     assert api.paths() == ["/tasks?limit=4", "/tasks?limit=2&cursor=c1"]
     assert run("list", "--limit", "2", "--quiet").stdout == "t1\nt1\n"
-    assert json.loads(run("list", "--limit", "2", "--json").stdout) == {"tasks": [RUNNING, COMPLETED]}
+    assert json.loads(run("list", "--limit", "2", "--json").stdout) == {"tasks": [RUNNING, completed]}
 
 
 def test_list_names_a_server_that_has_no_list(api: ScriptedApi) -> None:
