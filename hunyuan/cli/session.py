@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
-from hunyuan.cli.exits import INTERRUPTED, CommandError, ExitCode, reported, settings_errors
+from contract.settings import explain
+from hunyuan.cli.exits import INTERRUPTED, CommandError, ExitCode, reported
 from hunyuan.client import Client
 from hunyuan.errors import ClientError, RefusedError, TaskFailedError, UnreachableError
 from hunyuan.settings import ClientSettings
@@ -17,11 +19,17 @@ Server = Annotated[str | None, typer.Option(help="Address of the server. Default
 @contextmanager
 def connect(server: str | None, as_json: bool = False) -> Iterator[Client]:
     """A client of `server`, by default HUNYUAN_SERVER. Errors in the block end the command with their exit code."""
-    with settings_errors():
-        settings = ClientSettings()
-    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
-    with reported(as_json), _translated(), Client(server or str(settings.server), key) as client:
+    with reported(as_json), _translated(), _client(server) as client:
         yield client
+
+
+def _client(server: str | None) -> Client:
+    try:
+        settings = ClientSettings()
+    except ValidationError as exc:
+        raise CommandError(explain(exc), ExitCode.USAGE) from exc
+    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
+    return Client(server or str(settings.server), key)
 
 
 @contextmanager

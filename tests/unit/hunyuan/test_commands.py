@@ -184,6 +184,12 @@ def test_errors_are_json_where_answers_are(api: ScriptedApi, given: Answer, code
     assert printed["error"]
 
 
+def test_a_wrong_setting_is_json_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUNYUAN_SERVER", "not a url")
+    done = run("health", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["error"].partition(":")[0]) == (2, "HUNYUAN_SERVER")
+
+
 def test_a_failed_task_is_json_with_its_id(api: ScriptedApi) -> None:
     api.answer = lambda request: events(FAILED) if request.path.endswith("/events") else Answer(200, FAILED)
     done = run("wait", "t2", "--json")
