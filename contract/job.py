@@ -4,7 +4,8 @@ The server validates a request with `parse_input` before it queues the job. The 
 that was sent straight to RunPod gets the same limits and the same error codes.
 
 To add a resolution, add one line to `Resolution` here and its routes to `handler.video_model.catalog`. To add an
-optional field, add it to `JobInput`: the command line and the page read `JobInput.model_json_schema()`.
+optional field, add it to `JobInput`: the command line and the page read `JobInput.model_json_schema()`. What the server
+adds to a request is in `QueuedInput`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
@@ -23,6 +24,8 @@ from contract.errors import ErrorCode, JobFailure
 FPS: Final = 24
 MIN_PROMPT_LENGTH: Final = 10
 MAX_PROMPT_LENGTH: Final = 500
+#: Characters of a rewritten prompt. The model's text encoder reads 1,000 tokens, which is about as much in Chinese.
+MAX_REWRITTEN_LENGTH: Final = 1500
 MIN_DURATION: Final = 5
 MAX_DURATION: Final = 10
 
@@ -117,6 +120,10 @@ def _storable_text(text: str) -> str:
     return text
 
 
+def _is_empty(value: object) -> bool:
+    return not value
+
+
 class JobInput(BaseModel):
     """What to render. The same model checks POST /generate and RunPod's `input`."""
 
@@ -176,6 +183,14 @@ class JobInput(BaseModel):
         description="The image that the video starts from: an http(s) URL, or a base64 data URL. JPEG, PNG or WebP.",
     )
 
+    enhance_prompt: Annotated[bool, Takes("true or false")] = Field(
+        default=False,
+        strict=True,
+        exclude_if=_is_empty,  # a worker of an earlier release does not know the field
+        title="Enhance prompt",
+        description="Let a language model write the prompt out in more detail before the render.",
+    )
+
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the delivered video in pixels."""
@@ -190,16 +205,64 @@ class JobInput(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+class QueuedInput(JobInput):
+    """A job's input as it is queued: the request, and what the server adds to it. The worker needs no network for it.
+
+    `warnings` say what the server could not do for the request. `traceparent` is the W3C trace context of the request.
+    """
+
+    rewritten_prompt: Annotated[str | None, Takes(f"text of at most {MAX_REWRITTEN_LENGTH} characters")] = Field(
+        default=None, max_length=MAX_REWRITTEN_LENGTH
+    )
+    warnings: Annotated[tuple[str, ...], Takes("a list of texts")] = Field(default=(), exclude_if=_is_empty)
+    traceparent: Annotated[str | None, Takes("a trace context as the W3C defines it")] = Field(
+        default=None, pattern=r"^[0-9a-f]{2}(-[0-9a-f]+){3}$", max_length=64
+    )
+
+    @classmethod
+    def of(cls, request: JobInput, **additions: Any) -> Self:
+        """The request with `additions`, which are fields of this class."""
+        return cls.model_validate({**dict(request), **additions})
+
+    @property
+    def request(self) -> JobInput:
+        """What the client sent."""
+        return JobInput.model_construct(**{name: getattr(self, name) for name in JobInput.model_fields})
+
+    @property
+    def rendered(self) -> JobInput:
+        """What the model renders: the request with its rewritten prompt, if it has one."""
+        return self.request.model_copy(update={"prompt": self.rewritten_prompt or self.prompt})
+
+
 def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
-    """Validate a request body (JSON bytes) or RunPod's decoded `input`.
+    """Validate a request: a body (JSON bytes), or the decoded object.
 
     Raises:
         InvalidInputError: with the documented code of the first wrong field, and what that field takes.
     """
+    return _parse(JobInput, raw)
+
+
+def parse_queued(raw: object) -> QueuedInput:
+    """Validate the decoded `input` of a queued job, which may have come without passing our server.
+
+    Raises:
+        InvalidInputError: as `parse_input`, and for a prompt that should have been rewritten before it was queued.
+    """
+    queued = _parse(QueuedInput, raw)
+    if queued.enhance_prompt and queued.rewritten_prompt is None and not queued.warnings:
+        text = "enhance_prompt: our server rewrites prompts, and this job has not passed it; leave the field out"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))
+    return queued
+
+
+AnyInput = TypeVar("AnyInput", bound=JobInput)
+
+
+def _parse(model: type[AnyInput], raw: object) -> AnyInput:
     try:
-        if isinstance(raw, bytes):
-            return JobInput.model_validate_json(raw)
-        return JobInput.model_validate(raw)
+        return model.model_validate_json(raw) if isinstance(raw, bytes) else model.model_validate(raw)
     except ValidationError as exc:
         raise InvalidInputError(_failure(exc.errors(include_url=False, include_context=False)[0])) from exc
 
@@ -211,8 +274,8 @@ def _failure(error: ErrorDetails) -> JobFailure:
         return JobFailure(
             error=f"unknown field {_as_json(field)}; known fields are {known}", error_code=ErrorCode.INVALID_REQUEST
         )
-    if field in JobInput.model_fields:
-        takes = next(item for item in JobInput.model_fields[field].metadata if isinstance(item, Takes))
+    if field in QueuedInput.model_fields:
+        takes = next(item for item in QueuedInput.model_fields[field].metadata if isinstance(item, Takes))
         # Four fields have a code of their own, named after the field.
         code = ErrorCode.__members__.get(f"INVALID_{field.upper()}", ErrorCode.INVALID_REQUEST)
         return JobFailure(error=f"{field} must be {takes.text}; {_received(error)}", error_code=code)

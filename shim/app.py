@@ -1,7 +1,7 @@
 """Makes the server's app from its parts."""
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from shim.http.guard import DOCS_PATH, error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
+from shim.rewrite import Rewriter
 from shim.tasks import NoVideoError, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
@@ -50,16 +51,17 @@ def create_app(
     routers: Sequence[APIRouter] = (),
     access: Access = OPEN_TO_ALL,
     provider: str | None = None,
+    rewriter: Rewriter | None = None,
 ) -> FastAPI:
     """The REST server over `queue` and `bucket`, which the caller closes. `routers` are further routes.
-    `provider` is the legal name of who offers the service.
+    `provider` is the legal name of who offers the service. The app closes `rewriter`.
 
     `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
     A download fails if the bucket sends nothing for `store_timeout` seconds.
     """
     return _app(
         Services(
-            tasks=Tasks(queue, StoredVideos(bucket)),
+            tasks=Tasks(queue, StoredVideos(bucket), rewriter),
             queue=queue,
             bucket=bucket,
             # Connecting: slightly over a multiple of 3 s, the TCP retransmission timer.
@@ -71,6 +73,7 @@ def create_app(
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
             provider=provider,
+            rewriter=rewriter,
             readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
@@ -84,7 +87,10 @@ def create_app(
 def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with services.bucket_http:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(services.bucket_http)
+            if services.rewriter is not None:
+                stack.push_async_callback(services.rewriter.close)
             yield
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)

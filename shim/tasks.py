@@ -4,21 +4,33 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import anyio.to_thread
 
-from contract.errors import VIDEO_DELETED, ErrorCode
-from contract.job import JobInput
+from contract import tracing
+from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
+from contract.job import InvalidInputError, JobInput, QueuedInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
 from shim.estimates import estimated_time
-from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
+from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, Submission, render_kind
+from shim.rewrite import Rewriter
 from storage import layout
 from storage.bucket import Bucket, ObjectInfo
 from storage.errors import StorageError
 from storage.videos import Videos
 
+_NO_REWRITER: Final = JobFailure(
+    error="enhance_prompt: this server rewrites no prompts, HUNYUAN_REWRITE_BASE_URL is not set; leave the field out",
+    error_code=ErrorCode.INVALID_REQUEST,
+)
+
 log = logging.getLogger(__name__)
+
+
+class _AcceptableError(Exception):
+    """The request is new and nothing speaks against it. Raised by a `check` in place of queueing it."""
 
 
 class TaskNotFoundError(LookupError):
@@ -95,9 +107,10 @@ class StoredVideos:
 class Tasks:
     """Submits, finds and cancels tasks. Keeps no state: the queue and the bucket do."""
 
-    def __init__(self, queue: JobQueue, videos: StoredVideos) -> None:
+    def __init__(self, queue: JobQueue, videos: StoredVideos, rewriter: Rewriter | None = None) -> None:
         self._queue = queue
         self._videos = videos
+        self._rewriter = rewriter
 
     async def submit(
         self,
@@ -111,13 +124,45 @@ class Tasks:
 
         `client` is the name of the API key of the request, empty on a server without keys.
 
-        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
+        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued; InvalidInputError for
+        a prompt that this server can't enhance.
         """
         idempotency = Idempotency.of(idempotency_key, job_input) if idempotency_key is not None else None
-        submission = await self._queue.submit(job_input, idempotency, check, client=client)
+        submit = self._submit_rewritten if job_input.enhance_prompt else self._submit
+        with tracing.span("submit"):
+            submission = await submit(job_input, idempotency, check, client)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))
+
+    async def _submit(
+        self, job_input: JobInput, idempotency: Idempotency | None, check: Callable[[], None] | None, client: str
+    ) -> Submission:
+        """`JobQueue.submit`; the job's spans will belong to the trace of this request."""
+        if (traceparent := tracing.traceparent()) is not None:
+            job_input = QueuedInput.of(job_input, traceparent=traceparent)
+        return await self._queue.submit(job_input, idempotency, check, client=client)
+
+    async def _submit_rewritten(
+        self, job_input: JobInput, idempotency: Idempotency | None, check: Callable[[], None] | None, client: str
+    ) -> Submission:
+        """`JobQueue.submit` with a rewritten prompt. No transaction is open while the rewriter works.
+
+        A repeated request, and one that is refused, costs no rewriting. The job keeps the key of the request itself.
+        """
+        if self._rewriter is None:
+            raise InvalidInputError(_NO_REWRITER)
+
+        def stop_before_queueing() -> None:
+            if check is not None:
+                check()
+            raise _AcceptableError
+
+        try:
+            return await self._queue.submit(job_input, idempotency, stop_before_queueing, client=client)
+        except _AcceptableError:
+            queued = await self._rewriter.rewrite(job_input)
+        return await self._submit(queued, idempotency, None, client)
 
     async def cancel(self, task_id: str) -> JobSnapshot:
         """Cancels a waiting or running task and deletes its objects. A finished task stays unchanged.

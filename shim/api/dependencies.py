@@ -16,6 +16,7 @@ from shim.errors import ApiError, ServerErrorCode
 from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
+from shim.rewrite import Rewriter
 from shim.tasks import Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageUnavailableError
@@ -64,6 +65,7 @@ class Services:
     metrics: Metrics
     version: str
     provider: str | None
+    rewriter: Rewriter | None
     readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None

@@ -79,6 +79,11 @@ class CompletedStatus(BaseModel):
     duration: int = Field(description="Seconds.")
     resolution: Resolution
     file_size: int = Field(description="Bytes.")
+    warnings: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda warnings: not warnings,
+        description="What could not be done for the request. Absent if there is nothing.",
+    )
 
 
 class FailedStatus(BaseModel):
@@ -127,6 +132,7 @@ class Health(BaseModel):
     load_seconds: dict[str, float] | None = Field(description="Seconds of each phase of a worker's start.")
     workers: WorkersHealth
     queue: QueueHealth
+    rewrites_prompts: bool = Field(description="Whether requests may set `enhance_prompt`.")
     provider: str | None = Field(description="Legal name of who offers this service.")
     licence: str = Field(description="Address of the licence of the model's weights.")
     notice: str = Field(description="What users of the service must know.")
@@ -247,6 +253,7 @@ def _status(job: JobSnapshot, request: Request, services: Services) -> Status:
             duration=job.result.input.duration,
             resolution=job.result.input.resolution,
             file_size=job.result.file_size,
+            warnings=job.result.warnings,
         )
     if job.failure is not None:
         return FailedStatus(task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code)
@@ -294,6 +301,7 @@ async def _health(services: Services) -> Health:
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),
         queue=QueueHealth(waiting=summary.waiting, running=summary.running),
+        rewrites_prompts=services.rewriter is not None,
         provider=services.provider,
         licence=LICENCE,
         notice=NOTICE,

@@ -18,6 +18,7 @@ const cards = byId("cards");
 addFields(byId("main"), byId("optional"));
 byId("image").after(byId("image-file-row").content);
 byId("model").closest(".field").hidden = true; // until the server offers a choice
+byId("enhance_prompt").closest(".field").hidden = true; // until the server says that it can
 
 /** The form as the body of POST /generate. */
 async function readForm() {
@@ -46,7 +47,8 @@ function fillForm(input) {
   const { image, ...fields } = input;
   for (const [name, value] of Object.entries(fields)) {
     const control = form.elements[name];
-    if (control) control.value = value;
+    if (control?.type === "checkbox") control.checked = value;
+    else if (control) control.value = value;
   }
   if (image?.startsWith("data:")) chooseImage(image);
   else if (image) form.elements.image.value = image;
@@ -215,7 +217,7 @@ async function watchHealth() {
   }
 }
 
-function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider }) {
+function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider, rewrites_prompts }) {
   showChip("health", ...stateInWords(status, model_loaded, workers));
   showChip("loaded-model", model && `Model: ${model}`);
   showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
@@ -225,6 +227,8 @@ function showHealth({ status, model_loaded, gpu_available, vram_free, version, m
   byId("version").textContent = `HunyuanVideo ${version}`;
   byId("provider").textContent = provider ? `Offered by ${provider}. ` : "";
   offerModels(models);
+  byId("enhance_prompt").closest(".field").hidden = !rewrites_prompts;
+  if (!rewrites_prompts) byId("enhance_prompt").checked = false;
 }
 
 function stateInWords(status, loaded, workers) {
