@@ -188,7 +188,7 @@ class JobInput(BaseModel):
         strict=True,
         exclude_if=_is_empty,  # a worker of an earlier release does not know the field
         title="Enhance prompt",
-        description="Let a language model write the prompt out in more detail before the render.",
+        description="Let a language model write out the prompt in detail before the render.",
     )
 
     @property
