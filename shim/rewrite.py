@@ -130,7 +130,7 @@ def _text(body: bytes) -> str:
     """The text of a chat completion."""
     try:
         text: Any = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as exc:
+    except (ValueError, LookupError, TypeError, RecursionError) as exc:
         raise RewriteError("the chat model's answer is no chat completion") from exc
     if not isinstance(text, str):
         raise RewriteError("the chat model's answer has no text")

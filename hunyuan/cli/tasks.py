@@ -42,7 +42,7 @@ def _with_request_fields(command: inspect.Signature) -> inspect.Signature:
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, field.default),
+            default=defaults.get(name, field.default or None),  # a flag that is off is not sent
             annotation=Annotated[_plain_type(field.annotation) | None, typer.Option(help=field.description)],
         )
         for name, field in JobInput.model_fields.items()

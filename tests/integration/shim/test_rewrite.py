@@ -96,6 +96,7 @@ UNUSABLE = {
     "a wrong key": ((401, KEY.encode()), "status 401"),
     "no JSON": ((200, b"<html>"), "no chat completion"),
     "other JSON": ((200, b'{"choices": []}'), "no chat completion"),
+    "JSON that is nested too deeply": ((200, b"[" * 200_000), "no chat completion"),
     "no text": ((200, completion(None)), "no text"),
     "megabytes": ((200, completion("x" * 300_000)), "too long"),
     "a refusal": ("I am sorry, but I can't help with that.", "has no prompt"),

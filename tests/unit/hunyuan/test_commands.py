@@ -79,4 +79,5 @@ def test_generate_sends_its_options_as_the_request_has_them(address: str) -> Non
         "image": "https://films.example/boat.png",
     }
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert request_of(address, *words) == {"prompt": "A paper boat on a rainy street", **options}
+    sent = request_of(address, *words, "--enhance-prompt")
+    assert sent == {"prompt": "A paper boat on a rainy street", **options, "enhance_prompt": True}
