@@ -5,7 +5,7 @@ that was sent straight to RunPod gets the same limits and the same error codes.
 
 To add a resolution, add one line to `Resolution` here and its routes to `handler.video_model.catalog`. To add an
 optional field, add it to `JobInput`: the command line and the page read `JobInput.model_json_schema()`. A field that
-only the server uses goes into `JobRequest`.
+only the server uses goes into `JobRequest`, and what the server adds for the worker into `QueuedInput`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from contract.errors import ErrorCode, JobFailure
 FPS: Final = 24
 MIN_PROMPT_LENGTH: Final = 10
 MAX_PROMPT_LENGTH: Final = 500
+#: Characters of a rewritten prompt. The model's text encoder reads 1,000 tokens, which is about as much in Chinese.
+MAX_REWRITTEN_LENGTH: Final = 1500
 MIN_DURATION: Final = 5
 MAX_DURATION: Final = 10
 
@@ -150,6 +152,10 @@ WebhookUrl = Annotated[
 ]
 
 
+def _is_empty(value: object) -> bool:
+    return not value
+
+
 class JobInput(BaseModel):
     """What to render. The same model checks POST /generate and RunPod's `input`."""
 
@@ -212,6 +218,14 @@ class JobInput(BaseModel):
         "/images returned. JPEG, PNG or WebP.",
     )
 
+    enhance_prompt: Annotated[bool, Takes("true or false")] = Field(
+        default=False,
+        strict=True,
+        exclude_if=_is_empty,  # a worker of an earlier release does not know the field
+        title="Enhance prompt",
+        description="Let a language model write out the prompt in detail before the render.",
+    )
+
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the delivered video in pixels."""
@@ -248,11 +262,41 @@ class JobRequest(JobInput):
         return JobInput.model_validate(self.model_dump(include=set(JobInput.model_fields)))
 
 
+class QueuedInput(JobInput):
+    """A job's input as it is queued: the request, and what the server adds to it. The worker needs no network for it.
+
+    `warnings` say what the server could not do for the request. `traceparent` is the W3C trace context of the request.
+    """
+
+    rewritten_prompt: Annotated[str | None, Takes(f"text of at most {MAX_REWRITTEN_LENGTH} characters")] = Field(
+        default=None, max_length=MAX_REWRITTEN_LENGTH
+    )
+    warnings: Annotated[tuple[str, ...], Takes("a list of texts")] = Field(default=(), exclude_if=_is_empty)
+    traceparent: Annotated[str | None, Takes("a trace context as the W3C defines it")] = Field(
+        default=None, pattern=r"^[0-9a-f]{2}(-[0-9a-f]+){3}$", max_length=64
+    )
+
+    @classmethod
+    def of(cls, request: JobInput, **additions: Any) -> Self:
+        """The request with `additions`, which are fields of this class."""
+        return cls.model_validate({**dict(request), **additions})
+
+    @property
+    def request(self) -> JobInput:
+        """What the client sent."""
+        return JobInput.model_construct(**{name: getattr(self, name) for name in JobInput.model_fields})
+
+    @property
+    def rendered(self) -> JobInput:
+        """What the model renders: the request with its rewritten prompt, if it has one."""
+        return self.request.model_copy(update={"prompt": self.rewritten_prompt or self.prompt})
+
+
 ParsedInput = TypeVar("ParsedInput", bound=JobInput)
 
 
 def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
-    """Validate a job's input: JSON bytes, or RunPod's decoded `input`.
+    """Validate a request: a body (JSON bytes), or the decoded object.
 
     Raises:
         InvalidInputError: with the documented code of the first wrong field, and what that field takes.
@@ -263,6 +307,19 @@ def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
 def parse_request(raw: bytes) -> JobRequest:
     """Validate the body of POST /generate. Raises InvalidInputError as `parse_input` does."""
     return _parsed(JobRequest, raw)
+
+
+def parse_queued(raw: object) -> QueuedInput:
+    """Validate the decoded `input` of a queued job, which may have come without passing our server.
+
+    Raises:
+        InvalidInputError: as `parse_input`, and for a prompt that should have been rewritten before it was queued.
+    """
+    queued = _parsed(QueuedInput, raw)
+    if queued.enhance_prompt and queued.rewritten_prompt is None and not queued.warnings:
+        text = "enhance_prompt: our server rewrites prompts, and this job has not passed it; leave the field out"
+        raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))
+    return queued
 
 
 def _parsed(model: type[ParsedInput], raw: object) -> ParsedInput:

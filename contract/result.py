@@ -50,6 +50,10 @@ class Manifest(BaseModel):
     video_key: str = _key_without_attempt("mp4")
     poster_key: str = _key_without_attempt("jpg")
     input: JobInput
+    rewritten_prompt: str | None = Field(
+        default=None, description="The prompt that the model rendered, if `input` asked to enhance its own."
+    )
+    warnings: tuple[str, ...] = Field(default=(), description="What could not be done for the request.")
     model: str = Field(description='The model that rendered, for example "demo".')
     attention: str = Field(default="", description="The attention kernel that was used, in diffusers' names.")
     approximations: tuple[str, ...] = Field(default=(), description="The HUNYUAN_APPROXIMATIONS that the render used.")

@@ -32,6 +32,7 @@ WORKER_VARIABLES: Final = (
     "HUNYUAN_STORE_PATIENCE",
     "HUNYUAN_VRAM_LIMIT",
     "HUNYUAN_WORK_DIR",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
 )
 #: The HUNYUAN_* variables of every program: each warns of the others, and may not import the others' settings.
 KNOWN_VARIABLES: Final = frozenset(
@@ -54,6 +55,9 @@ KNOWN_VARIABLES: Final = frozenset(
         "HUNYUAN_PROVIDER",
         "HUNYUAN_PUBLIC_URL",
         "HUNYUAN_RATE_LIMIT",
+        "HUNYUAN_REWRITE_API_KEY",
+        "HUNYUAN_REWRITE_BASE_URL",
+        "HUNYUAN_REWRITE_MODEL",
         "HUNYUAN_SERVER",
         "HUNYUAN_SHUTDOWN_GRACE",
         "HUNYUAN_VIDEO_TTL",

@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 from pydantic import ValidationError
 
 from contract import log_fields as logs
+from contract import tracing
 from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
@@ -43,6 +44,7 @@ def main() -> None:
     settings, bucket = _settings()
     signer = _signer(settings)
     logs.configure(settings, **({"worker_id": settings.worker_id} if settings.worker_id else {}))
+    tracing.configure(settings, "hunyuan-worker", version(_DISTRIBUTION))
     for line in first_lines():
         log.info("%s", line)
     for warning in warnings_of_unknown_variables():
@@ -64,7 +66,7 @@ def main() -> None:
 
         worker = Worker(
             model,
-            Bucket(bucket) if bucket else None,
+            Bucket(bucket, observe=tracing.bucket_request) if bucket else None,
             version=version(_DISTRIBUTION),
             returns_videos=url is None,
             work_dir=settings.work_dir,

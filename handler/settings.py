@@ -13,6 +13,7 @@ from pydantic_settings import NoDecode
 from contract.job import Profile
 from contract.log_fields import LogOptions
 from contract.settings import split_commas
+from contract.tracing import TraceOptions
 
 
 class Approximation(StrEnum):
@@ -57,7 +58,7 @@ def unresolved_references() -> Iterator[str]:
             yield f"{name}: its value is the literal text {text}, which RunPod has not replaced; set the value itself"
 
 
-class WorkerSettings(LogOptions):
+class WorkerSettings(LogOptions, TraceOptions):
     """Settings of `python -m handler`, except those of its bucket.
 
     Raises:

@@ -10,14 +10,15 @@ from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
+from contract import tracing
 from contract.errors import ErrorCode, JobFailure
-from contract.job import DEMO_MODEL, InvalidInputError, JobInput, check_offered, num_frames, parse_input
+from contract.job import DEMO_MODEL, InvalidInputError, JobInput, QueuedInput, check_offered, num_frames, parse_queued
 from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from contract.settings import explain
@@ -112,8 +113,13 @@ class Worker:
         """
         # SystemExit is caught, too: a library that exits must fail the job and not end the worker.
         try:
-            with self.watchdog.watching(cancelled) as watch:
-                return self._run(job, _Meter(on_progress, watch), watch, cancelled)
+            parent = tracing.traceparent_of(job.input)
+            with (
+                tracing.span("job", parent=parent, kind="CONSUMER", task_id=job.task_id),
+                self.watchdog.watching(cancelled) as watch,
+                _Meter(on_progress, watch) as meter,
+            ):
+                return self._run(job, meter, watch, cancelled)
         except JobError:
             raise
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - logged below
@@ -130,11 +136,12 @@ class Worker:
 
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
-        job_input = parse_input(job.input)
+        queued = parse_queued(job.input)
+        job_input = queued.request
         model = self.model
         check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits)
         asked = job_input.model, job_input.resolution, job_input.duration
-        log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": job_input.prompt})
+        log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": queued.rendered.prompt})
 
         # 2. Return the verdict of an earlier attempt
         store = self._store_for(job, meter, watch, cancelled)
@@ -153,18 +160,18 @@ class Worker:
             expected = model.expected_seconds(job_input)
             is_demo = model.name == DEMO_MODEL
             with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
-                rendered = self._render(job_input, image, seed, target, meter, watch, cancelled)
+                rendered = self._render(queued.rendered, image, seed, target, meter, watch, cancelled)
             if self.sign is not None:
                 self.sign(target.video)
             meter.reach(Stage.STORING, 0.0)
             watch.advance()
-            manifest = _completed(
-                store.put(
+            with tracing.span(Stage.STORING):
+                stored = store.put(
                     target.video,
                     target.poster,
-                    lambda: self._manifest(store, job_input, seed, target, rendered, meter),
+                    lambda: self._manifest(store, queued, seed, target, rendered, meter),
                 )
-            )
+            manifest = _completed(stored)
         log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
         return store.result(manifest)
 
@@ -195,7 +202,7 @@ class Worker:
     def _manifest(
         self,
         store: JobStore | InlineStore,
-        job_input: JobInput,
+        queued: QueuedInput,
         seed: int,
         target: Target,
         rendered: tuple[int, int],
@@ -204,7 +211,9 @@ class Worker:
         return Manifest(
             task_id=store.task_id,
             **store.keys,
-            input=job_input.without_data(),
+            input=queued.request.without_data(),
+            rewritten_prompt=queued.rewritten_prompt,
+            warnings=queued.warnings,
             model=self.model.name,
             attention=self.model.attention,
             approximations=tuple(self.model.approximations),
@@ -322,6 +331,14 @@ class _Meter:
         self._seconds: dict[str, float] = {}
         self._reported: Progress | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """The stage that failed has a span, too. STORING has its own."""
+        if error is not None and self._stage is not Stage.STORING:
+            tracing.record(self._stage, time.monotonic() - self._stage_started)
+
     def reach(self, stage: Stage, fraction: float) -> None:
         """This fraction of the stage is done."""
         self._watch.step()
@@ -347,6 +364,7 @@ class _Meter:
         now = time.monotonic()
         if stage is not self._stage:
             self._seconds[self._stage.value] = now - self._stage_started
+            tracing.record(self._stage, now - self._stage_started)
             log.info("%s took %.1f s, next is %s", self._stage, now - self._stage_started, stage)
             self._stage, self._stage_started = stage, now
         # 2. Raise the percentage

@@ -66,7 +66,7 @@ _LOCAL_PATHS: Final = ("_HOME", "_CACHE", "_PATH", "_DIR")
 
 def deployed_environment() -> dict[str, str]:
     """The part of this process's environment that a deployed worker gets: what its operator would set."""
-    hub = [name for name in os.environ if name.startswith("HF_") and not name.endswith(_LOCAL_PATHS)]
+    hub = [name for name in os.environ if name.startswith(("HF_", "OTEL_")) and not name.endswith(_LOCAL_PATHS)]
     names = (*BUCKET_VARIABLES, *WORKER_VARIABLES, INIT_TIMEOUT, *sorted(hub))
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 

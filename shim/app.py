@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from shim.http.guard import error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue, QueueError
+from shim.rewrite import Rewriter
 from shim.tasks import NotRetryableError, NoVideoError, StoredImages, StoredVideos, TaskNotFoundError, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageError
@@ -55,15 +56,16 @@ def create_app(
     routers: Sequence[APIRouter] = (),
     access: Access = OPEN_TO_ALL,
     provider: str | None = None,
+    rewriter: Rewriter | None = None,
 ) -> FastAPI:
     """The REST server over `queue` and `bucket`, which the caller closes. `routers` are further routes.
-    `provider` is the legal name of who offers the service.
+    `provider` is the legal name of who offers the service. The app closes `rewriter`.
 
     `metrics` must be the ones that `queue` and `bucket` got; by default /metrics has those of requests only.
     A download fails if the bucket sends nothing for `store_timeout` seconds.
     """
     stored_images = StoredImages(bucket)
-    found_tasks = Tasks(queue, StoredVideos(bucket), stored_images)
+    found_tasks = Tasks(queue, StoredVideos(bucket), stored_images, rewriter)
     return _app(
         Services(
             tasks=found_tasks,
@@ -81,6 +83,7 @@ def create_app(
             metrics=metrics or Metrics(),
             version=version(DISTRIBUTION),
             provider=provider,
+            rewriter=rewriter,
             readiness=Readiness(queue, bucket),
             public_url=public_url,
             rate_limit=RateLimit(access.rate_limit) if access.rate_limit is not None else None,
@@ -95,7 +98,10 @@ def create_app(
 def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with services.bucket_http:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(services.bucket_http)
+            if services.rewriter is not None:
+                stack.push_async_callback(services.rewriter.close)
             yield
 
     app = _GuardedApp(services.metrics, access, version=services.version, lifespan=lifespan)

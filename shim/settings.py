@@ -13,7 +13,8 @@ from pydantic_settings import NoDecode
 
 from contract.job import Profile, WebhookUrl
 from contract.log_fields import LogOptions
-from contract.settings import Settings, split_commas
+from contract.settings import HeaderToken, Settings, split_commas
+from contract.tracing import TraceOptions
 from shim.access import Access, ApiKey, ConnectionLimits, parse_api_keys
 from shim.queue.webhook_request import WebhookOptions
 
@@ -52,7 +53,7 @@ def _check_webhook_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
-class ShimSettings(LogOptions):
+class ShimSettings(LogOptions, TraceOptions):
     """The settings of `hunyuan serve`."""
 
     host: str = Field(default="0.0.0.0", validation_alias="HUNYUAN_HOST", description="Address to listen on.")  # noqa: S104 - documented
@@ -154,6 +155,21 @@ class ShimSettings(LogOptions):
         description="Legal name of who offers this service to others, for the page and /health. The licence of the "
         "weights asks for it.",
     )
+    rewrite_base_url: HttpUrl | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_REWRITE_BASE_URL",
+        description="Base of an OpenAI-compatible chat API, for example `http://localhost:11434/v1`. It rewrites the "
+        "prompts of requests with `enhance_prompt`, which are refused if this is unset. Prompts are sent to it.",
+    )
+    rewrite_model: str | None = Field(
+        default=None,
+        min_length=1,
+        validation_alias="HUNYUAN_REWRITE_MODEL",
+        description="The chat model's name there. HUNYUAN_REWRITE_BASE_URL needs it.",
+    )
+    rewrite_api_key: HeaderToken | None = Field(
+        default=None, validation_alias="HUNYUAN_REWRITE_API_KEY", description="Key for that API. Never logged."
+    )
     cors_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(split_commas)
     ] = Field(
@@ -243,6 +259,12 @@ class ShimSettings(LogOptions):
     def _check_runpod_endpoint(self) -> Self:
         if self.runpod_endpoint_id is not None:
             self.runpod_endpoint()
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewriter(self) -> Self:
+        if (self.rewrite_base_url is None) != (self.rewrite_model is None):
+            raise ValueError("set both HUNYUAN_REWRITE_BASE_URL and HUNYUAN_REWRITE_MODEL, or neither")
         return self
 
     def runpod_endpoint(self) -> tuple[str, SecretStr]:

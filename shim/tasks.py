@@ -1,26 +1,41 @@
 """Tasks: what the REST API calls jobs. The queue has the recent ones, the bucket a verdict of every ended one."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from typing import Final
 
 import anyio.to_thread
 
+from contract import tracing
 from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
-from contract.job import InvalidInputError, JobInput
+from contract.job import InvalidInputError, JobInput, QueuedInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
-from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, render_kind
+from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, Submission, render_kind
 from shim.queue.estimates import estimated_time
+from shim.rewrite import Rewriter
 from storage import layout
 from storage.bucket import Bucket, ObjectInfo
 from storage.errors import StorageError
 from storage.images import Images
 from storage.videos import Videos
 
+_NO_REWRITER: Final = JobFailure(
+    error="enhance_prompt: this server rewrites no prompts, HUNYUAN_REWRITE_BASE_URL is not set; leave the field out",
+    error_code=ErrorCode.INVALID_REQUEST,
+)
+
+#: `JobQueue.submit` with the client and the webhook of a request.
+_Submit = Callable[[JobInput, Idempotency | None, Callable[[], None] | None], Awaitable[Submission]]
+
 log = logging.getLogger(__name__)
+
+
+class _AcceptableError(Exception):
+    """The request is new and nothing speaks against it. Raised by a `check` in place of queueing it."""
 
 
 class TaskNotFoundError(LookupError):
@@ -117,10 +132,17 @@ class StoredImages:
 class Tasks:
     """Submits, finds and cancels tasks. Keeps no state: the queue and the bucket do."""
 
-    def __init__(self, queue: JobQueue, videos: StoredVideos, images: StoredImages | None = None) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        videos: StoredVideos,
+        images: StoredImages | None = None,
+        rewriter: Rewriter | None = None,
+    ) -> None:
         self._queue = queue
         self._videos = videos
         self._images = images
+        self._rewriter = rewriter
 
     async def submit(
         self,
@@ -136,14 +158,17 @@ class Tasks:
         `client` is the name of the API key of the request, empty on a server without keys. `webhook_url` gets a POST
         when the task has ended.
 
-        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued.
-        Raises InvalidInputError for an uploaded image that expired or never existed.
+        Raises what `JobQueue.submit` and `check` raise, which is called before a job is queued; InvalidInputError for
+        a prompt that this server can't enhance, and for an uploaded image that expired or never existed.
         """
         await self._check_upload(job_input.upload_id)
         idempotency = None
         if idempotency_key is not None:
             idempotency = Idempotency.of(idempotency_key, job_input, webhook_url)
-        submission = await self._queue.submit(job_input, idempotency, check, client=client, webhook_url=webhook_url)
+        submit = self._submit_rewritten if job_input.enhance_prompt else self._submit
+        send = partial(self._queue.submit, client=client, webhook_url=webhook_url)
+        with tracing.span("submit"):
+            submission = await submit(send, job_input, idempotency, check)
         bind(task_id=submission.task_id)
         log.info("accepted: %s, %s, %d s", *render_kind(job_input), extra={"prompt": job_input.prompt})
         return Accepted(submission.task_id, estimated_time(job_input, submission.backlog, submission.render_times))
@@ -153,6 +178,35 @@ class Tasks:
             return
         text = "image: this uploaded image has expired or was never stored; upload it again"
         raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))
+
+    async def _submit(
+        self, send: _Submit, job_input: JobInput, idempotency: Idempotency | None, check: Callable[[], None] | None
+    ) -> Submission:
+        """Queues the job; its spans will belong to the trace of this request."""
+        if (traceparent := tracing.traceparent()) is not None:
+            job_input = QueuedInput.of(job_input, traceparent=traceparent)
+        return await send(job_input, idempotency, check)
+
+    async def _submit_rewritten(
+        self, send: _Submit, job_input: JobInput, idempotency: Idempotency | None, check: Callable[[], None] | None
+    ) -> Submission:
+        """Queues the job with a rewritten prompt. No transaction is open while the rewriter works.
+
+        A repeated request, and one that is refused, costs no rewriting. The job keeps the key of the request itself.
+        """
+        if self._rewriter is None:
+            raise InvalidInputError(_NO_REWRITER)
+
+        def stop_before_queueing() -> None:
+            if check is not None:
+                check()
+            raise _AcceptableError
+
+        try:
+            return await send(job_input, idempotency, stop_before_queueing)
+        except _AcceptableError:
+            queued = await self._rewriter.rewrite(job_input)
+        return await self._submit(send, queued, idempotency, None)
 
     async def cancel(self, task_id: str) -> JobSnapshot:
         """Cancels a waiting or running task and deletes its objects. A finished task stays unchanged.

@@ -31,7 +31,7 @@ def with_request_fields(command: C) -> C:
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, field.default),
+            default=defaults.get(name, field.default or None),  # a flag that is off is not sent
             annotation=Annotated[
                 plain_type(field.annotation) | None, typer.Option(help=_help(name, field.description))
             ],

@@ -17,6 +17,7 @@ from shim.errors import ApiError, ServerErrorCode
 from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
+from shim.rewrite import Rewriter
 from shim.tasks import StoredImages, Tasks
 from storage.bucket import Bucket
 from storage.errors import StorageUnavailableError
@@ -68,6 +69,7 @@ class Services:
     metrics: Metrics
     version: str
     provider: str | None
+    rewriter: Rewriter | None
     readiness: Readiness
     public_url: str | None
     rate_limit: RateLimit | None

@@ -94,6 +94,7 @@ class Health(BaseModel):
     load_seconds: dict[str, float] | None = Field(description="Seconds of each phase of a worker's start.")
     workers: WorkersHealth
     queue: QueueHealth
+    rewrites_prompts: bool = Field(description="Whether requests may set `enhance_prompt`.")
     provider: str | None = Field(description="Legal name of who offers this service.")
     licence: str = Field(description="Address of the licence of the model's weights.")
     notice: str = Field(description="What users of the service must know.")
@@ -245,6 +246,7 @@ async def _health(services: Services) -> Health:
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),
         queue=QueueHealth(waiting=summary.waiting, running=summary.running),
+        rewrites_prompts=services.rewriter is not None,
         provider=services.provider,
         licence=LICENCE,
         notice=NOTICE,

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from contract.errors import ErrorCode
-from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, parse_input
+from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, parse_input, parse_queued
 from shim.api import videos
 from shim.api.dependencies import GetServices, Services, key_name, take_rate_token
 from shim.api.documented import idempotency_key, within_rate_limit
@@ -224,7 +224,7 @@ async def _retried(request: Request, services: Services, job_input: JobInput) ->
         (
             job
             for job in page.jobs
-            if job.elapsed_time < _RETRY_SECONDS and page.inputs[job.task_id] == job_input.wire()
+            if job.elapsed_time < _RETRY_SECONDS and _readable(page.inputs[job.task_id]) == job_input
         ),
         None,
     )
@@ -233,7 +233,7 @@ async def _retried(request: Request, services: Services, job_input: JobInput) ->
 def _readable(queued: Any) -> JobInput | None:
     """The input as it was queued; None if it came by RunPod's API and is not valid."""
     try:
-        return parse_input(queued)
+        return parse_queued(queued).request
     except InvalidInputError:
         return None
 

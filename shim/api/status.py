@@ -47,6 +47,11 @@ class CompletedStatus(BaseModel):
     seed: int = Field(description="The same request with this seed gives the same video.")
     created_at: datetime = Field(description="When the video was made.")
     timings: Mapping[str, float] = Field(description="Seconds spent in each stage, and `total`.")
+    warnings: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda warnings: not warnings,
+        description="What could not be done for the request. Absent if there is nothing.",
+    )
     webhook: _Webhook = None
 
 
@@ -79,6 +84,7 @@ def status_of(job: JobSnapshot, server_url: str) -> Status:
             seed=made.seed,
             created_at=made.created_at,
             timings=made.timings,
+            warnings=made.warnings,
             webhook=job.webhook,
         )
     if job.failure is not None:

@@ -9,18 +9,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
 import uvloop
 
 from contract import log_fields as logs
+from contract import tracing
 from contract.retry import RetryPolicy
 from contract.settings import warnings_of_unknown_variables
 from contract.worker_environment import ENDPOINT_ID
 from shim.access import ConnectionLimits
 from shim.api.platform import Platform
 from shim.api.status import status_of
-from shim.app import create_app
+from shim.app import DISTRIBUTION, create_app
 from shim.host.bucket import OpenBucket, open_bucket
 from shim.host.data_directory import locked_data_directory
 from shim.host.errors import StartError, settings_errors
@@ -40,6 +42,7 @@ from shim.queue.runpod import RunPodQueue
 from shim.queue.sql import SqlQueue
 from shim.queue.sweep import sweep_forever, tidy_bucket_forever
 from shim.queue.webhooks import Webhooks
+from shim.rewrite import Rewriter
 from shim.settings import ShimSettings
 from shim.tasks import StoredImages, StoredVideos, Tasks
 from storage.bucket import Bucket
@@ -62,6 +65,7 @@ def main(**overrides: Any) -> None:
     with settings_errors():
         settings = ShimSettings(**overrides)
     logs.configure(settings)
+    tracing.configure(settings, "hunyuan-server", version(DISTRIBUTION))
     for warning in warnings_of_unknown_variables():
         log.warning("%s", warning)
     if settings.model_path is None and settings.runpod_endpoint_id is None:
@@ -179,9 +183,18 @@ def _http_server(
         routers=routers,
         access=settings.access,
         provider=settings.provider,
+        rewriter=_rewriter(settings),
     )
     limits = ConnectionLimits(per_address=settings.max_connections_per_address)
     return HttpServer(app, grace=_CONNECTION_GRACE, limits=limits)
+
+
+def _rewriter(settings: ShimSettings) -> Rewriter | None:
+    """The chat model that rewrites prompts, if HUNYUAN_REWRITE_BASE_URL names one."""
+    if settings.rewrite_base_url is None or settings.rewrite_model is None:
+        return None
+    key = settings.rewrite_api_key.get_secret_value() if settings.rewrite_api_key is not None else None
+    return Rewriter(str(settings.rewrite_base_url), settings.rewrite_model, key)
 
 
 def _retention(settings: ShimSettings, queue: JobQueue, bucket: Bucket) -> Sequence[Coroutine[Any, Any, None]]:

@@ -4,11 +4,13 @@ import logging
 import re
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from contract import tracing
 from contract.log_fields import begin, bind
 from shim.metrics import Metrics
 from storage import layout
@@ -21,6 +23,8 @@ _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _POLLED: Final = re.compile(
     r"/(health|metrics|ready|status/.*|tasks/.*/events)|/v2/\w+/(health|(job-stop|job-take(-batch)?|ping|status|worker-report)/.*)"
 )
+#: A worker posts its progress there every second.
+_WORKERS: Final = re.compile(r"/v2/\w+/job-(done|stream)/")
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +56,19 @@ class AccessLog:
                 message["headers"] = [*message.get("headers", ()), (_REQUEST_ID, request_id.encode())]
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            status, latency = response or (500, time.perf_counter() - started)
-            self._record(scope, status, latency, time.perf_counter() - started)
+        with _span(scope) as span:
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                status, latency = response or (500, time.perf_counter() - started)
+                self._record(scope, span, status, latency, time.perf_counter() - started)
 
-    def _record(self, scope: Scope, status: int, latency: float, seconds: float) -> None:
+    def _record(self, scope: Scope, span: tracing.Span, status: int, latency: float, seconds: float) -> None:
         route = getattr(scope.get("route"), "path_format", _OTHER)
         method = scope["method"] if scope["method"] in _METHODS else _OTHER
         self._metrics.http_request(route, method, status, latency)
+        names = "http.request.method", "http.route", "http.response.status_code"
+        span.describe(f"{method} {route}", **dict(zip(names, (method, route, status), strict=True)))
         level = logging.DEBUG if status < 400 and _POLLED.fullmatch(route) else logging.INFO
         if not log.isEnabledFor(level):
             return
@@ -76,6 +83,17 @@ async def bind_path_ids(request: Request) -> None:
     bind(**{name: value for name, value in ids.items() if layout.is_task_id(value)})
 
 
+def _span(scope: Scope) -> AbstractContextManager[tracing.Span]:
+    """A span of the request. What polls has none, and neither has the protocol of workers, which have their own."""
+    if _POLLED.fullmatch(scope["path"]) or _WORKERS.match(scope["path"]):
+        return nullcontext(tracing.Span())
+    return tracing.span(scope["method"], parent=_header(scope, b"traceparent") or None, kind="SERVER")
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
+
+
 def _request_id(scope: Scope) -> str:
-    from_client = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), "")
+    from_client = _header(scope, _REQUEST_ID)
     return from_client if _VALID_ID.fullmatch(from_client) else uuid.uuid4().hex

@@ -26,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from contract import tracing
 from contract.errors import JobFailure
 from contract.log_fields import bound
 from contract.result import Manifest, Progress
@@ -134,6 +135,8 @@ class Dispatcher:
             log.info("taken by worker %s, delivery %d", worker_id, job.attempts)
         if front.started_at is None:
             self._observer.started(now - front.created_at)
+            if (parent := tracing.traceparent_of(job.input)) is not None:
+                tracing.record("queue", now - front.created_at, parent=parent, task_id=front.task_id)
         return Delivery(front.task_id, job.input, job.extras or {})
 
     async def _start(self, connection: AsyncConnection, worker_id: str, task_id: str, now: float) -> Row[Any]:

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
-from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_input
+from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_queued
 from shim.queue.base import (
     NO_WEBHOOKS,
     Backlog,
@@ -353,6 +353,6 @@ def _check_ready(alive: Workers) -> None:
 
 def _valid_input(payload: Any) -> JobInput | None:
     try:
-        return parse_input(payload)
+        return parse_queued(payload)
     except InvalidInputError:
         return None

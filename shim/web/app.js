@@ -24,6 +24,7 @@ const cards = byId("cards");
 addFields(byId("main"), byId("optional"));
 byId("image").after(byId("image-file-row").content);
 byId("model").closest(".field").hidden = true; // until the server offers a choice
+byId("enhance_prompt").closest(".field").hidden = true; // until the server says that it can
 
 /** The form as the body of POST /generate. Waits for the upload of the image. */
 async function readForm() {
@@ -49,7 +50,8 @@ function setForm(input) {
   const { image, ...fields } = input;
   for (const [name, value] of Object.entries(fields)) {
     const control = form.elements[name];
-    if (control) control.value = value;
+    if (control?.type === "checkbox") control.checked = value;
+    else if (control) control.value = value;
   }
   if (/^(data|upload):/.test(image)) chooseImage(image, "the same image again");
   else if (image) form.elements.image.value = image;

@@ -38,6 +38,7 @@ export function hasOptional(input) {
 
 function elementOf(field) {
   const { name, optional, type, minimum, maximum } = field;
+  if (type === "boolean" && !optional) return checkbox(field);
   const choices = type === "boolean" ? [true, false] : field.enum;
   if (choices && !optional && choices.every((choice) => choice.length <= SHORT)) return segments(field);
   if (choices) return labelled(field, list(field, choices));
@@ -71,6 +72,12 @@ function shaped(span) {
     span.style.setProperty("--h", `${1.2 / wide}rem`);
   }
   return span;
+}
+
+function checkbox(field) {
+  const box = make("input", { ...control(field), type: "checkbox", value: "true" });
+  const label = make("label", { for: field.name, class: "check" }, box, titleOf(field));
+  return make("div", { class: "field", "data-field": field.name }, label, ...notes(field));
 }
 
 function slider(field, { min, max }) {

@@ -18,6 +18,7 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from contract import tracing
 from handler.__main__ import exit_on_sigterm
 from handler.report import Reporter
 from handler.serverless import serve
@@ -46,7 +47,7 @@ class NotedBucket(Bucket):
     """Remembers which task's manifest was looked up last, and when."""
 
     def __init__(self, settings: BucketSettings, notes: Notes) -> None:
-        super().__init__(settings)
+        super().__init__(settings, observe=tracing.bucket_request)
         self._notes = notes
         self._last_lookup = ("", 0.0)
 
@@ -94,6 +95,7 @@ def main() -> None:
     settings, named = WorkerSettings(), bucket_settings()
     assert named is not None
     assert settings.platform_key is not None
+    tracing.configure(settings, "hunyuan-worker", "0")
     bucket = NotedBucket(named, Notes(arguments.notes))
     hang = arguments.notes.with_name(f"hang-{os.getpid()}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 import re
 import time
@@ -97,6 +98,17 @@ def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, t
     timings = dict(manifest.timings)
     assert set(timings) == {"encoding_prompt", "denoising", "decoding", "storing", "total"}
     assert timings.pop("total") == pytest.approx(sum(timings.values()), abs=0.01)
+
+
+def test_a_rewritten_prompt_is_rendered_and_the_manifest_has_both(bench: Bench) -> None:
+    rewritten = "A small boat folded from white paper drifts along a flooded street."
+    result = bench.run(enhance_prompt=True, rewritten_prompt=rewritten, warnings=["a warning"])
+    [(rendered, _)] = bench.model.rendered
+    assert rendered.prompt == rewritten
+    assert (result.input.prompt, result.input.enhance_prompt) == (PROMPT, True)
+    stored = json.loads(bench.bucket.get_bytes(layout.manifest_key("task-1")))
+    assert "rewritten_prompt" not in stored["input"]
+    assert (stored["rewritten_prompt"], stored["warnings"]) == (rewritten, ["a warning"])
 
 
 @pytest.mark.parametrize("caption", [None, "demo model: A paper boat on a rainy street"])

@@ -24,17 +24,19 @@ from PIL import Image
 from playwright.async_api import Browser, Error, FilePayload, Locator, Route, expect
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import DEMO_MODEL, AspectRatio, JobInput, Resolution
+from contract.job import DEMO_MODEL, AspectRatio, JobInput, Resolution, parse_queued
 from contract.result import Progress, Stage
 from contract.worker import WorkerReport, WorkerState
 from handler.encode import Target, encode
 from shim.access import OPEN_TO_ALL, Access, parse_api_keys
 from shim.app import create_app
 from shim.errors import ServerErrorCode
+from shim.rewrite import Rewriter
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, PROMPT, Visit, chromium, visiting
+from tests.support.chat_model import chat_model
 from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
 from tests.support.s3_servers import new_bucket
@@ -89,7 +91,7 @@ class Site:
                 await changed.wait()
                 changed = dispatcher.changed
         self.bench.later()
-        return delivery.task_id, JobInput.model_validate(delivery.input)
+        return delivery.task_id, parse_queued(delivery.input).request
 
     async def progress(self, task_id: str, progress: int, stage: Stage) -> None:
         await self.bench.dispatcher.record_progress("w1", task_id, Progress(progress=progress, stage=stage))
@@ -112,10 +114,12 @@ class Site:
 
 
 @asynccontextmanager
-async def running(directory: Path, bucket: Bucket, access: Access = OPEN_TO_ALL, **worker: Any) -> AsyncIterator[Site]:
+async def running(
+    directory: Path, bucket: Bucket, access: Access = OPEN_TO_ALL, rewriter: Rewriter | None = None, **worker: Any
+) -> AsyncIterator[Site]:
     async with sql_bench(f"sqlite:///{directory}/queue.sqlite3", max_queue_size=2) as bench:
         await bench.worker(**worker)
-        async with serving(create_app(bench.queue, bucket, access=access)) as address:
+        async with serving(create_app(bench.queue, bucket, access=access, rewriter=rewriter)) as address:
             yield Site(bench, bucket, address)
 
 
@@ -589,6 +593,31 @@ async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucke
         await visit.page.reload()
         await expect(visit.page.locator("#health")).to_have_text("Healthy")
         await expect(visit.page.get_by_label("Model", exact=True)).to_be_hidden()
+
+
+async def test_the_form_offers_to_enhance_the_prompt_if_the_server_can(
+    tmp_path: Path, bucket: Bucket, browser: Browser
+) -> None:
+    with chat_model() as chat:
+        chat.answers.append("<prompt>A small boat of white paper drifts along a street.</prompt>")
+        rewriter = Rewriter(chat.base_url, "a-chat-model")
+        async with running(tmp_path, bucket, rewriter=rewriter) as site, visiting(browser, site.address) as visit:
+            box = visit.page.get_by_label("Enhance prompt")
+            await expect(box).to_have_accessible_description(re.compile("language model"))
+            await box.check()
+            await visit.make()
+            _, asked = await site.take()
+            assert asked.enhance_prompt
+            await expect(visit.card).to_contain_text(PROMPT)
+    assert len(chat.requests) == 1
+
+
+async def test_the_form_hides_what_the_server_cannot_do(site: Site, visit: Visit) -> None:
+    await expect(visit.page.locator("#health")).to_have_text("Healthy")
+    await expect(visit.page.get_by_label("Enhance prompt")).to_be_hidden()
+    await visit.make()
+    _, asked = await site.take()
+    assert not asked.enhance_prompt
 
 
 # Accessibility, phones and plain http

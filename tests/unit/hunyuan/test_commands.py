@@ -84,7 +84,8 @@ def test_generate_sends_its_options_as_the_request_has_them(api: ScriptedApi) ->
         "image": "https://films.example/boat.png",
     }
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert request_of(api, *words) == {"prompt": PROMPT, **options}
+    sent = request_of(api, *words, "--enhance-prompt")
+    assert sent == {"prompt": PROMPT, **options, "enhance_prompt": True}
 
 
 def test_generate_saves_the_video_and_shows_a_line_for_each_stage_without_a_terminal(api: ScriptedApi) -> None:
