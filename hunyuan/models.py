@@ -22,6 +22,8 @@ class RequestFields(TypedDict, total=False):
     num_inference_steps: int
     guidance_scale: float
     image: str | Path
+    enhance_prompt: bool
+    webhook_url: str
 
 
 class _Answer(BaseModel):

@@ -8,6 +8,7 @@ import io
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import litellm
@@ -93,8 +94,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:The Sora API
 
 async def test_create_and_poll_returns_a_video_whose_content_is_the_mp4(site: Site) -> None:
     rendering = asyncio.create_task(site.render_next())
+    fields: Any = {"seconds": "6", "size": "1080x1920"}  # the client's types have OpenAI's own values only
     video = await site.client.videos.create_and_poll(
-        prompt=PROMPT, model="HunyuanVideo-1.5", seconds="6", size="1080x1920", poll_interval_ms=50
+        prompt=PROMPT, model="HunyuanVideo-1.5", poll_interval_ms=50, **fields
     )
     assert await rendering == video.id
     assert (video.status, video.progress, video.error) == ("completed", 100, None)
@@ -154,7 +156,8 @@ async def test_a_list_is_read_page_by_page_in_both_orders(site: Site) -> None:
 
 
 async def test_a_remix_keeps_settings_and_seed_and_changes_the_prompt(site: Site) -> None:
-    made = await site.client.videos.create(prompt=PROMPT, seconds="8", size="960x960")
+    square: Any = "960x960"
+    made = await site.client.videos.create(prompt=PROMPT, seconds="8", size=square)
     await site.render_next()
     remix = await site.client.videos.remix(made.id, prompt="A blue fish swims to the left over the sea")
     assert remix.remixed_from_video_id == made.id

@@ -49,7 +49,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 async def tasks(bench: Bench, chat: ChatModel, time_limit: float = 5.0) -> AsyncIterator[Tasks]:
     rewriter = Rewriter(chat.base_url, "a-chat-model", KEY, time_limit=time_limit)
     try:
-        yield Tasks(bench.queue, StoredVideos(Bucket(NOWHERE)), rewriter)
+        yield Tasks(bench.queue, StoredVideos(Bucket(NOWHERE)), rewriter=rewriter)
     finally:
         await rewriter.close()
 

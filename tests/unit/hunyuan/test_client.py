@@ -14,7 +14,7 @@ import pytest
 
 import hunyuan
 from contract.errors import ErrorCode
-from contract.job import AspectRatio, JobInput, Resolution
+from contract.job import AspectRatio, JobRequest, Resolution
 from hunyuan import AsyncClient, Client, FailedStatus, ProcessingStatus, RequestFields, TaskStatus, Video, errors
 from hunyuan.operations import Operations
 from shim.errors import ServerErrorCode
@@ -322,6 +322,6 @@ def test_a_code_of_a_newer_server_is_a_plain_refusal() -> None:
 
 def test_the_typed_fields_are_those_of_a_request() -> None:
     hints = get_type_hints(RequestFields)
-    assert set(hints) == set(JobInput.model_fields) - {"prompt"}
+    assert set(hints) == set(JobRequest.model_fields) - {"prompt"}
     assert get_args(hints["resolution"]) == tuple(Resolution)
     assert get_args(hints["aspect_ratio"]) == tuple(AspectRatio)
