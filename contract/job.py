@@ -304,8 +304,8 @@ def parse_input(raw: bytes | Mapping[str, Any] | object) -> JobInput:
     return _parsed(JobInput, raw)
 
 
-def parse_request(raw: bytes) -> JobRequest:
-    """Validate the body of POST /generate. Raises InvalidInputError as `parse_input` does."""
+def parse_request(raw: bytes | Mapping[str, Any]) -> JobRequest:
+    """Validate the body of POST /generate, JSON or decoded. Raises InvalidInputError as `parse_input` does."""
     return _parsed(JobRequest, raw)
 
 

@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
-from contract.job import InvalidInputError, JobInput, parse_input
+from contract.job import InvalidInputError, JobRequest, parse_request
 from hunyuan.cli.exits import CommandError, ExitCode
 from hunyuan.cli.options import plain_type
 from hunyuan.images import with_image_url
@@ -61,7 +61,7 @@ def _request(fields: object, options: Mapping[str, object]) -> dict[str, object]
         raise RowError(f"expected a JSON object with a prompt, got {json.dumps(fields)[:60]}")
     request = {**options, **fields}
     try:
-        parse_input(with_image_url(request))
+        parse_request(with_image_url(request))
     except ValueError as exc:
         raise RowError(str(exc)) from exc
     return request
@@ -103,7 +103,7 @@ def _fields_of_cells(cells: Mapping[str, Any]) -> object:
 
 
 def _value(name: str, cell: str) -> object:
-    kind = plain_type(JobInput.model_fields[name].annotation) if name in JobInput.model_fields else str
+    kind = plain_type(JobRequest.model_fields[name].annotation) if name in JobRequest.model_fields else str
     if kind not in (int, float):
         return cell
     try:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, TypeVar, get_args
 
 import typer
 
-from contract.job import JobInput, Resolution
+from contract.job import JobRequest, Resolution
 
 #: The command line renders short videos unless told otherwise; the API's own defaults are longer and larger.
 DEFAULT_DURATION: Final = 5
@@ -36,7 +36,7 @@ def with_request_fields(command: C) -> C:
                 plain_type(field.annotation) | None, typer.Option(help=_help(name, field.description))
             ],
         )
-        for name, field in JobInput.model_fields.items()
+        for name, field in JobRequest.model_fields.items()
         if not field.is_required()
     ]
     fixed = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner, Result
 
-from contract.job import JobInput
+from contract.job import JobRequest
 from hunyuan.cli.main import app
 from tests.support.scripted_api import Answer, Request, ScriptedApi, events, refusal, scripted_api
 
@@ -58,7 +58,7 @@ def request_of(api: ScriptedApi, *options: str) -> dict[str, Any]:
 def test_generate_has_an_option_for_every_optional_request_field() -> None:
     command = typer.main.get_group(app).commands["generate"]
     options = {parameter.name for parameter in command.params}
-    assert options == {*JobInput.model_fields, "output", "overwrite", "no_wait", "quiet", "server", "as_json"}
+    assert options == {*JobRequest.model_fields, "output", "overwrite", "no_wait", "quiet", "server", "as_json"}
 
 
 def test_generate_renders_five_seconds_at_720p_unless_told_otherwise(api: ScriptedApi) -> None:
