@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
-from shim.queue.base import JobStatus
+from shim.queue.job import JobStatus
 from tests.support.postgres import running_postgres
 from tests.support.queues import JOB, Bench, add_history, result, sql_bench
 

@@ -5,7 +5,8 @@ from enum import IntEnum, StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from contract.job import Resolution, SamplingLimits
+from contract.job import Resolution
+from contract.offer import SamplingLimits
 
 
 class WorkerExit(IntEnum):

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from contract import tracing
 from contract.errors import ErrorCode, JobFailure
-from contract.job import DEMO_MODEL, InvalidInputError, JobInput, QueuedInput, check_offered, num_frames, parse_queued
+from contract.job import DEMO_MODEL, InvalidInputError, JobInput, QueuedInput, num_frames, parse_queued
+from contract.offer import check_offered
 from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from contract.settings import explain

@@ -28,7 +28,8 @@ from contract.errors import ErrorCode, JobFailure
 from contract.result import Manifest, Stage
 from contract.worker import WorkerState
 from shim.errors import ApiError
-from shim.queue.base import JobState, QueueSummary
+from shim.queue.base import QueueSummary
+from shim.queue.job import JobState
 from shim.queue.observer import JobObserver
 from storage.errors import ObjectNotFoundError, StorageDeniedError
 

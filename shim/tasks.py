@@ -14,8 +14,9 @@ from contract.errors import VIDEO_DELETED, ErrorCode, JobFailure
 from contract.job import InvalidInputError, JobInput, QueuedInput
 from contract.log_fields import bind
 from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
-from shim.queue.base import Idempotency, JobQueue, JobSnapshot, JobState, QueueUnavailableError, Submission, render_kind
+from shim.queue.base import Idempotency, JobQueue, QueueUnavailableError, Submission, render_kind
 from shim.queue.estimates import estimated_time
+from shim.queue.job import JobSnapshot, JobState
 from shim.rewrite import Rewriter
 from storage import layout
 from storage.bucket import Bucket, ObjectInfo

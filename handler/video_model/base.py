@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from contract.job import JobInput, SamplingLimits
+from contract.job import JobInput
+from contract.offer import SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
 

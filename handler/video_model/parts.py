@@ -7,7 +7,8 @@ from typing import Final
 import torch
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 
-from contract.job import MAX_DURATION, MIN_DURATION, SamplingLimits
+from contract.job import MAX_DURATION, MIN_DURATION
+from contract.offer import SamplingLimits
 from handler.video_model.catalog import Checkpoint, Routes
 from handler.video_model.super_resolution import SuperResolution
 from handler.video_model.workload import Workload, kind_of_job, workload

@@ -15,7 +15,7 @@ from shim.api.dependencies import GetServices, Services, public_url
 from shim.api.documented import error_responses
 from shim.api.status import status_of
 from shim.http.admission import STREAM_CONNECTION
-from shim.queue.base import JobSnapshot
+from shim.queue.job import JobSnapshot
 
 #: Seconds of silence after which a comment is sent, so that proxies keep the connection and a lost client is noticed.
 _KEEP_ALIVE: Final = 15.0

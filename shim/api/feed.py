@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 from contextvars import Context
 from typing import Final
 
-from shim.queue.base import JobEvent, JobQueue, JobSnapshot, JobState, QueueUnavailableError
+from shim.queue.base import JobQueue, QueueUnavailableError
 from shim.queue.history import KEPT
+from shim.queue.job import JobEvent, JobSnapshot, JobState
 from shim.tasks import TaskNotFoundError, Tasks
 from storage.errors import StorageError
 

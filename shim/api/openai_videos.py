@@ -20,7 +20,8 @@ from shim.api.dependencies import GetServices, Services, key_name, take_rate_tok
 from shim.api.documented import idempotency_key, within_rate_limit
 from shim.api.openai_request import asked_video
 from shim.errors import ApiError, ServerErrorCode
-from shim.queue.base import JobSnapshot, JobState, NotSupportedError
+from shim.queue.base import NotSupportedError
+from shim.queue.job import JobSnapshot, JobState
 from shim.tasks import finished_video
 
 #: Milliseconds after which the client asks for a video again.

@@ -15,8 +15,8 @@ from contract.log_fields import bind
 from contract.result import Progress
 from shim.errors import ApiError, ServerErrorCode
 from shim.http.body import json_body
-from shim.queue.base import JobSnapshot, JobState
 from shim.queue.dispatch import Dispatcher
+from shim.queue.job import JobSnapshot, JobState
 from shim.queue.outbox import Outbox
 from shim.queue.runpod_answers import STATE_WORDS
 from shim.queue.sql import SqlQueue

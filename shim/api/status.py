@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field
 from contract.errors import ErrorCode
 from contract.job import Resolution
 from contract.result import Stage
-from shim.queue.base import JobSnapshot, WebhookState
 from shim.queue.estimates import remaining_time
+from shim.queue.job import JobSnapshot, WebhookState
 
 _Webhook = Annotated[
     WebhookState | None,

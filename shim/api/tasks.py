@@ -15,7 +15,7 @@ from shim.api.dependencies import GetServices, key_name, public_url, take_rate_t
 from shim.api.documented import error_responses
 from shim.api.status import CompletedStatus, FailedStatus, ProcessingStatus, Status, moment, status_of
 from shim.errors import ApiError
-from shim.queue.base import JobEvent, JobRecord, JobSnapshot, JobState, JobStatus
+from shim.queue.job import JobEvent, JobRecord, JobSnapshot, JobState, JobStatus
 
 _DEFAULT_LIMIT: Final = 20
 _MAX_LIMIT: Final = 100

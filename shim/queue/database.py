@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from contract.errors import JobFailure
-from shim.queue.base import JobState, QueueUnavailableError
+from shim.queue.base import QueueUnavailableError
 from shim.queue.clock import Clock, SteadyClock
 from shim.queue.engine import (
     SUBMIT_LOCK,
@@ -27,6 +27,7 @@ from shim.queue.engine import (
     writing,
 )
 from shim.queue.history import NEXT_EVENT, add_events
+from shim.queue.job import JobState
 from shim.queue.postgres_reader import PostgresReader
 from shim.queue.reader import Reader
 from shim.queue.schema import jobs, outcomes, workers

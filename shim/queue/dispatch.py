@@ -32,16 +32,10 @@ from contract.log_fields import bound
 from contract.result import Manifest, Progress
 from contract.worker import WorkerReport, WorkerState
 from shim.queue import fair_order
-from shim.queue.base import (
-    NO_VIDEO,
-    FindResult,
-    JobState,
-    QueueError,
-    render_kind,
-    valid_manifest,
-)
+from shim.queue.base import NO_VIDEO, FindResult, QueueError, render_kind, valid_manifest
 from shim.queue.database import Database, fetch_all, fetch_one, upsert
 from shim.queue.history import NEXT_EVENT, add_events
+from shim.queue.job import JobState
 from shim.queue.lost_jobs import Loss, LostJobs, running_on
 from shim.queue.observer import JobObserver
 from shim.queue.outbox import put_in_outbox

@@ -7,7 +7,8 @@ from typing import Final
 
 from contract.job import JobInput, Resolution
 from contract.render_times import calculated_seconds, profile_of
-from shim.queue.base import Backlog, JobSnapshot, RenderTimes, render_kind
+from shim.queue.base import Backlog, RenderTimes, render_kind
+from shim.queue.job import JobSnapshot
 
 #: Render seconds for each second of video: midpoints of the API reference's table.
 _DOCUMENTED: Final[Mapping[str, float]] = {Resolution.P720: 5.0, Resolution.P1080: 7.5}

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import JobFailure
 from contract.result import Stage
-from shim.queue.base import JobEvent, JobState
+from shim.queue.job import JobEvent, JobState
 from shim.queue.schema import events, jobs
 
 #: The new `last_event` in an update that changes a job's state.

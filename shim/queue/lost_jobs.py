@@ -24,10 +24,11 @@ from sqlalchemy import ColumnElement, Row, select, update
 
 from contract.errors import ErrorCode, JobFailure
 from contract.log_fields import bound
-from shim.queue.base import FindResult, JobState
+from shim.queue.base import FindResult
 from shim.queue.database import Database, fetch_all
 from shim.queue.fair_order import FRONT
 from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events
+from shim.queue.job import JobState
 from shim.queue.observer import JobObserver
 from shim.queue.schema import jobs
 from storage.errors import StorageError

@@ -2,7 +2,7 @@
 
 from contract.errors import JobFailure
 from contract.result import Manifest
-from shim.queue.base import JobState
+from shim.queue.job import JobState
 
 
 class JobObserver:

@@ -17,8 +17,9 @@ from sqlalchemy import Row, select
 
 from contract.log_fields import bound
 from contract.result import Manifest, Verdict
-from shim.queue.base import JobState, TaskObjects, valid_manifest
+from shim.queue.base import TaskObjects, valid_manifest
 from shim.queue.database import Database, fetch_all
+from shim.queue.job import JobState
 from shim.queue.outbox import put_in_outbox
 from shim.queue.schema import jobs
 from storage import layout

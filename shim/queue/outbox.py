@@ -13,8 +13,9 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Row, Update, case, null, or_, select, update
 
 from contract.log_fields import bound
-from shim.queue.base import JobState, QueueUnavailableError, TaskObjects
+from shim.queue.base import QueueUnavailableError, TaskObjects
 from shim.queue.database import Database, fetch_one
+from shim.queue.job import JobState
 from shim.queue.reader import snapshot
 from shim.queue.schema import jobs
 from storage.errors import StorageError

@@ -14,17 +14,9 @@ from sqlalchemy.sql.elements import TextClause
 from contract.errors import JobFailure
 from contract.result import Stage
 from contract.worker import WorkerReport, WorkerState
-from shim.queue.base import (
-    NO_VIDEO,
-    JobSnapshot,
-    JobState,
-    QueueSummary,
-    QueueUnavailableError,
-    WebhookState,
-    Workers,
-    valid_manifest,
-)
+from shim.queue.base import NO_VIDEO, QueueSummary, QueueUnavailableError, Workers, valid_manifest
 from shim.queue.fair_order import ORDER
+from shim.queue.job import JobSnapshot, JobState, WebhookState
 from shim.queue.schema import jobs, workers
 
 K = TypeVar("K")

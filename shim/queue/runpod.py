@@ -23,12 +23,6 @@ from shim.http_client import HttpClient
 from shim.queue.base import (
     NO_WEBHOOKS,
     Idempotency,
-    JobEvent,
-    JobPage,
-    JobRecord,
-    JobSnapshot,
-    JobState,
-    JobStatus,
     NotSupportedError,
     QueueFullError,
     QueueSummary,
@@ -38,6 +32,7 @@ from shim.queue.base import (
     TaskObjects,
     render_kind,
 )
+from shim.queue.job import JobEvent, JobPage, JobRecord, JobSnapshot, JobState, JobStatus
 from shim.queue.observer import JobObserver
 from shim.queue.runpod_answers import backlog_of, body_of, snapshot, workers_of
 

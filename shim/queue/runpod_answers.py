@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from contract.errors import TASK_CANCELLED, ErrorCode, JobFailure
 from contract.result import Progress, Stage
-from shim.queue.base import NO_VIDEO, Backlog, JobSnapshot, JobState, QueueUnavailableError, Workers, valid_manifest
+from shim.queue.base import NO_VIDEO, Backlog, QueueUnavailableError, Workers, valid_manifest
+from shim.queue.job import JobSnapshot, JobState
 
 #: RunPod's names of the states of a job.
 STATE_WORDS: Final[Mapping[JobState, str]] = {

@@ -20,7 +20,7 @@ from sqlalchemy import (
     text,
 )
 
-from shim.queue.base import JobStatus
+from shim.queue.job import JobStatus
 
 metadata = MetaData()
 

@@ -11,17 +11,12 @@ from sqlalchemy import ColumnElement, Row, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import TASK_CANCELLED, VIDEO_DELETED, ErrorCode, JobFailure
-from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, check_offered, parse_queued
+from contract.job import KNOWN_MODELS, InvalidInputError, JobInput, Resolution, parse_queued
+from contract.offer import check_offered
 from shim.queue.base import (
     NO_WEBHOOKS,
     Backlog,
     Idempotency,
-    JobEvent,
-    JobPage,
-    JobRecord,
-    JobSnapshot,
-    JobState,
-    JobStatus,
     ModelNotLoadedError,
     QueueFullError,
     QueueSummary,
@@ -34,6 +29,7 @@ from shim.queue.database import Database, fetch_all, fetch_one
 from shim.queue.estimates import estimated_time
 from shim.queue.fair_order import ORDER, next_turn
 from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events, job_events, select_events
+from shim.queue.job import JobEvent, JobPage, JobRecord, JobSnapshot, JobState, JobStatus
 from shim.queue.observer import JobObserver
 from shim.queue.outbox import Outbox, put_in_outbox
 from shim.queue.reader import select_job, snapshot, workers_of

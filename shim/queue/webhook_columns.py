@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import ColumnElement, case, func, literal, null
 
-from shim.queue.base import WebhookState
+from shim.queue.job import WebhookState
 from shim.queue.schema import jobs
 
 #: Seconds after the end of its task after which a webhook is not retried: longer than the schedule of the standard.

@@ -19,8 +19,9 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Row, and_, null, select, update
 
 from contract.log_fields import bound
-from shim.queue.base import JobSnapshot, JobState, QueueUnavailableError, WebhookState
+from shim.queue.base import QueueUnavailableError
 from shim.queue.database import Database, fetch_one
+from shim.queue.job import JobSnapshot, JobState, WebhookState
 from shim.queue.reader import snapshot
 from shim.queue.schema import jobs
 from shim.queue.webhook_columns import MAX_AGE, stored

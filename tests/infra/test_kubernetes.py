@@ -18,7 +18,7 @@ from sqlalchemy.schema import CreateTable
 
 from handler.video_model import planning
 from handler.video_model.cost import GPUS
-from shim.queue.base import JobState
+from shim.queue.job import JobState
 from shim.queue.schema import jobs
 from shim.settings import ShimSettings
 from tests.infra.offered import COMPOSE, KUBERNETES, OUR_PREFIXES, ROOT, SCRIPTS, SETTINGS, VERSION, check_command

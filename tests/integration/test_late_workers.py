@@ -20,7 +20,7 @@ import pytest
 from pydantic import HttpUrl
 
 from contract.result import Manifest
-from shim.queue.base import JobState
+from shim.queue.job import JobState
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from storage.videos import Videos

@@ -9,7 +9,8 @@ from threading import Event
 import numpy as np
 from PIL import Image
 
-from contract.job import DEFAULT_MODEL, JobInput, SamplingLimits, num_frames
+from contract.job import DEFAULT_MODEL, JobInput, num_frames
+from contract.offer import SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import Frames, OnProgress, RenderCancelledError

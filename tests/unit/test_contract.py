@@ -14,12 +14,11 @@ from contract.job import (
     InvalidInputError,
     JobInput,
     Resolution,
-    SamplingLimits,
-    check_offered,
     num_frames,
     parse_input,
     parse_request,
 )
+from contract.offer import SamplingLimits, check_offered
 from contract.result import Progress, Stage
 from tests.support.queues import result
 

@@ -124,7 +124,7 @@ def test_on_a_cpu_nothing_is_compiled_unless_asked_for() -> None:
 #: Runs in its own process, because PyTorch looks for a compiler and for its cache only once.
 SCRIPT = """
 import json, logging, threading
-from contract.job import JobInput
+from contract.job import (JobInput)
 from handler.settings import WorkerSettings
 from handler.video_model.loader import load_model
 

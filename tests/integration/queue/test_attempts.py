@@ -8,7 +8,7 @@ import pytest
 
 from contract.errors import ErrorCode
 from contract.result import Progress, Stage
-from shim.queue.base import JobState
+from shim.queue.job import JobState
 from shim.queue.sql import SqlQueue
 from tests.support.queues import JOB, Bench, sql_bench
 

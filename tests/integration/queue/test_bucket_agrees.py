@@ -12,7 +12,7 @@ from pydantic import HttpUrl
 
 from contract.errors import ErrorCode, JobFailure
 from contract.result import Manifest, Tombstone, Verdict
-from shim.queue.base import JobState
+from shim.queue.job import JobState
 from shim.queue.orphans import Orphans
 from shim.queue.outbox import Outbox
 from shim.queue.sql import SqlQueue

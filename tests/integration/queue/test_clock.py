@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from contract.worker import WorkerReport, WorkerState
-from shim.queue.base import JobState
 from shim.queue.clock import SteadyClock
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.job import JobState
 from shim.queue.sql import SqlQueue
 from tests.support.postgres import Postgres
 from tests.support.queues import JOB, Clock, find_nothing

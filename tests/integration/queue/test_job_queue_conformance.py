@@ -10,15 +10,8 @@ import pytest
 
 from contract.errors import ErrorCode, JobFailure
 from contract.result import Progress, Stage
-from shim.queue.base import (
-    Idempotency,
-    IdempotencyConflictError,
-    JobState,
-    JobStatus,
-    NotSupportedError,
-    QueueFullError,
-    render_kind,
-)
+from shim.queue.base import Idempotency, IdempotencyConflictError, NotSupportedError, QueueFullError, render_kind
+from shim.queue.job import JobState, JobStatus
 from shim.queue.runpod import RunPodQueue
 from storage.settings import BucketSettings
 from tests.support.queues import JOB, Bench, result, runpod_bench, sql_bench

@@ -23,16 +23,10 @@ from sqlalchemy import text
 from contract.errors import ErrorCode, JobFailure
 from contract.result import JobResult, Progress, Stage
 from contract.worker import WorkerReport, WorkerState
-from shim.queue.base import (
-    Idempotency,
-    IdempotencyConflictError,
-    JobState,
-    ModelNotLoadedError,
-    QueueFullError,
-    Submission,
-)
+from shim.queue.base import Idempotency, IdempotencyConflictError, ModelNotLoadedError, QueueFullError, Submission
 from shim.queue.database import Database
 from shim.queue.dispatch import Delivery, Dispatcher
+from shim.queue.job import JobState
 from shim.queue.lost_jobs import Loss
 from shim.queue.schema import jobs as jobs_table
 from shim.queue.sql import SqlQueue

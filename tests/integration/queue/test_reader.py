@@ -18,7 +18,8 @@ from contract.result import Progress, Stage
 from contract.worker import WorkerState
 from shim.app import create_app
 from shim.queue import postgres_reader, sql, sqlite_reader
-from shim.queue.base import JobSnapshot, JobState, QueueUnavailableError
+from shim.queue.base import QueueUnavailableError
+from shim.queue.job import JobSnapshot, JobState
 from shim.queue.postgres_reader import PostgresReader
 from shim.queue.reader import Batched
 from shim.queue.schema import jobs

@@ -16,22 +16,16 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import InvalidInputError, SamplingLimits
+from contract.job import InvalidInputError
+from contract.offer import SamplingLimits
 from contract.result import JobResult, Progress, Stage
 from contract.worker import WorkerState
-from shim.queue.base import (
-    Idempotency,
-    JobState,
-    JobStatus,
-    ModelNotLoadedError,
-    QueueError,
-    QueueUnavailableError,
-    render_kind,
-)
+from shim.queue.base import Idempotency, ModelNotLoadedError, QueueError, QueueUnavailableError, render_kind
 from shim.queue.database import Database
 from shim.queue.dispatch import WorkerStoppingError
 from shim.queue.engine import database_url as database_url_of
 from shim.queue.engine import migrate
+from shim.queue.job import JobState, JobStatus
 from shim.queue.schema import metadata
 from shim.queue.sql import SqlQueue
 from storage.errors import StorageUnavailableError

@@ -20,9 +20,9 @@ from pydantic import SecretStr
 from contract.errors import ErrorCode, JobFailure
 from contract.worker import WorkerReport, WorkerState
 from shim.api.status import status_of
-from shim.queue.base import JobSnapshot, WebhookState
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.job import JobSnapshot, WebhookState
 from shim.queue.schema import jobs
 from shim.queue.sql import SqlQueue
 from shim.queue.webhook_request import WebhookOptions, signature

@@ -16,7 +16,8 @@ from contract.job import InvalidInputError, Profile, Resolution
 from contract.render_times import execution_timeout
 from contract.result import InlineResult, Manifest
 from contract.retry import RetryPolicy
-from shim.queue.base import JobState, QueueFullError, QueueUnavailableError
+from shim.queue.base import QueueFullError, QueueUnavailableError
+from shim.queue.job import JobState
 from shim.queue.observer import JobObserver
 from shim.queue.runpod import RunPodQueue
 from tests.support.queues import JOB, Clock, result
