@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import functools
 import ssl
+from typing import Any
 
 import botocore.session
 import pytest
 
 
 def read_once() -> None:
+    create_context = ssl.create_default_context
+    trusting = functools.cache(lambda cafile: create_context(cafile=cafile))
+
+    def create(*purpose: Any, **options: Any) -> ssl.SSLContext:
+        """A shared context for clients that trust a file of authorities. Others may change theirs."""
+        if not purpose and options.keys() == {"cafile"}:
+            context: ssl.SSLContext = trusting(options["cafile"])
+            return context
+        return create_context(*purpose, **options)
+
     patch = pytest.MonkeyPatch()
+    patch.setattr(ssl, "create_default_context", create)
     patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
-    patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
