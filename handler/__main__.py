@@ -21,7 +21,7 @@ from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
-from handler.allocator import configure_allocator
+from handler.allocator import configure_allocator, configure_threads
 from handler.machine import first_lines
 from handler.provenance import ProvenanceError, Signer
 from handler.report import Reporter
@@ -137,6 +137,7 @@ def _check(bucket: BucketSettings, reporter: Reporter) -> None:
 def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     started = time.monotonic()
     configure_allocator()
+    configure_threads()
     try:
         with without_collections():
             from handler.video_model.loader import load_model  # torch and diffusers take seconds to import
