@@ -3,11 +3,14 @@
 `--test_input '{"input": {...}}'` runs one job and exits. The exit codes are `contract.worker.WorkerExit`.
 """
 
+import gc
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Final, NoReturn
 
@@ -19,7 +22,7 @@ from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
-from handler.allocator import configure_allocator
+from handler.allocator import configure_allocator, configure_threads
 from handler.machine import first_lines
 from handler.provenance import ProvenanceError, Signer
 from handler.report import Reporter
@@ -136,9 +139,10 @@ def _check(bucket: BucketSettings, reporter: Reporter) -> None:
 def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     started = time.monotonic()
     configure_allocator()
+    configure_threads()
     try:
-        from handler.video_model.loader import load_model  # torch and diffusers take seconds to import
-
+        with without_collections():
+            from handler.video_model.loader import load_model  # torch and diffusers take seconds to import
         imported = time.monotonic()
         model = load_model(settings)
     except ModelLoadError as exc:
@@ -157,6 +161,20 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
         )
     reporter.ready(model, phases)
     return model
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Stops Python's garbage collector for the block, and makes it leave out all objects of today for ever.
+
+    Imports make a million objects that stay. The search for garbage among them takes a fifth of their time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _exit(text: str, code: WorkerExit) -> NoReturn:
