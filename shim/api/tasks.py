@@ -200,11 +200,14 @@ def _details(job: JobSnapshot, record: JobRecord | None) -> dict[str, Any]:
 
 
 def _shown_input(record: JobRecord | None, made: Manifest | None) -> dict[str, Any] | None:
-    """RunPod's API takes any input, so it may be no object."""
+    """RunPod's API takes any input, so it may be no object. Who knows the id of an uploaded image may use it."""
     given = record.input if record is not None else made.input.wire() if made is not None else None
     if not isinstance(given, dict):
         return None
-    return {name: value for name, value in given.items() if name != "image" or not str(value).startswith("data:")}
+    shown = {name: value for name, value in given.items() if name != "traceparent"}
+    if not str(shown.get("image", "http")).startswith("http"):
+        del shown["image"]
+    return shown
 
 
 def _event(one: JobEvent) -> TaskEvent:
