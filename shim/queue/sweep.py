@@ -39,4 +39,5 @@ async def tidy_bucket_forever(database: Database, outbox: Outbox, orphans: Orpha
             await asyncio.sleep(_SECONDS)
             continue
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(changed.wait(), _SECONDS)
+            async with asyncio.timeout(_SECONDS):  # `wait_for` of Python 3.11 can swallow a cancellation
+                await changed.wait()

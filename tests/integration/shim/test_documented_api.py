@@ -647,6 +647,7 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
     schema = (await server.http.get("/openapi.json")).json()
     assert {path: sorted(methods) for path, methods in schema["paths"].items()} == {
         "/generate": ["post"],
+        "/images": ["post"],
         "/status/{task_id}": ["get"],
         "/tasks": ["get"],
         "/tasks/{task_id}": ["delete", "get"],
