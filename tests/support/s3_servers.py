@@ -22,7 +22,7 @@ from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 
 
 @contextmanager
