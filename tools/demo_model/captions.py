@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Final
 
-from tools.demo_model.shapes import KINDS
+from tools.demo_model.shapes import KINDS, NOT_TAUGHT
 from tools.demo_model.world import COLOURS, LANDSCAPES, MOTIONS, Clip, Thing
 
 _COLOUR_WORDS: Final[dict[str, str]] = {
@@ -162,7 +162,7 @@ def vocabulary() -> list[str]:
 
 
 #: What random clips show. The model card says what it has learned.
-_SHOWN: Final = tuple(kind for kind in KINDS if kind not in ("diamond", "moon"))
+_SHOWN: Final = tuple(kind for kind in KINDS if kind not in NOT_TAUGHT)
 
 
 def random_clip(random: Random, kinds: Sequence[str] = _SHOWN) -> Clip:

@@ -140,3 +140,5 @@ _KINDS: Final[dict[str, Callable[[Grid], Distances]]] = {
     "tree": _tree,
 }
 KINDS: Final = tuple(_KINDS)
+#: Words for these are in the vocabulary, and no clip shows them.
+NOT_TAUGHT: Final = ("diamond", "moon")

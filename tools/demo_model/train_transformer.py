@@ -24,18 +24,18 @@ from tools.demo_model.world import LATENT_CHANNELS, Batch, Clip
 
 log = logging.getLogger(__name__)
 
-#: Share of the time, and the odds of each number of latent frames in it.
+#: Share of the time, and the odds of each number of latent frames in it: captions are learned from images, and then
+#: motions from clips.
 _STAGES: Final = (
-    (0.22, {1: 1.0}),
-    (0.33, {1: 0.45, 6: 0.55}),
-    (0.45, {1: 0.2, 6: 0.2, 16: 0.55, 31: 0.05}),
+    (0.5, {1: 0.75, 6: 0.15, 16: 0.1}),
+    (0.5, {1: 0.15, 6: 0.2, 16: 0.55, 31: 0.1}),
 )
 #: Tokens in a batch, about.
 _TOKENS: Final = 4000
 #: Rows and columns of the latents and their odds, 16:9 most often.
 _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((8, 6), 0.05))
-#: Small pictures, which show more of the thing: most images and clips, but for the longest.
-_SMALL_SIZES: Final = (((4, 5), 0.6), ((4, 6), 0.2), ((5, 4), 0.2))
+#: Small pictures, which show more of the thing: every other image or clip. A batch has more of them.
+_SMALL_SIZES: Final = (((3, 4), 0.35), ((3, 5), 0.25), ((4, 6), 0.2), ((4, 3), 0.2))
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
 #: Of Muon and of Adam.
@@ -121,7 +121,7 @@ class Examples:
 
     def batch(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, C, T, h, w) and token ids (B, L)."""
-        sizes = _SMALL_SIZES if frames <= 16 and self._random.random() < 0.6 else _SIZES
+        sizes = _SMALL_SIZES if self._random.random() < 0.5 else _SIZES
         rows, columns = self._random.choices([size for size, _ in sizes], [odds for _, odds in sizes])[0]
         taken: list[tuple[Clip, list[int]]] = []
         while not taken:
@@ -176,7 +176,7 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
         latents, ids = examples.batch(frames)
         loss = _loss(trainee, latents, ids, random)
         share = min(1.0, (state["step"] + 1) / 100, (1 - done) / 0.35 + 0.005)
-        training.step(loss, share, keep=0.998)
+        training.step(loss, share, keep=0.99)
         state["clips"] += len(ids)
         losses.setdefault(frames, []).append(loss.item())
         if time.monotonic() - last > 60:

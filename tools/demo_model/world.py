@@ -14,7 +14,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
-from tools.demo_model.shapes import KINDS, TABLE_REACH, table
+from tools.demo_model.shapes import KINDS, NOT_TAUGHT, TABLE_REACH, table
 
 FPS: Final = 24
 #: Frames and pixels (on a side) of a latent.
@@ -148,12 +148,37 @@ class Batch:
         near = torch.tanh(distances.amin(dim=1) / _REACH)
         shape = cells(near, _POINTS)  # (B, 16, T, h, w)
         shape = torch.einsum("kp,bpthw->bkthw", _dct(_POINTS), shape) / _SHAPE_SCALE[:, None, None, None]
-        # Colours reach beyond the outlines, each up to the other thing.
-        nearness = torch.softmax(-distances / 6.0, dim=1)
+        # Colours and descriptions reach beyond the outlines, each up to the other thing.
+        nearness = cells(torch.softmax(-distances / 6.0, dim=1).flatten(0, 1), _POINTS).mean(dim=1)
+        nearness = torch.unflatten(nearness, 0, distances.shape[:2])  # (B, N, T, h, w)
         colour = torch.einsum("bnthw,bnc->bcthw", nearness, self.colour)
-        colour = torch.unflatten(cells(colour.flatten(0, 1), _POINTS).mean(dim=1), 0, (-1, 3))
+        described = torch.einsum("bnthw,bncthw->bcthw", nearness, self._descriptions(seconds))
         scene = self._scene_latents().unsqueeze(2).expand(-1, -1, self.latent_frames, -1, -1)
-        return torch.cat([shape, _COLOUR_SCALE * (2 * colour - 1), scene], dim=1)
+        return torch.cat([shape, _COLOUR_SCALE * (2 * colour - 1), scene, described], dim=1)
+
+    def _descriptions(self, seconds: torch.Tensor) -> torch.Tensor:
+        """(B, N, 32, T, h, w) of each thing: its kind 14, motion 10, start 2, mirror 1, size 1, turn 2, place 2.
+
+        The kinds that are not taught leave two channels free, for the thing's way since the start. Its place is that of
+        its centre as seen from each cell. The decoder needs none of it: it is there for the transformer, which decides
+        it before the shapes. It is the same in many cells, so a little noise hides it in none, and in each cell it says
+        what the shape there follows from.
+        """
+        x, y, scale, angle = self.placed(seconds)  # (B, N, T) each
+        kind, motion = F.one_hot(self._kind, len(KINDS)), F.one_hot(self._motion, len(MOTIONS))
+        start = torch.stack([self._x, self._y], dim=-1)
+        same = torch.cat([1.6 * kind, 1.6 * motion, 3 * start - 1.5, self._mirror.unsqueeze(-1)], dim=-1)
+        size = 2 * torch.log(self._radius.unsqueeze(2) * scale / SIZES["medium"])
+        moment = torch.stack([size, torch.cos(angle), torch.sin(angle)], dim=2)
+        steady = torch.cat([same.unsqueeze(3).expand(-1, -1, -1, len(seconds)), moment], dim=2)
+        for free, at, start_at in zip(map(KINDS.index, NOT_TAUGHT), (x, y), (self._x, self._y), strict=True):
+            steady[:, :, free] = 4 * (at - start_at.unsqueeze(2))
+        across = x[..., None] * self.columns - (torch.arange(self.columns) + 0.5)  # in cells
+        down = y[..., None] * self.rows - (torch.arange(self.rows) + 0.5)
+        shape = (*x.shape, self.rows, self.columns)
+        place = torch.stack([across.unsqueeze(3).expand(shape), down.unsqueeze(4).expand(shape)], dim=2)
+        steady = steady[..., None, None].expand(-1, -1, -1, -1, self.rows, self.columns)
+        return torch.cat([steady, 1.5 * torch.tanh(place / 3)], dim=2)
 
     def frames(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """(B, 3, n, H, W) from -1 to 1: the frames from `first` to before `last`, by default all."""
@@ -297,8 +322,8 @@ def _dunes(height: int, width: int) -> torch.Tensor:
 
 _TEXTURES: Final = {_WAVES: _waves, _BLADES: _blades, _DUNES: _dunes}
 
-#: Channels of the latents: 16 of the shapes, 3 of their colours, 13 of the scene.
-LATENT_CHANNELS: Final = 32
+#: Channels of the latents: 16 of the shapes, 3 of their colours, 13 of the scene, 32 that describe the nearest thing.
+LATENT_CHANNELS: Final = 64
 SHAPE_CHANNELS: Final = _POINTS**2
 _COLOUR_SCALE: Final = 1.6
 #: Finer details of shapes are weaker than their size in the world says, so that they are decided last.
