@@ -33,7 +33,7 @@ router = APIRouter()
     operation_id="get_task_events",
     response_class=Response,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The events."},
+        200: {"content": {"text/event-stream": {}}, "description": "The events."},
         **error_responses(401, 404, 500, 503),
     },
     openapi_extra={
