@@ -153,8 +153,10 @@ class _GuardedApp(FastAPI):
 def _methods_of(request: Request) -> list[str]:
     """The methods of the path. Starlette's own Allow header has those of the first route only."""
     routes = [route for route in request.app.state.routes if isinstance(route, Route)]
-    found = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted(set().union(*found))
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    # `/tasks/{task_id:path}` matches /tasks/1/events, too, which has a path of its own.
+    own = max((route.path_format for route in found), key=len, default="")
+    return sorted(set().union(*(route.methods or set() for route in found if route.path_format == own)))
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:

@@ -232,6 +232,16 @@ async def test_an_unknown_task_is_404(site: Site) -> None:
         assert_error(await site.http.get(path), 404, ServerErrorCode.TASK_NOT_FOUND)
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/tasks", "GET"), ("/tasks/1", "DELETE, GET"), ("/tasks/1/events", "GET"), ("/tasks/1/retry", "POST")],
+)
+async def test_each_path_names_its_own_methods(site: Site, path: str, allowed: str) -> None:
+    response = await site.http.patch(path)
+    assert_error(response, 405, ServerErrorCode.METHOD_NOT_ALLOWED)
+    assert response.headers["allow"] == allowed
+
+
 # The remaining time
 
 
