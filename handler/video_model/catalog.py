@@ -8,6 +8,7 @@ settings), and for the four-step base https://huggingface.co/lightx2v/Hy1.5-Dist
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 from contract.job import DEFAULT_MODEL, Profile, Resolution
@@ -167,6 +168,7 @@ def known_name(directory_name: str) -> str | None:
     return next((name for name in sorted(CHECKPOINTS, key=len, reverse=True) if directory_name.endswith(name)), None)
 
 
+@cache
 def trained_size(base_size: int, width: int, height: int, patch: int = 16) -> tuple[int, int]:
     """(width, height) in pixels, multiples of `patch`, that a model of `base_size` renders for an aspect ratio.
 

@@ -349,6 +349,6 @@ def _check_ready(alive: Workers) -> None:
 
 def _valid_input(payload: Any) -> JobInput | None:
     try:
-        return parse_queued(payload)
+        return parse_queued(payload).request
     except InvalidInputError:
         return None

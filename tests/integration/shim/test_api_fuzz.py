@@ -87,6 +87,6 @@ async def test_the_server_keeps_what_its_openapi_document_promises(
     assert done.returncode == 0, output
     ran = json.loads(report.read_text())
     assert (ran["failures"], ran["errors"]) == ([], [])
-    assert ran["test_cases"]["generated"] > 50
+    assert ran["test_cases"]["generated"] > 20
     assert ran["warnings"]["unresolvable_reference"] == []
     assert phases != "stateful" or "3 covered / 3 selected" in output, "every link was followed"
