@@ -221,8 +221,12 @@ export class Card {
   async #loadPoster() {
     const path = this.#posterPath;
     if (path === null) return;
-    const poster = currentKey() === null ? path : await this.#blobOf(await request(path, { background: true }));
-    this.#parts.video.poster = poster;
+    try {
+      const poster = currentKey() === null ? path : await this.#blobOf(await request(path, { background: true }));
+      this.#parts.video.poster = poster;
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error; // the video plays without a poster, too
+    }
   }
 
   /** The poster's path on this server: its URL begins as the video's does. null without a poster. */

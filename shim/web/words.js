@@ -12,6 +12,8 @@ export const WORDS = {
   METHOD_NOT_ALLOWED: "This page and the server do not match. Reload the page.",
   TASK_NOT_FOUND: "The server no longer has this video.",
   VIDEO_NOT_READY: "This video is not ready, or it is no longer in the store.",
+  NOT_RETRYABLE: "This video can’t be tried again. Make it again instead.",
+  NOT_SUPPORTED: "This server can’t do that.",
   VIDEO_DELETED: "This video was deleted. You can make it again.",
   RANGE_NOT_SATISFIABLE: "The player asked for a part that the video does not have. Reload the page.",
   REQUEST_TIMEOUT: "The request took too long to arrive. Check your connection and try again.",
