@@ -20,9 +20,9 @@ from shim.access import OPEN_TO_ALL, Access, RateLimit
 from shim.api import documented, events, images, openai_videos, page, tasks, videos
 from shim.api.dependencies import Readiness, Services
 from shim.api.feed import Feeds
+from shim.api.gpu import LocalGpus
 from shim.api.metrics import router as metrics_router
 from shim.errors import ApiError, ServerErrorCode, api_error
-from shim.gpu import LocalGpus
 from shim.http.access_log import AccessLog
 from shim.http.guard import error_response, guarded
 from shim.http_client import HttpClient, transport_with_small_buffers

@@ -56,10 +56,12 @@ def untiled(vae: AutoencoderKLHunyuanVideo15) -> Iterator[None]:
 
 @contextmanager
 def guided(pipeline: HunyuanVideo15Pipeline, scale: float | None) -> Iterator[None]:
-    """Replaces the pipeline's guidance scale inside the block; None leaves it."""
+    """Replaces the pipeline's guidance scale inside the block; None leaves it.
+
+    The guider is a new one in any case: one that has guided a part of its steps only stays where it has stopped.
+    """
     guider = pipeline.guider
-    if scale is not None:
-        pipeline.guider = guider.new(guidance_scale=scale)
+    pipeline.guider = guider.new(**({} if scale is None else {"guidance_scale": scale}))
     try:
         yield
     finally:

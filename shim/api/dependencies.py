@@ -13,8 +13,8 @@ from fastapi import Depends, Request
 
 from shim.access import RateLimit, client_of_address
 from shim.api.feed import Feeds
+from shim.api.gpu import LocalGpus
 from shim.errors import ApiError, ServerErrorCode
-from shim.gpu import LocalGpus
 from shim.metrics import Metrics
 from shim.queue.base import JobQueue
 from shim.rewrite import Rewriter

@@ -10,7 +10,7 @@ from contract.job import DEMO_MODEL
 from contract.log_fields import bound
 from contract.worker import WorkerExit
 from contract.worker_environment import ENDPOINT_ID, worker_environment
-from shim.gpu import local_gpus
+from shim.api.gpu import local_gpus
 from shim.host.errors import StartError
 from shim.host.supervisor import Launch
 from shim.queue.base import QueueUnavailableError

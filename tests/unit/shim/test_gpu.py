@@ -7,7 +7,7 @@ import threading
 import time
 
 from contract.worker import Gpu
-from shim.gpu import LocalGpus
+from shim.api.gpu import LocalGpus
 
 GPU = Gpu(name="H100", memory_total=80, memory_free=40)
 
