@@ -66,10 +66,6 @@ bench-http: $(VENV)/.dev ## Measure GET /status and GET /health beside a bare Fa
 picture: $(VENV)/.dev ## Take docs/page.png again: the page of a server with the demo model; needs chromium
 	$(BIN)/python -m tests.support.page_picture docs/page.png
 
-.PHONY: demo-picture
-demo-picture: $(VENV)/.local ## Take docs/demo.png again: three videos of the demo model with their prompts
-	$(BIN)/python -m tools.demo_model.picture docs/demo.png
-
 .PHONY: eval-demo
 eval-demo: $(VENV)/.dev ## Score the demo model on 200 held-out prompts, by pixels, about half an hour (EVAL="--prompts 40 --sheet failures.png")
 	$(BIN)/python -m tools.demo_model.evaluation.evaluate $(EVAL)

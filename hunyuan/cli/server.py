@@ -25,9 +25,9 @@ _UNITS: Final = {
 _DEMO_PROMPT: Final = "A red fish swims to the right over the sea"
 _DEMO_FILE: Final = Path("demo.mp4")
 _ABOUT_THE_DEMO: Final = """
-This video is from the demo model, a tiny HunyuanVideo-1.5 that is being trained on simple moving objects. The colours
-of an object and of the scene behind it (sea, meadow, snow, night and the like) follow the prompt; shapes and motions
-hardly do yet. HunyuanVideo-1.5 itself needs an NVIDIA GPU and its weights, which have a licence of their own:
+This video is from the demo model, a tiny HunyuanVideo-1.5 that was trained on simple moving objects. Their colours and
+the scene behind them (sea, meadow, night and the like) follow the prompt; their shapes and motions often do.
+HunyuanVideo-1.5 itself needs an NVIDIA GPU and its weights, which have a licence of their own:
 
   {program} download-weights fast --to ~/models
   HUNYUAN_MODEL_PATH=~/models {program} serve
