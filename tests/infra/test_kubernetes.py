@@ -334,7 +334,7 @@ def test_the_scalers_query_counts_what_waits_and_runs() -> None:
         for state in JobState:
             row = {"task_id": state.value, "state": state.value, "input": "{}", "created_at": 0.0}
             row |= {"attempts": 0, "progress": 0, "stop_requested": False}
-            row |= {"lost_attempts": 0, "deliveries_not_begun": 0, "client": "", "turn": 0}
+            row |= {"lost_attempts": 0, "deliveries_not_begun": 0, "client": "", "turn": 0, "last_event": 0}
             columns, marks = ", ".join(row), ", ".join("?" * len(row))
             connection.execute(f"INSERT INTO jobs ({columns}) VALUES ({marks})", tuple(row.values()))
         counted = connection.execute(trigger["metadata"]["query"]).fetchone()

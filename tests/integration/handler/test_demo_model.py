@@ -305,8 +305,8 @@ def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = load_model(WorkerSettings(model_path="demo"))
-    render(model, steps=2, chunks=1)
-    assert len(masks) == 2 * 2 * 6, "steps x guidance x blocks"
+    render(model, steps=5, chunks=1)
+    assert len(masks) == (2 * 2 + 3) * 6, "the first two of five steps have guidance; six blocks"
     assert set(masks) == {None}
 
 
