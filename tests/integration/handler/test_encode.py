@@ -205,9 +205,9 @@ def test_only_a_few_chunks_wait_for_ffmpeg_and_it_can_be_killed_meanwhile(tmp_pa
 def test_an_error_of_the_model_does_not_wait_for_a_stopped_ffmpeg(tmp_path: Path) -> None:
     def failing() -> Iterator[Frames]:
         for number, chunk in enumerate(large(25)):
-            if number == 10:
+            if number == 1:
                 of_this_process().suspend()
-            if number == 12:
+            if number == 2:  # two chunks may wait for ffmpeg, even if it has taken none
                 raise RuntimeError("in the model")
             yield chunk
 

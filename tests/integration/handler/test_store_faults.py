@@ -368,7 +368,8 @@ def test_a_cancelled_worker_does_not_delete_the_video_that_another_one_completed
         eventually("the poster's first attempt", lambda: bench.proxy.hits["SlowDown"], 20)
         Worker(ScriptedModel(), direct, version="theirs").run(Job(TASK, INPUT), lambda _: None, threading.Event())
         bench.cancelled.set()
-        assert isinstance(ended(), RenderCancelledError)
+        error = ended()
+        assert error is None or isinstance(error, RenderCancelledError), "None: a retry has found the other's manifest"
     eventually("the deletion of its own video", lambda: len(stored(direct)) == 3, 10)
     assert assert_whole(direct).version == "theirs"
 
