@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -89,4 +90,5 @@ async def test_the_server_keeps_what_its_openapi_document_promises(
     assert (ran["failures"], ran["errors"]) == ([], [])
     assert ran["test_cases"]["generated"] > 20
     assert ran["warnings"]["unresolvable_reference"] == []
-    assert phases != "stateful" or "3 covered / 3 selected" in output, "every link was followed"
+    covered = re.search(r"(\d+) covered / \d+ selected", output)
+    assert phases != "stateful" or (covered and int(covered[1]) >= 3), "the documented links were followed"
