@@ -210,7 +210,11 @@ async def test_the_hunyuan_command_sends_its_key(tmp_path: Path, bucket_settings
     async with running(tmp_path, Access(KEYS), Bucket(bucket_settings)) as http:
         task_id = (await http.post("/generate", json=JOB.wire(), headers=BEARER)).json()["task_id"]
         command = [sys.executable, "-m", "hunyuan", "status", task_id, "--json"]
-        for key, code, words in ((ALICE, 0, "processing"), ("", 2, "an API key is needed"), (BOB + "x", 2, "UNAUTHORIZED")):
+        for key, code, words in (
+            (ALICE, 0, "processing"),
+            ("", 2, "API key is needed"),
+            (BOB + "x", 2, "UNAUTHORIZED"),
+        ):
             environment = {"HUNYUAN_SERVER": str(http.base_url), "HUNYUAN_API_KEY": key, "PYTHONPATH": sys.path[0]}
             done = await anyio.run_process(command, env=environment, check=False)
             output = (done.stdout + done.stderr).decode()
