@@ -24,8 +24,9 @@ from shim.api.dependencies import (
 from shim.api.polled import PolledRoute, json_response
 from shim.api.status import Status, status_of
 from shim.errors import ApiError, ErrorBody, ServerErrorCode
-from shim.http.body import limited_body
+from shim.http.body import limited_body, media_type
 from shim.queue.base import ModelNotLoadedError, QueueSummary, Workers
+from shim.tasks import Accepted
 
 _MAX_BODY: Final = 64 * 1024
 _MAX_IDEMPOTENCY_KEY: Final = 255
@@ -117,8 +118,7 @@ async def body_of_job(request: Request) -> bytes:
     Raises:
         ApiError: INVALID_REQUEST for another Content-Type than JSON, REQUEST_TOO_LARGE for a larger body.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    if media_type(request) != "application/json":
         raise ApiError(ErrorCode.INVALID_REQUEST, "Content-Type must be application/json")
     return await limited_body(request, _MAX_BODY)
 
@@ -179,13 +179,19 @@ async def generate(
     key: Annotated[str | None, Depends(idempotency_key)],
 ) -> GenerateResponse:
     """Generate a video from a text prompt."""
-    new_task = partial(take_rate_token, request) if key is not None else None
     asked = parse_request(body)
-    accepted = await services.tasks.submit(
-        asked.job_input, key, new_task, client=key_name(request), webhook_url=asked.webhook_url
-    )
-    log.info("accepted from %s", client(request))
+    accepted = await submit(request, services, asked.job_input, key, asked.webhook_url)
     return GenerateResponse(task_id=accepted.task_id, estimated_time=accepted.estimated_time)
+
+
+async def submit(
+    request: Request, services: Services, job_input: JobInput, key: str | None, webhook_url: str | None = None
+) -> Accepted:
+    """Submits a task for the client of a request that depends on `within_rate_limit` and on `idempotency_key`."""
+    new_task = partial(take_rate_token, request) if key is not None else None
+    accepted = await services.tasks.submit(job_input, key, new_task, client=key_name(request), webhook_url=webhook_url)
+    log.info("accepted from %s", client(request))
+    return accepted
 
 
 async def status(task_id: str, request: Request) -> Response:

@@ -14,7 +14,7 @@ from contract.job import MAX_IMAGE_BYTES, AspectRatio, InvalidInputError, JobInp
 from shim.api.dependencies import Services, services_of
 from shim.api.images import store_image
 from shim.errors import ApiError
-from shim.http.body import limited_body
+from shim.http.body import json_body, limited_body, media_type
 
 #: As POST /generate takes, besides the file of a form.
 _MAX_BODY: Final = 64 * 1024
@@ -54,24 +54,17 @@ def _image(reference: Any) -> Any:
 
 
 async def _fields(request: Request) -> dict[str, Any]:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == "application/json":
-        return _json_object(await limited_body(request, _MAX_BODY))
-    if media_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
+    kind = media_type(request)
+    if kind == "application/json":
+        fields = await json_body(request, _MAX_BODY)
+        if not isinstance(fields, dict):
+            raise ApiError(ErrorCode.INVALID_REQUEST, "the body must be a JSON object")
+        return fields
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         services = services_of(request)
         async with services.uploads:
             return await _form(request, await limited_body(request, MAX_IMAGE_BYTES + _MAX_BODY), services)
     raise ApiError(ErrorCode.INVALID_REQUEST, "Content-Type must be multipart/form-data or application/json")
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        raise ApiError(ErrorCode.INVALID_REQUEST, "the body is not valid JSON") from exc
-    if not isinstance(fields, dict):
-        raise ApiError(ErrorCode.INVALID_REQUEST, "the body must be a JSON object")
-    return fields
 
 
 async def _form(request: Request, body: bytes, services: Services) -> dict[str, Any]:

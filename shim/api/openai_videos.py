@@ -6,18 +6,16 @@ src/openai/types/video.py and src/openai/resources/videos.py.
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Annotated, Any, Final, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from contract.errors import ErrorCode
 from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, parse_input, parse_queued
 from shim.api import videos
-from shim.api.dependencies import GetServices, Services, key_name, take_rate_token
-from shim.api.documented import idempotency_key, within_rate_limit
+from shim.api.dependencies import GetServices, Services, key_name
+from shim.api.documented import idempotency_key, submit, within_rate_limit
 from shim.api.openai_request import asked_video
 from shim.errors import ApiError, ServerErrorCode
 from shim.queue.base import NotSupportedError
@@ -26,6 +24,7 @@ from shim.tasks import finished_video
 
 #: Milliseconds after which the client asks for a video again.
 _POLL_AFTER: Final = "1000"
+_EXTENSIONS: Final = {"video": "mp4", "thumbnail": "jpg"}
 #: The client sends a request again if it has no answer. Within so many seconds that is the same video.
 _RETRY_SECONDS: Final = 15.0
 #: The client's newest tasks that a retry may be about.
@@ -123,11 +122,17 @@ async def create(
 
 
 @router.post("/videos/{video_id}/remix", dependencies=[Depends(within_rate_limit)])
-async def remix(video_id: str, body: Remix, request: Request, services: GetServices) -> Video:
+async def remix(
+    video_id: str,
+    body: Remix,
+    request: Request,
+    services: GetServices,
+    key: Annotated[str | None, Depends(idempotency_key)],
+) -> Video:
     """Generate a video with the settings and the seed of a completed one, and another prompt."""
     manifest = finished_video(await services.tasks.find(video_id))
     asked = {**manifest.input.wire(), "prompt": body.prompt, "seed": manifest.seed}
-    made = await _submit(request, services, parse_input(asked), None)
+    made = await _submit(request, services, parse_input(asked), key)
     return made.model_copy(update={"remixed_from_video_id": video_id})
 
 
@@ -179,11 +184,7 @@ async def content(
     variant: Literal["video", "thumbnail"] = "video",
 ) -> Response:
     """The MP4, or its middle frame as a JPEG."""
-    if variant == "video":
-        return await videos.video(f"{video_id}.mp4", request, services)
-    manifest = finished_video(await services.tasks.find_video(video_id))
-    poster = await anyio.to_thread.run_sync(services.bucket.get_bytes, manifest.poster_key)
-    return Response(poster, media_type="image/jpeg", headers={"Cache-Control": "private, no-cache"})
+    return await videos.video(f"{video_id}.{_EXTENSIONS[variant]}", request, services)
 
 
 @router.get("/models")
@@ -205,8 +206,7 @@ async def _models(services: Services) -> list[str]:
 
 
 async def _submit(request: Request, services: Services, job_input: JobInput, key: str | None) -> Video:
-    new_task = partial(take_rate_token, request) if key is not None else None
-    accepted = await services.tasks.submit(job_input, key, new_task, client=key_name(request))
+    accepted = await submit(request, services, job_input, key)
     return _video(JobSnapshot(accepted.task_id, JobState.QUEUED, submitted_at=time.time()), job_input)
 
 

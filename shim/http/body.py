@@ -12,6 +12,11 @@ from shim.errors import ApiError, ServerErrorCode
 _DRAINED: Final = 1024 * 1024
 
 
+def media_type(request: Request) -> str:
+    """The Content-Type without its parameters, in small letters; empty without one."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def limited_body(request: Request, limit: int) -> bytes:
     """The request's body; never more than `limit` bytes of it are in memory.
 

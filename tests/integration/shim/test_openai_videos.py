@@ -171,6 +171,17 @@ async def test_a_remix_keeps_settings_and_seed_and_changes_the_prompt(site: Site
     )
 
 
+async def test_a_remix_with_an_idempotency_key_is_one_video(site: Site) -> None:
+    made = await site.client.videos.create(prompt=PROMPT)
+    await site.render_next()
+    remixes = [
+        await site.client.videos.remix(made.id, prompt=f"{PROMPT} again", extra_headers={"Idempotency-Key": "once"})
+        for _ in range(2)
+    ]
+    assert remixes[0].id == remixes[1].id
+    assert (await site.bench.queue.summary()).waiting == 1
+
+
 async def test_fields_of_the_documented_api_pass_through_a_form_and_through_json(site: Site) -> None:
     await site.client.videos.create(prompt=PROMPT, extra_body={"seed": 5, "guidance_scale": 2.5})
     first, asked = await site.take()
