@@ -1,7 +1,7 @@
 """A task's status as every face of the server shows it."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from contract.errors import ErrorCode
 from contract.job import Resolution
 from contract.result import Stage
+from shim.queue.clock import moment
 from shim.queue.estimates import remaining_time
 from shim.queue.job import JobSnapshot, WebhookState
 
@@ -101,8 +102,3 @@ def status_of(job: JobSnapshot, server_url: str) -> Status:
         remaining_time=remaining_time(job),
         webhook=job.webhook,
     )
-
-
-def moment(seconds: float) -> datetime:
-    """The time from seconds since the epoch."""
-    return datetime.fromtimestamp(seconds, UTC)

@@ -13,8 +13,9 @@ from contract.errors import ErrorCode
 from contract.result import Manifest, Stage
 from shim.api.dependencies import GetServices, key_name, public_url, take_rate_token
 from shim.api.documented import error_responses
-from shim.api.status import CompletedStatus, FailedStatus, ProcessingStatus, Status, moment, status_of
+from shim.api.status import CompletedStatus, FailedStatus, ProcessingStatus, Status, status_of
 from shim.errors import ApiError
+from shim.queue.clock import moment
 from shim.queue.job import JobEvent, JobRecord, JobSnapshot, JobState, JobStatus
 
 _DEFAULT_LIMIT: Final = 20

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 Clock = Callable[[], float]
 
@@ -25,3 +26,8 @@ class SteadyClock:
         moved = now - self()
         self._offset += moved
         return moved
+
+
+def moment(seconds: float) -> datetime:
+    """The time from seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from typing import Any, Final, Self
 
 import psycopg
-from sqlalchemy import ColumnElement, Row, Select, Table, text, true, update
+from sqlalchemy import ColumnElement, Row, Select, Table, null, text, true, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -183,6 +183,28 @@ class Database:
             self._set_changed()
         elif wake is not None:
             self._watches.wake(wake)
+
+    async def claim_next(self, due: Select[Any], claim: Mapping[str, float]) -> Row[Any] | None:
+        """The first job that `due` selects, as `reader.snapshot` needs it; None if there is none. `due` begins with task_id.
+
+        `claim` are the values that keep every server from this job for a while. A read comes first: mostly nothing is
+        due, and a transaction that writes would make others wait.
+        """
+        async with self.read() as connection:
+            if await connection.scalar(due) is None:
+                return None
+        async with self.write() as connection:
+            task_id = await connection.scalar(due.with_for_update(skip_locked=True))
+            if task_id is None:
+                return None
+            claimed = await connection.execute(
+                update(jobs)
+                .where(jobs.c.task_id == task_id)
+                .values(**claim)
+                .returning(jobs, null().label("queue_position"))
+            )
+            job: Row[Any] = claimed.one()
+            return job
 
     async def lock_submissions(self, connection: AsyncConnection) -> None:
         """Holds back every other transaction that adds a job, on every server, until this one ends.

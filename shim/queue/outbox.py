@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Row, Update, case, null, or_, select, upda
 
 from contract.log_fields import bound
 from shim.queue.base import QueueUnavailableError, TaskObjects
-from shim.queue.database import Database, fetch_one
+from shim.queue.database import Database
 from shim.queue.job import JobState
 from shim.queue.reader import snapshot
 from shim.queue.schema import jobs
@@ -92,21 +92,7 @@ class Outbox:
     async def _claim_next(self) -> Row[Any] | None:
         now = self.database.clock()
         due = select(jobs.c.task_id).where(jobs.c.bucket_due_at <= now).order_by(jobs.c.bucket_due_at).limit(1)
-        async with self.database.read() as connection:
-            if await connection.scalar(due) is None:
-                return None
-        async with self.database.write() as connection:
-            row = await fetch_one(connection, due.with_for_update(skip_locked=True))
-            if row is None:
-                return None
-            claimed = await connection.execute(
-                update(jobs)
-                .where(jobs.c.task_id == row.task_id)
-                .values(bucket_due_at=now + _CLAIM)
-                .returning(jobs, null().label("queue_position"))  # as `snapshot` needs it
-            )
-            job: Row[Any] = claimed.one()
-            return job
+        return await self.database.claim_next(due, {"bucket_due_at": now + _CLAIM})
 
     async def _release(self, job: Row[Any], due_at: float | None) -> None:
         """The job leaves the outbox, or is due again: at `due_at`, or now if it was put in again meanwhile."""

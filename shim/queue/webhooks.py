@@ -13,13 +13,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, and_, null, select, update
+from sqlalchemy import ColumnElement, Row, and_, select, update
 
 from contract.log_fields import bound
 from shim.queue.base import QueueUnavailableError
+from shim.queue.clock import moment
 from shim.queue.database import Database, fetch_one
 from shim.queue.job import JobSnapshot, JobState, WebhookState
 from shim.queue.reader import snapshot
@@ -80,22 +80,8 @@ class Webhooks:
 
     async def _claim_next(self) -> Row[Any] | None:
         now = self._database.clock()
-        due = self._by_due_time(jobs.c.webhook_due_at <= now)
-        async with self._database.read() as connection:
-            if await connection.scalar(due) is None:
-                return None
-        async with self._database.write() as connection:
-            row = await fetch_one(connection, due.with_for_update(skip_locked=True))
-            if row is None:
-                return None
-            claimed = await connection.execute(
-                update(jobs)
-                .where(jobs.c.task_id == row.task_id)
-                .values(webhook_due_at=now + self._options.timeout + _CLAIM)
-                .returning(jobs, null().label("queue_position"))  # as `snapshot` needs it
-            )
-            job: Row[Any] = claimed.one()
-            return job
+        due = self._by_duemoment(jobs.c.webhook_due_at <= now)
+        return await self._database.claim_next(due, {"webhook_due_at": now + self._options.timeout + _CLAIM})
 
     async def _seconds_to_next(self) -> float:
         due_at = await self.next_due()
@@ -104,10 +90,10 @@ class Webhooks:
     async def next_due(self) -> float | None:
         """When the next webhook is due, by the database's clock. None if none is pending."""
         async with self._database.read() as connection:
-            row = await fetch_one(connection, self._by_due_time())
+            row = await fetch_one(connection, self._by_duemoment())
         return row.webhook_due_at if row is not None else None
 
-    def _by_due_time(self, *which: ColumnElement[bool]) -> Any:
+    def _by_duemoment(self, *which: ColumnElement[bool]) -> Any:
         busy: Collection[str] = [host for host, count in self._under_way.items() if count >= _MOST_OF_ONE]
         due = and_(jobs.c.webhook_due_at.is_not(None), jobs.c.webhook_host.not_in(busy), *which)
         columns = jobs.c.task_id, jobs.c.webhook_due_at
@@ -130,7 +116,7 @@ class Webhooks:
 
     def _body(self, job: Row[Any]) -> bytes:
         ended = replace(snapshot(job, self._database.clock()), webhook=None)
-        at = _time(job.finished_at).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        at = moment(job.finished_at).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         event = {"type": f"task.{_end(ended)}", "timestamp": at, "data": self._describe(ended)}
         return json.dumps(event, separators=(",", ":")).encode()
 
@@ -145,7 +131,7 @@ class Webhooks:
             attempts=attempts,
             last_status=outcome.status,
             last_error=outcome.error,
-            next_attempt=_time(now + wait) if wait is not None else None,
+            next_attempt=moment(now + wait) if wait is not None else None,
         )
         due_at = now + wait if wait is not None else None
         async with self._database.write(notify=True) as connection:
@@ -186,7 +172,3 @@ def _end(job: JobSnapshot) -> JobState:
 def _webhook_id(job: Row[Any]) -> str:
     """The same for every attempt. A task that is rendered again gets another one when it ends again."""
     return f"{job.task_id}_{int(job.finished_at * 1000)}"
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
