@@ -61,12 +61,6 @@ async def running(
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    """One event loop for the module, and with it one server with keys and one without."""
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def locked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
     async with running(tmp_path_factory.mktemp("locked"), Access(KEYS)) as http:
         yield http

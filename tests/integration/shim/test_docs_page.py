@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
 from playwright.async_api import Browser, Request, expect
 
 from shim.access import Access, parse_api_keys
 from shim.app import create_app
 from storage.bucket import Bucket
-from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, chromium, visiting
+from tests.support.browser import visiting
 from tests.support.http_server import serving
 from tests.support.queues import NOWHERE, sql_bench
 
 KEY = "alices-key-0123456789"
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip(HOW_TO_GET_IT)
-    async with chromium() as made:
-        yield made
 
 
 async def test_a_reader_without_the_internet_reads_and_tries_the_api(tmp_path: Path, browser: Browser) -> None:

@@ -150,12 +150,6 @@ async def running(
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    """One event loop for the module, and with it one server."""
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory, bucket_settings: BucketSettings) -> AsyncIterator[Server]:
     async with running(tmp_path_factory.mktemp("queue"), Bucket(bucket_settings), Connection) as made:
         yield made

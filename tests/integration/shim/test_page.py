@@ -35,7 +35,7 @@ from shim.rewrite import Rewriter
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
-from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, PATIENCE, PLAIN_HOST, PROMPT, Visit, chromium, visiting
+from tests.support.browser import PATIENCE, PLAIN_HOST, PROMPT, Visit, visiting
 from tests.support.chat_model import chat_model
 from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
@@ -45,19 +45,6 @@ from tools.demo_model.shapes import KINDS
 KEY = "alices-key-0123456789"
 FRAMES = 121
 AXE = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text()
-
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip(HOW_TO_GET_IT)
-    async with chromium() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ ATTEMPT = "0123456789ab"
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 def settings(s3_server: BucketSettings) -> BucketSettings:
     return new_bucket(s3_server)
 
