@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -243,6 +243,12 @@ class JobInput(BaseModel):
     def wire(self) -> dict[str, Any]:
         """The input as it is queued: a JSON object without the fields that the client did not set."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def plain_type(annotation: Any) -> Any:
+    """`str` for `Annotated[str, ...] | None`."""
+    arguments = get_args(annotation)
+    return plain_type(arguments[0]) if arguments else annotation
 
 
 class JobRequest(JobInput):

@@ -3,14 +3,11 @@
 `--test_input '{"input": {...}}'` runs one job and exits. The exit codes are `contract.worker.WorkerExit`.
 """
 
-import gc
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Final, NoReturn
 
@@ -18,6 +15,7 @@ from pydantic import ValidationError
 
 from contract import log_fields as logs
 from contract import tracing
+from contract.imports import without_collections
 from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
@@ -161,20 +159,6 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
         )
     reporter.ready(model, phases)
     return model
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Stops Python's garbage collector for the block, and makes it leave out all objects of today for ever.
-
-    Imports make a million objects that stay. The search for garbage among them takes a fifth of their time.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _exit(text: str, code: WorkerExit) -> NoReturn:

@@ -20,8 +20,6 @@ from PIL import Image, ImageOps
 from contract.addresses import AddressError, Allowed, is_public, resolve
 from contract.job import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 
-MAX_BYTES: Final = MAX_IMAGE_BYTES
-MAX_PIXELS: Final = MAX_IMAGE_PIXELS
 _FORMATS: Final = ("JPEG", "PNG", "WEBP")
 
 
@@ -44,7 +42,7 @@ def _from_data_url(source: str) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ImageError("a data URL must start with data:image/...;base64,")
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
+    if len(body) > MAX_IMAGE_BYTES * 4 // 3 + 4:
         raise ImageError("the image is larger than 20 MB")
     try:
         return base64.b64decode(body, validate=True)
@@ -109,7 +107,7 @@ async def _body(url: httpx.URL, host: str, address: str) -> bytes:
             raise ImageError(f"the image's server answered {response.status_code}")
         async for chunk in response.aiter_raw():  # undecoded: a few bytes can decompress to gigabytes
             body += chunk
-            if len(body) > MAX_BYTES:
+            if len(body) > MAX_IMAGE_BYTES:
                 raise ImageError("the image is larger than 20 MB")
     return bytes(body)
 
@@ -130,7 +128,7 @@ def decoded(body: bytes) -> Image.Image:
     """The image in a JPEG, PNG or WebP file; upright and as RGB. Raises ImageError."""
     try:
         with Image.open(io.BytesIO(body), formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ImageError("the image has more than 50 megapixels")
             return ImageOps.exif_transpose(image).convert("RGB")
     except ImageError:

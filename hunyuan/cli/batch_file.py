@@ -8,9 +8,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
-from contract.job import InvalidInputError, JobRequest, parse_request
+from contract.job import InvalidInputError, JobRequest, parse_request, plain_type
 from hunyuan.cli.exits import CommandError, ExitCode
-from hunyuan.cli.options import plain_type
 from hunyuan.images import with_image_url
 
 #: Errors that are printed; a file with the wrong format has one in every line.

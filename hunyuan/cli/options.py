@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar, get_args
+from typing import Annotated, Final, TypeVar
 
 import typer
 
-from contract.job import JobRequest, Resolution
+from contract.job import JobRequest, Resolution, plain_type
 
 #: The command line renders short videos unless told otherwise; the API's own defaults are longer and larger.
 DEFAULT_DURATION: Final = 5
@@ -42,12 +42,6 @@ def with_request_fields(command: C) -> C:
     fixed = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     command.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]
     return command
-
-
-def plain_type(annotation: Any) -> Any:
-    """`str` for `Annotated[str, ...] | None`."""
-    arguments = get_args(annotation)
-    return plain_type(arguments[0]) if arguments else annotation
 
 
 def _help(name: str, description: str | None) -> str:

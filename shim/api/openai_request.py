@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import MAX_IMAGE_BYTES, AspectRatio, InvalidInputError, JobInput, Resolution, parse_input
+from contract.job import MAX_IMAGE_BYTES, AspectRatio, InvalidInputError, JobInput, Resolution, parse_input, plain_type
 from shim.api.dependencies import Services, services_of
 from shim.api.images import store_image
 from shim.errors import ApiError
@@ -27,7 +27,9 @@ _SIZES: Final[Mapping[str, tuple[Resolution, AspectRatio]]] = {
     for ratio, (width, height) in resolution.sizes.items()
 }
 #: The fields of JobInput that take text. A form has text only, so the others are read as JSON.
-_TEXTS: Final = frozenset({"prompt", "negative_prompt", "image", "model", "aspect_ratio", "resolution"})
+_TEXTS: Final = frozenset(
+    name for name, field in JobInput.model_fields.items() if issubclass(plain_type(field.annotation), str)
+)
 
 
 async def asked_video(request: Request) -> JobInput:

@@ -187,8 +187,8 @@ class Database:
     async def claim_next(self, due: Select[Any], claim: Mapping[str, float]) -> Row[Any] | None:
         """The first job that `due` selects, as `reader.snapshot` needs it; None if there is none.
 
-        The columns of `due` begin with the task id. `claim` are the values that keep every server from this job for a while. A read comes first: mostly nothing is
-        due, and a transaction that writes would make others wait.
+        The columns of `due` begin with the task id. `claim` are the values that keep every server from this job for a
+        while. A read comes first: mostly nothing is due, and a transaction that writes would make others wait.
         """
         async with self.read() as connection:
             if await connection.scalar(due) is None:

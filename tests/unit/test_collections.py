@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from handler.__main__ import without_collections
+from contract.imports import without_collections
 
 
 def test_nothing_is_collected_in_the_block_and_what_it_made_is_left_out_afterwards() -> None:

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from handler.images import MAX_BYTES, ImageError, load_image
+from contract.job import MAX_IMAGE_BYTES
+from handler.images import ImageError, load_image
 
 
 def encoded(kind: str = "PNG") -> bytes:
@@ -163,7 +164,7 @@ def test_an_endless_body_is_aborted(server: Server) -> None:
         request.send_response(200)
         request.end_headers()
         try:
-            while sent < 4 * MAX_BYTES:
+            while sent < 4 * MAX_IMAGE_BYTES:
                 request.wfile.write(b"x" * 65_536)
                 sent += 65_536
         except OSError:
@@ -172,7 +173,7 @@ def test_an_endless_body_is_aborted(server: Server) -> None:
     server.answer = answer
     with pytest.raises(ImageError, match="20 MB"):
         fetch(server)
-    assert sent < 2 * MAX_BYTES
+    assert sent < 2 * MAX_IMAGE_BYTES
 
 
 def test_a_connection_that_is_reset_is_an_image_error(server: Server) -> None:
