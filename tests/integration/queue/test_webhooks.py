@@ -161,18 +161,21 @@ async def test_each_end_of_a_task_is_an_event_with_the_status_of_the_task(databa
         waiting: "task.cancelled",
         purged: "task.cancelled",
     }
-    assert (
-        events[completed]["data"].items()
-        >= {
-            "task_id": completed,
-            "status": "completed",
-            "video_url": f"https://films.example/videos/{completed}.mp4",
-            "duration": 5,
-            "resolution": "720p",
-            "file_size": 1000,
-            "prompt": "A paper boat on a rainy street",
-        }.items()
-    )
+    made = events[completed]["data"].pop("created_at")
+    assert abs(datetime.fromisoformat(made) - datetime.now(UTC)) < timedelta(minutes=2)
+    assert events[completed]["data"] == {
+        "task_id": completed,
+        "status": "completed",
+        "video_url": f"https://films.example/videos/{completed}.mp4",
+        "duration": 5,
+        "resolution": "720p",
+        "file_size": 1000,
+        "poster_url": f"https://films.example/videos/{completed}.jpg",
+        "prompt": "A paper boat on a rainy street",
+        "model": "scripted",
+        "seed": 1,
+        "timings": {"total": 30.0},
+    }
     assert events[failed]["data"] == {
         "task_id": failed,
         "status": "failed",
