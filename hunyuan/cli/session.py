@@ -62,9 +62,10 @@ def _refusal(exc: RefusedError) -> CommandError:
         case 429 | 503:
             code = ExitCode.BUSY
             seconds = "a few" if exc.retry_after is None else f"{exc.retry_after:g}"
-            hint = f"; try again in {seconds} s"
+            hint = f"try again in {seconds} s"
         case 401:
-            code, hint = ExitCode.USAGE, "; set HUNYUAN_API_KEY"
+            code, hint = ExitCode.USAGE, "set HUNYUAN_API_KEY"
         case 400 | 413:
             code = ExitCode.USAGE
-    return CommandError(f"{exc}{hint}", code, error_code=exc.error_code, error=exc.error)
+    text, fields = (f"{exc}; {hint}", {"hint": hint}) if hint else (str(exc), {})
+    return CommandError(text, code, error_code=exc.error_code, error=exc.error, **fields)

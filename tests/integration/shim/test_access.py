@@ -206,7 +206,7 @@ async def test_the_hunyuan_command_sends_its_key(tmp_path: Path, bucket_settings
         command = [sys.executable, "-m", "hunyuan", "status", task_id, "--json"]
         for key, code, words in (
             (ALICE, 0, "processing"),
-            ("", 2, "API key is needed"),
+            ("", 2, "HUNYUAN_API_KEY"),
             (BOB + "x", 2, "UNAUTHORIZED"),
         ):
             environment = {"HUNYUAN_SERVER": str(http.base_url), "HUNYUAN_API_KEY": key, "PYTHONPATH": sys.path[0]}
