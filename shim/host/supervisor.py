@@ -71,7 +71,8 @@ class Supervised:
             log.warning("%s exited with code %d; restarting it in %.1f s", self._name, code, delay)
             self._on_restart()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._stopping.wait()
 
     async def _run_once(self, launch: Launch) -> int:
         with contextlib.ExitStack() as stack:
@@ -103,7 +104,8 @@ class Supervised:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), grace)
+            async with asyncio.timeout(grace):
+                await process.wait()
         except TimeoutError:
             log.warning("%s did not exit within %.0f s of SIGTERM; killing it", self._name, grace)
             _signal_group(process.pid, signal.SIGKILL)

@@ -10,7 +10,6 @@ from typing import Any, Final, Self
 
 import psycopg
 from sqlalchemy import ColumnElement, Row, Select, Table, null, text, true, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -22,6 +21,7 @@ from shim.queue.engine import (
     SUBMIT_LOCK,
     database_url,
     empty_write_ahead_log,
+    insert_into,
     libpq_parameters,
     open_engine,
     writing,
@@ -347,9 +347,9 @@ async def _notify(connection: AsyncConnection, channel: str, payload: str) -> No
 
 async def upsert(connection: AsyncConnection, table: Table, row: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     """Inserts `row`, or applies `changes` to the existing row with its primary key."""
-    insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     keys: Sequence[str] = [column.name for column in table.primary_key]
-    await connection.execute(insert(table).values(**row).on_conflict_do_update(index_elements=keys, set_=dict(changes)))
+    statement = insert_into(connection, table).values(**row)
+    await connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=dict(changes)))
 
 
 async def fetch_one(connection: AsyncConnection, statement: Select[Any]) -> Row[Any] | None:

@@ -11,9 +11,10 @@ import alembic.command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, event, make_url, text
+from sqlalchemy import URL, Connection, Table, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from shim.queue.base import QueueError, QueueUnavailableError
 
@@ -219,3 +220,9 @@ async def empty_write_ahead_log(engine: AsyncEngine) -> bool:
         finally:
             await connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
     return is_done
+
+
+def insert_into(connection: AsyncConnection, table: Table) -> Any:
+    """The database's own INSERT, which can have an ON CONFLICT clause."""
+    own: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    return own.insert(table)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Row, Select, delete, literal, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from contract.errors import JobFailure
 from contract.result import Stage
+from shim.queue.engine import insert_into
 from shim.queue.job import JobEvent, JobState
 from shim.queue.schema import events, jobs
 
@@ -27,11 +27,10 @@ _OF_JOB: Final = "state", "stage", "progress", "attempts", "worker_id", "failure
 
 async def add_events(connection: AsyncConnection, now: float, *which: ColumnElement[bool]) -> None:
     """Adds the present state of the jobs that `which` selects. A job whose `last_event` has not changed gets none."""
-    insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     columns = ["job", "number", "at", *_OF_JOB]
     values = jobs.c.seq, jobs.c.last_event, literal(now), *(jobs.c[name] for name in _OF_JOB)
     chosen = select(*values).where(jobs.c.last_event > 0, *which)
-    await connection.execute(insert(events).from_select(columns, chosen).on_conflict_do_nothing())
+    await connection.execute(insert_into(connection, events).from_select(columns, chosen).on_conflict_do_nothing())
 
 
 async def drop_oldest_events(connection: AsyncConnection, *which: ColumnElement[bool]) -> None:
