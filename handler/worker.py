@@ -132,7 +132,7 @@ class Worker:
     def warm_up(self) -> None:
         """Encodes a few frames, so that ffmpeg is in memory when RunPod stops this process and later restores it."""
         with job_directory(self.work_dir) as directory:
-            target = Target(directory / "video.mp4", directory / "poster.jpg", 64, 64, 4)
+            target = Target(*_files(directory), 64, 64, 4)
             encode([np.zeros((4, 64, 64, 3), np.uint8)], target, lambda _: None)
 
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
@@ -156,8 +156,7 @@ class Worker:
         seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
         with job_directory(self.work_dir) as directory:
             frames = num_frames(job_input.duration)
-            files = directory / "video.mp4", directory / "poster.jpg"
-            target = Target(*files, *job_input.size, frames, caption=model.caption(job_input))
+            target = Target(*_files(directory), *job_input.size, frames, caption=model.caption(job_input))
             expected = model.expected_seconds(job_input)
             is_demo = model.name == DEMO_MODEL
             with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
@@ -170,6 +169,7 @@ class Worker:
                 stored = store.put(
                     target.video,
                     target.poster,
+                    target.sheet,
                     lambda: self._manifest(store, queued, seed, target, rendered, meter),
                 )
             manifest = _completed(stored)
@@ -215,6 +215,7 @@ class Worker:
             input=queued.request.without_data(),
             rewritten_prompt=queued.rewritten_prompt,
             warnings=queued.warnings,
+            remixed_from=queued.remixed_from,
             model=self.model.name,
             attention=self.model.attention,
             approximations=tuple(self.model.approximations),
@@ -273,6 +274,11 @@ class Worker:
             text = "The worker has no bucket: set BUCKET_ENDPOINT_URL and its keys, or send s3Config"
             raise JobError.of(ErrorCode.STORAGE_UNAVAILABLE, text)
         return self.bucket
+
+
+def _files(directory: Path) -> tuple[Path, Path, Path]:
+    """The video, its poster and its sprite sheet."""
+    return directory / "video.mp4", directory / "poster.jpg", directory / "sheet.jpg"
 
 
 def _completed(verdict: Verdict) -> Manifest:

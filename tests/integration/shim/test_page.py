@@ -55,7 +55,9 @@ def bucket(s3_server: BucketSettings) -> Bucket:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A video of five seconds, encoded as the worker does, with fewer pixels."""
-    target = Target(tmp_path_factory.mktemp("video") / "video.mp4", Path("/dev/null"), 320, 180, FRAMES)
+    target = Target(
+        tmp_path_factory.mktemp("video") / "video.mp4", Path("/dev/null"), Path("/dev/null"), 320, 180, FRAMES
+    )
     shades = (np.full((1, 36, 64, 3), (2 * index, 90, 200), dtype=np.uint8) for index in range(FRAMES))
     encode(shades, target, lambda _: None)
     return target.video.read_bytes()
