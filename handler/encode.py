@@ -70,6 +70,16 @@ class Target:
     num_frames: int
     caption: str | None = None
 
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """The video, its poster and its sprite sheet."""
+        return self.video, self.poster, self.sheet
+
+
+def files_in(directory: Path) -> tuple[Path, Path, Path]:
+    """The files of a `Target` in a directory of their own."""
+    return directory / "video.mp4", directory / "poster.jpg", directory / "sheet.jpg"
+
 
 def encode(
     chunks: Iterable[Frames],

@@ -16,14 +16,13 @@ import psutil
 import pytest
 
 from contract.job import AspectRatio, Resolution
-from handler.encode import DiskFullError, EncodeError, Target, codec, encode
+from handler.encode import DiskFullError, EncodeError, Target, codec, encode, files_in
 from handler.video_model.base import Frames
 from tests.support.mp4 import picture, probe, shows_caption
 
 
 def target(directory: Path, *, width: int = 1280, height: int = 720, num_frames: int = 25) -> Target:
-    files = (directory / name for name in ("video.mp4", "poster.jpg", "sheet.jpg"))
-    return Target(*files, width, height, num_frames)
+    return Target(*files_in(directory), width, height, num_frames)
 
 
 def flat(color: tuple[int, int, int], frames: int, size: tuple[int, int] = (128, 72)) -> Iterator[Frames]:
