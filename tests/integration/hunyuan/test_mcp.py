@@ -42,8 +42,9 @@ async def assistant(address: str, key: str = KEY) -> AsyncIterator[Client]:
 async def answer(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     result = await client.call_tool(tool, arguments)
     assert not result.is_error, result.content
-    assert result.structured_content is not None
-    return result.structured_content
+    fields: dict[str, Any] | None = result.structured_content
+    assert fields is not None
+    return fields
 
 
 async def error(client: Client, tool: str, **arguments: Any) -> tuple[str | None, str]:
