@@ -18,7 +18,7 @@ from threading import Event
 
 from contract.job import JobInput, Resolution, num_frames
 from contract.result import Stage
-from handler.encode import Target, encode
+from handler.encode import Target, encode, files_in
 from handler.settings import WorkerSettings
 from handler.video_model.base import Frames, VideoModel
 from handler.video_model.loader import load_model
@@ -46,7 +46,7 @@ class Render:
 
 def measure(model: VideoModel, directory: Path) -> dict[str, float]:
     """Seconds of decoding alone, of encoding alone, of both as a worker does them, and until the first frame."""
-    target = Target(directory / "video.mp4", directory / "poster.jpg", *JOB.size, num_frames(JOB.duration))
+    target = Target(*files_in(directory), *JOB.size, num_frames(JOB.duration))
     alone = Render(model)
     frames = list(alone.frames())
     started = time.perf_counter()

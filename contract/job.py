@@ -271,13 +271,15 @@ class JobRequest(JobInput):
 class QueuedInput(JobInput):
     """A job's input as it is queued: the request, and what the server adds to it. The worker needs no network for it.
 
-    `warnings` say what the server could not do for the request. `traceparent` is the W3C trace context of the request.
+    `warnings` say what the server could not do for the request. `remixed_from` is the task whose settings and seed the
+    request took. `traceparent` is the W3C trace context of the request.
     """
 
     rewritten_prompt: Annotated[str | None, Takes(f"text of at most {MAX_REWRITTEN_LENGTH} characters")] = Field(
         default=None, max_length=MAX_REWRITTEN_LENGTH
     )
     warnings: Annotated[tuple[str, ...], Takes("a list of texts")] = Field(default=(), exclude_if=_is_empty)
+    remixed_from: Annotated[str | None, Takes("a task id")] = Field(default=None, max_length=128)
     traceparent: Annotated[str | None, Takes("a trace context as the W3C defines it")] = Field(
         default=None, pattern=r"^[0-9a-f]{2}(-[0-9a-f]+){3}$", max_length=64
     )

@@ -40,7 +40,8 @@ def _key_without_attempt(extension: str, *, exclude: bool = False) -> Any:
 class Manifest(BaseModel):
     """Describes a finished video and is stored beside it. If the manifest exists, the video is complete.
 
-    `video_key` and `poster_key` are the object keys of the attempt that completed the task, in the manifest's bucket.
+    `video_key`, `poster_key` and `sheet_key` are the object keys of the attempt that completed the task, in the
+    manifest's bucket.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -49,11 +50,13 @@ class Manifest(BaseModel):
     status: Literal["completed"] = "completed"
     video_key: str = _key_without_attempt("mp4")
     poster_key: str = _key_without_attempt("jpg")
+    sheet_key: str | None = Field(default=None, description="null in manifests of earlier releases.")
     input: JobInput
     rewritten_prompt: str | None = Field(
         default=None, description="The prompt that the model rendered, if `input` asked to enhance its own."
     )
     warnings: tuple[str, ...] = Field(default=(), description="What could not be done for the request.")
+    remixed_from: str | None = Field(default=None, description="The task whose settings and seed the request took.")
     model: str = Field(description='The model that rendered, for example "demo".')
     attention: str = Field(default="", description="The attention kernel that was used, in diffusers' names.")
     approximations: tuple[str, ...] = Field(default=(), description="The HUNYUAN_APPROXIMATIONS that the render used.")
@@ -77,9 +80,14 @@ class Manifest(BaseModel):
     def _check_keys(self) -> Self:
         """A manifest names objects of its own task only: the server reads what it names."""
         own = f"videos/{self.task_id}.", f"videos/{self.task_id}/"
-        if not (self.video_key.startswith(own) and self.poster_key.startswith(own)):
-            raise ValueError("video_key and poster_key must be keys of the task")
+        if not all(key.startswith(own) for key in self.object_keys):
+            raise ValueError("video_key, poster_key and sheet_key must be keys of the task")
         return self
+
+    @property
+    def object_keys(self) -> frozenset[str]:
+        """The keys of its objects."""
+        return frozenset(filter(None, (self.video_key, self.poster_key, self.sheet_key)))
 
 
 class Tombstone(BaseModel):
@@ -130,6 +138,7 @@ class InlineResult(JobResult):
 
     video_key: str = _key_without_attempt("mp4", exclude=True)
     poster_key: str = _key_without_attempt("jpg", exclude=True)
+    sheet_key: None = Field(default=None, exclude=True)
     video_url: str = Field(default="", exclude=True)
     poster_url: str = Field(default="", exclude=True)
     video_base64: str

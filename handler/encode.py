@@ -1,5 +1,6 @@
-"""Encodes frames to an MP4 and a poster. Frames are streamed into one ffmpeg process, never held in memory together.
+"""Encodes frames to an MP4, a poster and a sprite sheet.
 
+Frames are streamed into one ffmpeg process, never held in memory together.
 A thread writes frames to ffmpeg while the model computes the next ones. All else happens in the thread of the caller.
 """
 
@@ -28,10 +29,14 @@ from handler.video_model.base import Frames
 _X264: Final = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 #: The same quality from the GPU's encoder, which many data-centre GPUs (A100, H100) lack.
 _NVENC: Final = ("-c:v", "h264_nvenc", "-preset", "p5", "-tune", "hq", "-rc", "vbr", "-cq", "19", "-b:v", "0")
+_JPEG: Final = ("-frames:v", "1", "-q:v", "3", "-update", "1", "-f", "image2")
 #: Chunks of frames that may wait for ffmpeg, or be on their way to it, while the model computes the next one.
 _AHEAD: Final = 2
 #: The caption's distance from the edges: the picture's shorter side divided by this.
 _MARGIN: Final = 40
+#: The sprite sheet: columns and rows of small frames, and the longer side of each in pixels.
+_GRID: Final = 4
+_SPRITE: Final = 320
 #: Seconds for the trial of NVENC.
 _TRIAL_TIMEOUT: Final = 30.0
 _MAX_ERROR_TEXT: Final = 2000
@@ -51,17 +56,29 @@ class DiskFullError(EncodeError):
 
 @dataclass(frozen=True)
 class Target:
-    """The files to write, their size in pixels and the number of frames. The poster is the middle frame.
+    """The files to write, their size in pixels and the number of frames.
 
+    The poster is the middle frame. The sprite sheet has 16 frames that are evenly spread over the video, row by row.
     A `caption` is drawn in the lower left corner of every frame.
     """
 
     video: Path
     poster: Path
+    sheet: Path
     width: int
     height: int
     num_frames: int
     caption: str | None = None
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """The video, its poster and its sprite sheet."""
+        return self.video, self.poster, self.sheet
+
+
+def files_in(directory: Path) -> tuple[Path, Path, Path]:
+    """The files of a `Target` in a directory of their own."""
+    return directory / "video.mp4", directory / "poster.jpg", directory / "sheet.jpg"
 
 
 def encode(
@@ -70,7 +87,7 @@ def encode(
     on_frames: Callable[[int], None],
     on_start: Callable[[Callable[[], None]], None] = lambda _: None,
 ) -> tuple[int, int]:
-    """Write H.264 (yuv420p, bt709, index in front) and a JPEG from RGB frames that all have the same size.
+    """Write H.264 (yuv420p, bt709, index in front) and two JPEGs from RGB frames that all have the same size.
 
     Frames are scaled to cover the target's size and cropped evenly. Returns their (width, height) before that. For each
     chunk, `on_frames` gets the number of frames that ffmpeg has read, and it is called again before a wait for ffmpeg.
@@ -160,6 +177,7 @@ def _command(width: int, height: int, target: Target, caption: int) -> list[str]
         ",setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     )
     captioned: tuple[str, ...] = ()
+    sprites = _GRID**2
     if target.caption is not None:
         captioned = ("-f", "png_pipe", "-i", f"pipe:{caption}")
         margin = 2 * (min(target.width, target.height) // (2 * _MARGIN))  # `overlay` takes even positions
@@ -167,17 +185,21 @@ def _command(width: int, height: int, target: Target, caption: int) -> list[str]
             "[plain];[1:v]scale=out_color_matrix=bt709:out_range=limited,format=yuva420p[caption]"
             f";[plain][caption]overlay=x={margin}:y=main_h-overlay_h-{margin}"
         )
-    poster = (
-        f"[stills]select=eq(n\\,{target.num_frames // 2}),scale=in_color_matrix=bt709:out_color_matrix=bt601"
-        ":in_range=limited:out_range=full,format=yuvj420p[poster]"
+    as_jpeg = "in_color_matrix=bt709:out_color_matrix=bt601:in_range=limited:out_range=full,format=yuvj420p"
+    pictures = (
+        f"[stills]select=eq(n\\,{target.num_frames // 2}),scale={as_jpeg}[poster]"
+        # Frame k of `sprites` is the first one at or after k/sprites of the video.
+        f";[all]select=lt(mod(n*{sprites}\\,{target.num_frames})\\,{sprites})"
+        f",scale={_SPRITE}:{_SPRITE}:force_original_aspect_ratio=decrease:force_divisible_by=2:{as_jpeg}"
+        f",tile={_GRID}x{_GRID}[sheet]"
     )
     return [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", str(FPS)),
-        *("-i", "pipe:0", *captioned, "-filter_complex", f"[0:v]{fit},split[video][stills];{poster}"),
+        *("-i", "pipe:0", *captioned, "-filter_complex", f"[0:v]{fit},split=3[video][stills][all];{pictures}"),
         *("-map", "[video]", *codec(), "-pix_fmt", "yuv420p"),
         *("-metadata", _AI_GENERATED, "-movflags", "+faststart", "-f", "mp4", str(target.video)),
-        *("-map", "[poster]", "-frames:v", "1", "-q:v", "3", "-update", "1", "-f", "image2", str(target.poster)),
+        *("-map", "[poster]", *_JPEG, str(target.poster), "-map", "[sheet]", *_JPEG, str(target.sheet)),
     ]
 
 

@@ -32,8 +32,8 @@ class InlineStore:
     def find(self) -> None:
         """There is no verdict of an earlier attempt."""
 
-    def put(self, video: Path, _poster: Path, make_manifest: Callable[[], Manifest]) -> Manifest:
-        """Keeps the video for `result`. Its poster is dropped.
+    def put(self, video: Path, _poster: Path, _sheet: Path, make_manifest: Callable[[], Manifest]) -> Manifest:
+        """Keeps the video for `result`. Its pictures are dropped.
 
         Raises:
             VideoTooLargeError: RunPod would drop the result.

@@ -65,10 +65,11 @@ class JobStore:
 
     @property
     def keys(self) -> Mapping[str, str]:
-        """The manifest's `video_key` and `poster_key`. No other attempt writes these objects."""
+        """The manifest's keys of its objects. No other attempt writes these."""
         return {
             "video_key": layout.video_key(self.task_id, self._attempt),
             "poster_key": layout.poster_key(self.task_id, self._attempt),
+            "sheet_key": layout.sheet_key(self.task_id, self._attempt),
         }
 
     def find(self) -> Verdict | None:
@@ -80,8 +81,8 @@ class JobStore:
         policy = replace(self.policy, total=min(self.policy.total, _LONGEST_LOOKUP))
         return self._retry(policy, StorageUnavailableError, "looking up the manifest", self._find)
 
-    def put(self, video: Path, poster: Path, make_manifest: Callable[[], Manifest]) -> Verdict:
-        """Stores the job's objects. `make_manifest` is called after the video and the poster are stored.
+    def put(self, video: Path, poster: Path, sheet: Path, make_manifest: Callable[[], Manifest]) -> Verdict:
+        """Stores the job's objects. `make_manifest` is called after the others are stored.
 
         Returns the task's verdict. If it is not this job's manifest, the task has ended meanwhile: another worker has
         completed it, or it has failed or was cancelled. Then the objects of this job are deleted.
@@ -93,6 +94,7 @@ class JobStore:
         try:
             self._upload("storing the video", lambda: videos.put_video(task, attempt, video))
             self._upload("storing the poster", lambda: videos.put_poster(task, attempt, poster))
+            self._upload("storing the sprite sheet", lambda: videos.put_sheet(task, attempt, sheet))
             manifest = make_manifest()
             verdict = self._upload("storing the manifest", lambda: videos.put_manifest(manifest))
         except _TaskEndedError as exc:

@@ -23,7 +23,7 @@ from contract.offer import check_offered
 from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from contract.settings import explain
-from handler.encode import DiskFullError, EncodeError, Target, encode
+from handler.encode import DiskFullError, EncodeError, Target, encode, files_in
 from handler.images import ImageError, decoded, load_image
 from handler.inline import InlineStore, VideoTooLargeError
 from handler.provenance import ProvenanceError
@@ -132,7 +132,7 @@ class Worker:
     def warm_up(self) -> None:
         """Encodes a few frames, so that ffmpeg is in memory when RunPod stops this process and later restores it."""
         with job_directory(self.work_dir) as directory:
-            target = Target(directory / "video.mp4", directory / "poster.jpg", 64, 64, 4)
+            target = Target(*files_in(directory), 64, 64, 4)
             encode([np.zeros((4, 64, 64, 3), np.uint8)], target, lambda _: None)
 
     def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
@@ -156,8 +156,7 @@ class Worker:
         seed = _seed(job.task_id) if job_input.seed is None else job_input.seed
         with job_directory(self.work_dir) as directory:
             frames = num_frames(job_input.duration)
-            files = directory / "video.mp4", directory / "poster.jpg"
-            target = Target(*files, *job_input.size, frames, caption=model.caption(job_input))
+            target = Target(*files_in(directory), *job_input.size, frames, caption=model.caption(job_input))
             expected = model.expected_seconds(job_input)
             is_demo = model.name == DEMO_MODEL
             with watch.rendering(self.watchdog.limits(job_input, is_demo=is_demo, expected=expected)):
@@ -167,11 +166,7 @@ class Worker:
             meter.reach(Stage.STORING, 0.0)
             watch.advance()
             with tracing.span(Stage.STORING):
-                stored = store.put(
-                    target.video,
-                    target.poster,
-                    lambda: self._manifest(store, queued, seed, target, rendered, meter),
-                )
+                stored = store.put(*target.files, lambda: self._manifest(store, queued, seed, target, rendered, meter))
             manifest = _completed(stored)
         log.info("done in %.1f s, %d bytes stored", manifest.timings["total"], manifest.file_size)
         return store.result(manifest)
@@ -215,6 +210,7 @@ class Worker:
             input=queued.request.without_data(),
             rewritten_prompt=queued.rewritten_prompt,
             warnings=queued.warnings,
+            remixed_from=queued.remixed_from,
             model=self.model.name,
             attention=self.model.attention,
             approximations=tuple(self.model.approximations),

@@ -60,7 +60,7 @@ class Client:
         wait_if_busy: float = 0.0,
         **fields: Unpack[RequestFields],
     ) -> AcceptedTask:
-        """Submit a task. `prompt` may also be a whole request, and `image` a file.
+        """Submit a task. `prompt` may also be a whole request, and `image` a file, which is uploaded if it is large.
 
         The same `idempotency_key` with the same request returns the same task. Without one, each call makes a task of
         its own; a request whose answer was lost makes one task in either case. While the server is busy (429, 503), the

@@ -89,6 +89,12 @@ class TaskPage(_Answer):
     next_cursor: str | None = None
 
 
+class UploadedImage(_Answer):
+    """An image that the server has stored for a day. `image` is a value of the field `image` of a request."""
+
+    image: str
+
+
 class Health(_Answer):
     """The answer of /health."""
 

@@ -24,7 +24,7 @@ from hunyuan.errors import (
     task_failed,
 )
 from hunyuan.events import data_of
-from hunyuan.images import with_image_url
+from hunyuan.images import local_image
 from hunyuan.models import (
     TASK_STATUS,
     AcceptedTask,
@@ -36,6 +36,7 @@ from hunyuan.models import (
     TaskAnswer,
     TaskPage,
     TaskStatus,
+    UploadedImage,
     Video,
 )
 from hunyuan.part_file import PartFile, output_path
@@ -73,10 +74,21 @@ class Operations:
     ) -> AcceptedTask:
         """As `Client.generate`."""
         whole: Mapping[str, object] = {"prompt": prompt} if isinstance(prompt, str) else prompt
-        request = with_image_url({**whole, **fields})
+        request = await self._with_image({**whole, **fields}, wait_if_busy)
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         post = partial(self._ask, AcceptedTask.model_validate_json, "POST", "/generate", json=request, headers=headers)
         return await self._retried(RetryPolicy(total=wait_if_busy), _is_busy, post)
+
+    async def _with_image(self, request: dict[str, object], wait_if_busy: float) -> dict[str, object]:
+        """The request with an image that a server can read: a file is part of it, or is uploaded first."""
+        image = local_image(request.get("image"))
+        if image is None:
+            return request
+        if image.fits_inline:
+            return {**request, "image": image.data_url}
+        options = {"content": image.data, "headers": {"Content-Type": image.media_type}}
+        post = partial(self._ask, UploadedImage.model_validate_json, "POST", "/images", **options)
+        return {**request, "image": (await self._retried(RetryPolicy(total=wait_if_busy), _is_busy, post)).image}
 
     async def status(self, task: str | TaskAnswer) -> TaskStatus:
         """As `Client.status`."""

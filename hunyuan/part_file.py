@@ -45,6 +45,8 @@ class PartFile:
         self._path.replace(self._output)
 
     def _check(self) -> None:
+        if not self._output.parent.is_dir():
+            raise FileNotFoundError(f"the directory {self._output.parent} does not exist")
         if self._output.is_dir():
             raise IsADirectoryError(f"{self._output} is a directory")
         if not self._overwrite and self._output.exists():

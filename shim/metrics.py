@@ -49,6 +49,10 @@ _COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         ("state", "error_code"),
     ),
     "hunyuan_tasks_requeued": ("Times that a task returned to the queue because its worker was lost.", ()),
+    "hunyuan_webhook_attempts": (
+        "Attempts of this server at webhooks: delivered, pending (to be repeated) or failed (given up).",
+        ("state",),
+    ),
     "hunyuan_s3_errors": (
         "This server's requests to the bucket that failed. A missing object is not an error.",
         ("operation", "error"),
@@ -109,6 +113,8 @@ class Metrics(JobObserver):
         ended.labels(JobState.CANCELLED, ErrorCode.CANCELLED)
         for code in _FAILURES:
             ended.labels(JobState.FAILED, code)
+        for state in ("delivered", "pending", "failed"):
+            self._counters["hunyuan_webhook_attempts"].labels(state)
 
     def disk_problems(self) -> list[str]:
         """A sentence if the disk of the data directory is full: it has the queue and the embedded bucket."""
@@ -130,6 +136,9 @@ class Metrics(JobObserver):
 
     def requeued(self) -> None:
         self._counters["hunyuan_tasks_requeued"].inc()
+
+    def webhook_attempted(self, state: str) -> None:
+        self._counters["hunyuan_webhook_attempts"].labels(state).inc()
 
     def ended(
         self, state: JobState, *, failure: JobFailure | None = None, result: Manifest | None = None, count: int = 1

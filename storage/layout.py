@@ -3,6 +3,7 @@
 videos/{task_id}.json             the verdict: the manifest of a completed task, or the tombstone of another one
 videos/{task_id}/{attempt}.mp4    the video of one attempt
 videos/{task_id}/{attempt}.jpg    its poster
+videos/{task_id}/{attempt}.sheet.jpg  its sprite sheet
 videos/{task_id}.mp4, .jpg        video and poster that an older release stored
 uploaded-images/{expires}-{random}  an uploaded image, until some time after `expires`, in seconds since 1970
 """
@@ -33,6 +34,11 @@ def video_key(task_id: str, attempt: str | None = None) -> str:
 def poster_key(task_id: str, attempt: str | None = None) -> str:
     """Key of an attempt's poster image (JPEG); without `attempt`, the key that older releases used."""
     return _key(task_id, attempt, "jpg")
+
+
+def sheet_key(task_id: str, attempt: str) -> str:
+    """Key of an attempt's sprite sheet (JPEG)."""
+    return _key(task_id, attempt, "sheet.jpg")
 
 
 def manifest_key(task_id: str) -> str:

@@ -1,8 +1,8 @@
-"""A task's objects in the bucket: verdict, videos and posters. This module owns their keys and their order.
+"""A task's objects in the bucket: verdict, videos, posters and sprite sheets. This module owns keys and their order.
 
-Each attempt writes its video and its poster under keys of its own. Then it writes the manifest, which names them, at
-the task's one verdict key. So a late attempt never changes the bytes of a video that another one completed. The
-verdict key has either that manifest or a tombstone, and whichever is there first is the verdict.
+Each attempt writes its video, its poster and its sprite sheet under keys of its own. Then it writes the manifest, which
+names them, at the task's one verdict key. So a late attempt never changes the bytes of a video that another one
+completed. The verdict key has either that manifest or a tombstone, and whichever is there first is the verdict.
 """
 
 import logging
@@ -72,8 +72,14 @@ class Videos:
             path, layout.poster_key(task_id, attempt), content_type="image/jpeg", on_bytes=self._on_bytes
         )
 
+    def put_sheet(self, task_id: str, attempt: str, path: Path) -> None:
+        """Step 3 of storing a task."""
+        self._bucket.put_file(
+            path, layout.sheet_key(task_id, attempt), content_type="image/jpeg", on_bytes=self._on_bytes
+        )
+
     def put_manifest(self, manifest: Manifest) -> Verdict:
-        """Step 3 of storing a task, which completes it unless it has a verdict. Returns the verdict."""
+        """Step 4 of storing a task, which completes it unless it has a verdict. Returns the verdict."""
         self._bucket.sync()
         verdict = self._put_verdict(manifest)
         self._bucket.sync()
@@ -101,8 +107,8 @@ class Videos:
             if tombstone is None:
                 return
             self._put(tombstone)
-        self._bucket.delete(layout.video_key(task_id, attempt))
-        self._bucket.delete(layout.poster_key(task_id, attempt))
+        for key in (layout.video_key, layout.poster_key, layout.sheet_key):
+            self._bucket.delete(key(task_id, attempt))
 
     # What the server does
 
@@ -124,7 +130,7 @@ class Videos:
                 return
             log.warning("another attempt has overwritten the manifest of this completed task; restoring it")
             self._put(manifest)
-        self.discard_attempts(manifest.task_id, keep=(manifest.video_key, manifest.poster_key))
+        self.discard_attempts(manifest.task_id, keep=manifest.object_keys)
 
     def discard_attempts(self, task_id: str, keep: Collection[str] = ()) -> None:
         """Deletes the objects of every attempt, except those whose keys are in `keep`."""

@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from contract.job import InvalidInputError, JobRequest, parse_request, plain_type
 from hunyuan.cli.exits import CommandError, ExitCode
-from hunyuan.images import with_image_url
+from hunyuan.images import local_image
 
+#: What a cell of a spreadsheet may have for true and false.
+_BOOLEANS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 #: Errors that are printed; a file with the wrong format has one in every line.
 _SHOWN: Final = 10
 
@@ -60,7 +62,8 @@ def _request(fields: object, options: Mapping[str, object]) -> dict[str, object]
         raise RowError(f"expected a JSON object with a prompt, got {json.dumps(fields)[:60]}")
     request = {**options, **fields}
     try:
-        parse_request(with_image_url(request))
+        is_file = local_image(request.get("image")) is not None
+        parse_request({name: value for name, value in request.items() if not (is_file and name == "image")})
     except ValueError as exc:
         raise RowError(str(exc)) from exc
     return request
@@ -103,6 +106,10 @@ def _fields_of_cells(cells: Mapping[str, Any]) -> object:
 
 def _value(name: str, cell: str) -> object:
     kind = plain_type(JobRequest.model_fields[name].annotation) if name in JobRequest.model_fields else str
+    if kind is bool:
+        if cell.lower() not in _BOOLEANS:
+            raise RowError(f"{name} must be true or false; got {cell!r}")
+        return _BOOLEANS[cell.lower()]
     if kind not in (int, float):
         return cell
     try:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hunyuan.cli import batch, deploy, plan, server, tasks, weights
+from hunyuan.cli import batch, deploy, mcp, plan, server, tasks, weights
 
 
 def _print_version(wanted: bool) -> None:
@@ -32,7 +32,10 @@ def options(
 
 
 for panel, commands in {
-    "Videos": (tasks.generate, batch.batch, tasks.wait, tasks.list_tasks, tasks.status, tasks.cancel, tasks.download),
+    "Videos": (
+        *(tasks.generate, batch.batch, tasks.wait, tasks.list_tasks, tasks.status, tasks.cancel, tasks.download),
+        mcp.mcp,
+    ),
     "Servers": (server.serve, server.worker, server.demo, tasks.health, server.prune, server.downgrade_queue),
     "Models": (weights.download_weights, weights.convert_weights, plan.plan),
 }.items():

@@ -19,21 +19,27 @@ Server = Annotated[str | None, typer.Option(help="Address of the server. Default
 @contextmanager
 def connect(server: str | None, as_json: bool = False) -> Iterator[Client]:
     """A client of `server`, by default HUNYUAN_SERVER. Errors in the block end the command with their exit code."""
-    with reported(as_json), _translated(), _client(server) as client:
+    with reported(as_json), translated(), Client(*account(server)) as client:
         yield client
 
 
-def _client(server: str | None) -> Client:
+def account(server: str | None) -> tuple[str, str | None]:
+    """The address of `server`, by default HUNYUAN_SERVER, and the key HUNYUAN_API_KEY.
+
+    Raises:
+        CommandError: a setting is wrong.
+    """
     try:
         settings = ClientSettings()
     except ValidationError as exc:
         raise CommandError(explain(exc), ExitCode.USAGE) from exc
     key = settings.api_key.get_secret_value() if settings.api_key is not None else None
-    return Client(server or str(settings.server), key)
+    return server or str(settings.server), key
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Raises a CommandError for each error of a client: what happened, its code, and what to do."""
     try:
         yield
     except TaskFailedError as exc:

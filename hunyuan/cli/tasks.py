@@ -16,7 +16,7 @@ from hunyuan.cli.progress import Progress
 from hunyuan.cli.session import Server, connect
 from hunyuan.client import Client
 from hunyuan.errors import MethodNotAllowedError, NotFoundError, RequestTooLargeError
-from hunyuan.images import NotAnImageError, with_image_url
+from hunyuan.images import NotAnImageError
 from hunyuan.models import AcceptedTask, CompletedStatus, FailedStatus, TaskStatus
 
 Prompt = Annotated[
@@ -134,13 +134,11 @@ def health(server: Server = None, as_json: AsJson = False) -> None:
 def submit(client: Client, request: Mapping[str, object]) -> AcceptedTask:
     """Submits a request, whose image may be a file."""
     try:
-        whole = with_image_url(request)
+        return client.generate(request)
     except (NotAnImageError, OSError) as exc:
         raise CommandError(f"--image: {exc}", ExitCode.USAGE) from exc
-    try:
-        return client.generate(whole)
     except RequestTooLargeError as exc:
-        if whole == request:
+        if "image" not in request:
             raise
         text = (
             f"the image {request['image']} is too large for this server: {exc}; pass a smaller file or an http(s) URL"

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from contract.errors import ErrorCode
-from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, parse_input, parse_queued
+from contract.job import DEFAULT_MODEL, InvalidInputError, JobInput, QueuedInput, parse_input, parse_queued
 from shim.api import videos
 from shim.api.dependencies import GetServices, Services, key_name
 from shim.api.documented import idempotency_key, submit, within_rate_limit
@@ -132,8 +132,7 @@ async def remix(
     """Generate a video with the settings and the seed of a completed one, and another prompt."""
     manifest = finished_video(await services.tasks.find(video_id))
     asked = {**manifest.input.wire(), "prompt": body.prompt, "seed": manifest.seed}
-    made = await _submit(request, services, parse_input(asked), key)
-    return made.model_copy(update={"remixed_from_video_id": video_id})
+    return await _submit(request, services, QueuedInput.of(parse_input(asked), remixed_from=video_id), key)
 
 
 @router.get("/videos")
@@ -181,9 +180,11 @@ async def content(
     video_id: str,
     request: Request,
     services: GetServices,
-    variant: Literal["video", "thumbnail"] = "video",
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
 ) -> Response:
-    """The MP4, or its middle frame as a JPEG."""
+    """The MP4, or as a JPEG its middle frame or sixteen frames."""
+    if variant == "spritesheet":
+        return await videos.sprite_sheet(video_id, request, services)
     return await videos.video(f"{video_id}.{_EXTENSIONS[variant]}", request, services)
 
 
@@ -225,24 +226,27 @@ async def _retried(request: Request, services: Services, job_input: JobInput) ->
         (
             job
             for job in page.jobs
-            if job.elapsed_time < _RETRY_SECONDS and _readable(page.inputs[job.task_id]) == job_input
+            if job.elapsed_time < _RETRY_SECONDS
+            and (queued := _readable(page.inputs[job.task_id])) is not None
+            and queued.request == job_input
         ),
         None,
     )
 
 
-def _readable(queued: Any) -> JobInput | None:
+def _readable(queued: Any) -> QueuedInput | None:
     """The input as it was queued; None if it came by RunPod's API and is not valid."""
     try:
-        return parse_queued(queued).request
+        return parse_queued(queued)
     except InvalidInputError:
         return None
 
 
 def _video(job: JobSnapshot, job_input: JobInput | None) -> Video:
     """The task. Without an input (RunPod's queue hides it) the fields that repeat it are empty."""
+    remixed_from = job_input.remixed_from if isinstance(job_input, QueuedInput) else None
     if job.result is not None:
-        job_input = job.result.input
+        job_input, remixed_from = job.result.input, job.result.remixed_from
     created_at = job.submitted_at
     if created_at is None and job.result is not None:
         created_at = job.result.created_at.timestamp() - job.result.timings.get("total", 0.0)
@@ -259,6 +263,7 @@ def _video(job: JobSnapshot, job_input: JobInput | None) -> Video:
         seconds=str(job_input.duration) if job_input is not None else "",
         size="{}x{}".format(*job_input.size) if job_input is not None else "",
         seed=job.result.seed if job.result is not None else job_input.seed if job_input is not None else None,
+        remixed_from_video_id=remixed_from,
         error=_error(job),
     )
 

@@ -143,17 +143,29 @@ async def delete(file_name: str, services: GetServices) -> Response:
 
 
 async def _poster(task_id: str, request: Request, services: Services) -> Response:
-    """A poster is small, so it is read at once."""
     manifest = finished_video(await services.tasks.find_video(task_id))
-    etag = f'"{manifest.sha256}.jpg"'
+    return await _picture(manifest.poster_key, f'"{manifest.sha256}.jpg"', request, services)
+
+
+async def sprite_sheet(task_id: str, request: Request, services: Services) -> Response:
+    """Sixteen frames of the video in one JPEG."""
+    manifest = finished_video(await services.tasks.find_video(task_id))
+    if manifest.sheet_key is None:
+        text = "The video has no sprite sheet: an earlier release rendered it"
+        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, text)
+    return await _picture(manifest.sheet_key, f'"{manifest.sha256}.sheet.jpg"', request, services)
+
+
+async def _picture(key: str, etag: str, request: Request, services: Services) -> Response:
+    """A JPEG of the bucket. It is small, so it is read at once."""
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if names_etag(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     try:
-        poster = await anyio.to_thread.run_sync(services.bucket.get_bytes, manifest.poster_key)
+        picture = await anyio.to_thread.run_sync(services.bucket.get_bytes, key)
     except ObjectNotFoundError as exc:
-        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, "The poster is no longer in the bucket") from exc
-    return Response(poster, headers=headers, media_type="image/jpeg")
+        raise ApiError(ServerErrorCode.VIDEO_NOT_READY, "The picture is no longer in the bucket") from exc
+    return Response(picture, headers=headers, media_type="image/jpeg")
 
 
 def _task_id(file_name: str) -> str:

@@ -5,7 +5,7 @@ import logging
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -36,6 +36,7 @@ from shim.queue.base import JobQueue, QueueError, QueueUnavailableError
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.instance import Instance
+from shim.queue.job import JobSnapshot
 from shim.queue.orphans import Orphans
 from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
@@ -153,7 +154,7 @@ async def _serve_local(
         #    the one instance.
         tidying = tidy_bucket_forever(database, outbox, Orphans(database, videos))
         retention = _retention(settings, queue, store.bucket)
-        webhooks = _webhooks(settings, database, f"http://{_local_address(listener)}")
+        webhooks = _webhooks(settings, database, f"http://{_local_address(listener)}", metrics)
         background = await stack.enter_async_context(
             _background(sweep_forever(dispatcher), tidying, database.listen(), instance.keep(), *retention, *webhooks)
         )
@@ -207,14 +208,20 @@ def _retention(settings: ShimSettings, queue: JobQueue, bucket: Bucket) -> Seque
     return images, Retention(videos, timedelta(seconds=settings.video_ttl), delete).run_forever()
 
 
-def _webhooks(settings: ShimSettings, database: Database, own_url: str) -> Sequence[Coroutine[Any, Any, None]]:
+def _webhooks(
+    settings: ShimSettings, database: Database, own_url: str, metrics: Metrics
+) -> Sequence[Coroutine[Any, Any, None]]:
     """Sends webhooks, if HUNYUAN_WEBHOOK_SECRET is set."""
     if settings.webhooks is None:
         return ()
     if settings.public_url is None:
         log.warning("HUNYUAN_PUBLIC_URL is not set: video_url in webhooks starts with %s", own_url)
     server_url = str(settings.public_url or own_url).rstrip("/")
-    webhooks = Webhooks(database, settings.webhooks, lambda job: status_of(job, server_url).model_dump(mode="json"))
+
+    def describe(job: JobSnapshot) -> Mapping[str, Any]:
+        return status_of(job, server_url).model_dump(mode="json")
+
+    webhooks = Webhooks(database, settings.webhooks, describe, metrics)
     return (webhooks.send_forever(),)
 
 

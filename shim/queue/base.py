@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, Self
 from pydantic import ValidationError
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import JobInput, Resolution
+from contract.job import UPLOAD_PREFIX, JobInput, Resolution
 from contract.offer import SamplingLimits
 from contract.result import JobResult, Manifest, Verdict
 from contract.worker import WorkerReport, WorkerState
@@ -89,6 +89,8 @@ class Idempotency:
     @classmethod
     def of(cls, key: str, job_input: JobInput, webhook_url: str | None = None) -> Self:
         request = job_input.wire() | ({"webhook_url": webhook_url} if webhook_url is not None else {})
+        if job_input.upload_id is not None:
+            request["image"] = UPLOAD_PREFIX  # a client that repeats its request may upload the same image again
         return cls(_digest(key), _digest(json.dumps(request, sort_keys=True)))
 
     def check(self, fingerprint: str | None) -> None:

@@ -17,6 +17,9 @@ class JobObserver:
     def requeued(self) -> None:
         """A job was queued again because its worker was lost."""
 
+    def webhook_attempted(self, state: str) -> None:
+        """An attempt at a webhook has ended; `state` is that of the webhook since then, as in WebhookState."""
+
     def ended(
         self, state: JobState, *, failure: JobFailure | None = None, result: Manifest | None = None, count: int = 1
     ) -> None:

@@ -26,7 +26,7 @@ from storage import layout
 from storage.bucket import ObjectInfo
 
 #: Keys of attempts. Anything else may be somebody's own file.
-_ATTEMPT_KEY: Final = re.compile(r"videos/[^/]+/[0-9a-f]{12}\.(?:mp4|jpg)")
+_ATTEMPT_KEY: Final = re.compile(r"videos/[^/]+/[0-9a-f]{12}\.(?:mp4|jpg|sheet\.jpg)")
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,6 @@ class Orphans:
                 await self.objects.delete(key)
 
 
-def _named(verdict: Verdict | None) -> set[str]:
+def _named(verdict: Verdict | None) -> frozenset[str]:
     """The keys of the objects that belong to a task with this verdict, besides the verdict itself."""
-    return {verdict.video_key, verdict.poster_key} if isinstance(verdict, Manifest) else set()
+    return verdict.object_keys if isinstance(verdict, Manifest) else frozenset()

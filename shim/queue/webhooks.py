@@ -22,6 +22,7 @@ from shim.queue.base import QueueUnavailableError
 from shim.queue.clock import moment
 from shim.queue.database import Database, fetch_one
 from shim.queue.job import JobSnapshot, JobState, WebhookState
+from shim.queue.observer import JobObserver
 from shim.queue.reader import snapshot
 from shim.queue.schema import jobs
 from shim.queue.webhook_columns import MAX_AGE, stored
@@ -45,10 +46,17 @@ log = logging.getLogger(__name__)
 class Webhooks:
     """Sends the webhooks that are due. `describe` makes the `data` of their bodies."""
 
-    def __init__(self, database: Database, options: WebhookOptions, describe: Describe) -> None:
+    def __init__(
+        self,
+        database: Database,
+        options: WebhookOptions,
+        describe: Describe,
+        observer: JobObserver | None = None,
+    ) -> None:
         self._database = database
         self._options = options
         self._describe = describe
+        self._observer = observer or JobObserver()
         self._sender = WebhookSender(options)
         self._under_way: Counter[str] = Counter()
 
@@ -140,6 +148,7 @@ class Webhooks:
                 .where(jobs.c.task_id == job.task_id, jobs.c.webhook_due_at == job.webhook_due_at)
                 .values(webhook_due_at=due_at, webhook=stored(state))
             )
+        self._observer.webhook_attempted(state.state)
         _log(job.webhook_host, outcome, attempts, wait)
 
     def _wait(self, attempts: int, outcome: Outcome, age: float) -> float | None:

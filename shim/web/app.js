@@ -8,6 +8,7 @@ import { addFields, hasOptional, PROMPT, readFields } from "./fields.js";
 import { watchHealth } from "./health.js";
 import { hintFor } from "./hints.js";
 import { upload } from "./image.js";
+import { watchQueue } from "./queue.js";
 import { forget, keep, keptTasks, makeRoom, newTask, submit } from "./tasks.js";
 import { inWords } from "./words.js";
 
@@ -267,6 +268,7 @@ function showEmpty() {
 
 for (const task of keptTasks().reverse()) addCard(task);
 setForm(JSON.parse(sessionStorage.getItem(DRAFT) ?? "{}"));
+watchQueue();
 watchHealth(({ model }) => {
   isDemo = model === "demo";
   showChoices();

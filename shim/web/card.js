@@ -12,6 +12,8 @@ const STAGES = {
   decoding: "Drawing the frames",
   storing: "Storing the video",
 };
+/** Of tasks that the server ran and lost. It has deleted or never had the others. */
+const RETRYABLE = ["GENERATION_FAILED", "OOM_ERROR", "STORAGE_UNAVAILABLE"];
 const PARTS = [
   "video", "prompt", "settings", "progress", "stage", "percent", "bar", "time", "problem", "detail",
   "cancel", "download", "again", "reuse", "reseed", "copy", "remove",
@@ -36,6 +38,7 @@ export class Card {
   #task;
   #parts;
   #removed = false;
+  #refused = false; // a retry
   #updatedAt = 0; // by performance.now()
   #blobUrls = [];
   #previewing = false;
@@ -48,7 +51,10 @@ export class Card {
     const { again, cancel, copy, remove, reseed, reuse, video } = this.#parts;
     cancel.addEventListener("click", () => this.#cancel());
     copy.addEventListener("click", () => copied(this.#task.status.video_url, copy));
-    again.addEventListener("click", () => onAgain(this.#isCompleted ? withoutSeed(task.input) : task.input));
+    again.addEventListener("click", () => {
+      if (this.#canRetry) this.#retry();
+      else onAgain(this.#isCompleted ? withoutSeed(task.input) : task.input);
+    });
     reuse.addEventListener("click", () => onReuse(task.input));
     reseed.addEventListener("click", () => onReuse({ ...task.input, seed: this.#seed }, "prompt"));
     remove.addEventListener("click", () => { this.#remove(); onRemove(); });
@@ -74,6 +80,11 @@ export class Card {
 
   get #isCompleted() {
     return this.#task.status?.status === "completed";
+  }
+
+  /** Whether the server can make the video under the same id. */
+  get #canRetry() {
+    return !this.#refused && this.#task.taskId !== null && RETRYABLE.includes(this.#task.status?.error_code);
   }
 
   /** The seed of the video; undefined if the server chose it and does not say. */
@@ -133,7 +144,8 @@ export class Card {
     download.hidden = copy.hidden = !completed;
     reseed.hidden = !completed || this.#seed === undefined;
     again.hidden = remove.hidden = !ended;
-    again.textContent = completed ? "New seed" : "Try again";
+    if (completed) again.textContent = "New seed";
+    else again.textContent = this.#canRetry ? "Retry" : "Try again";
     if (completed) {
       this.#renderVideo();
     } else if (ended) {
@@ -188,6 +200,28 @@ export class Card {
       this.#say(error.message);
     } finally {
       cancel.disabled = false;
+    }
+  }
+
+  /** Queue the failed task again, under its id. */
+  async #retry() {
+    const { again, detail } = this.#parts;
+    again.disabled = true;
+    try {
+      const status = await json(`tasks/${encodeURIComponent(this.#task.taskId)}/retry`, { method: "POST" });
+      detail.textContent = "";
+      this.#task.status = null;
+      this.#update(status);
+      this.#follow();
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      this.#say(inWords(error.message, error.code).text);
+      if (!error.isTemporary) {
+        this.#refused = true;
+        again.textContent = "Try again";
+      }
+    } finally {
+      again.disabled = false;
     }
   }
 
@@ -293,13 +327,15 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-function stageInWords(status) {
+/** What a waiting or running task does. */
+export function stageInWords(status) {
   if (status?.queue_position > 1) return `In the queue, ${status.queue_position - 1} ahead of it`;
   if (status?.queue_position === 1) return "In the queue, next to start";
   return STAGES[status?.stage] ?? "Accepted";
 }
 
-function timeInWords(elapsed, estimate) {
+/** How long it has taken, and how long it will take if that is known. */
+export function timeInWords(elapsed, estimate) {
   if (estimate === null) return clock(elapsed);
   const left = estimate - elapsed;
   return `${clock(elapsed)} · ${left > 0 ? `about ${roundly(left)} left` : `longer than the ${roundly(estimate)} expected`}`;

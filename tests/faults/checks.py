@@ -152,7 +152,7 @@ def _owned(system: System, task_id: str, *, completed: bool) -> set[str]:
         manifest = Manifest.model_validate_json(system.bucket.get_bytes(key))
     except (ObjectNotFoundError, ValidationError):
         return {key}  # a tombstone
-    return {key, manifest.video_key, manifest.poster_key} if completed else set()
+    return {key, *manifest.object_keys} if completed else set()
 
 
 def _keys(settings: BucketSettings) -> list[str]:

@@ -197,7 +197,7 @@ async def test_a_worker_cut_off_in_its_upload_changes_nothing_of_the_video_that_
     scene.reconnect()
     await scene.until("the late worker's return", lambda: scene.requested("GET", task_id, ".json") > 1)
     await scene.until("the end of its job", lambda: "Finished" in late.log.read_text())
-    await scene.tidied(task_id, ["jpg", "json", "mp4"])
+    await scene.tidied(task_id, ["jpg", "jpg", "json", "mp4"])
     await scene.assert_serves(task_id, result)
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
@@ -219,7 +219,7 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
 
     late.thaw()
     await scene.until("the end of its job", lambda: "Finished" in late.log.read_text())
-    await scene.tidied(task_id, ["jpg", "json", "mp4"])
+    await scene.tidied(task_id, ["jpg", "jpg", "json", "mp4"])
     await scene.assert_serves(task_id, result)
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
@@ -241,7 +241,7 @@ async def test_a_manifest_that_is_written_although_another_worker_completed_the_
 
     scene.reconnect()
     await scene.until("the end of its job", lambda: "Finished" in late.log.read_text())
-    await scene.tidied(task_id, ["jpg", "json", "mp4"])
+    await scene.tidied(task_id, ["jpg", "jpg", "json", "mp4"])
     await scene.assert_serves(task_id, await result_of(scene, task_id))
     assert await result_of(scene, task_id) == result
     assert Videos(Bucket(scene.store)).find(task_id) == result

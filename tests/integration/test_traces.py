@@ -75,7 +75,7 @@ def test_the_trace_of_a_task_leads_from_its_request_to_the_workers_stages(
     stages = [child_of(job, spans, name) for name in ("encoding_prompt", "denoising", "decoding", "storing")]
     assert {stage.service for stage in stages} == {"hunyuan-worker"}
     requests = [span.name for span in spans if span.parent == stages[-1].id]
-    assert requests.count("bucket put_object") == 3, f"the video, its poster and the manifest: {requests}"
+    assert requests.count("bucket put_object") == 4, f"the video, its two pictures and the manifest: {requests}"
 
     # 2. The stages follow each other inside the job
     times = [job.started, *(time for stage in stages for time in (stage.started, stage.ended)), job.ended]

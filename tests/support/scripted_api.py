@@ -66,7 +66,9 @@ def scripted_api(answer: Callable[[Request], Answer]) -> Iterator[ScriptedApi]:
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = Request(self.command, self.path, dict(self.headers), json.loads(body) if body else None)
+            is_file = self.headers.get("Content-Type", "").startswith("image/")
+            read = body if is_file else json.loads(body) if body else None
+            request = Request(self.command, self.path, dict(self.headers), read)
             api.requests.append(request)
             answer = api.answer(request)
             self.close_connection = True

@@ -13,9 +13,9 @@ TOKEN = "a-token-of-the-tests"
 
 
 @contextmanager
-def scripted_service(directory: Path, *arguments: str) -> Iterator[tuple[Service, WorkerProcess]]:
-    """The server, ready for tasks, and its worker, which is started with `arguments`."""
-    with running_without_workers(directory, HUNYUAN_PLATFORM_TOKEN=TOKEN) as service:
+def scripted_service(directory: Path, *arguments: str, **environment: str) -> Iterator[tuple[Service, WorkerProcess]]:
+    """The server with `environment`, ready for tasks, and its worker, which is started with `arguments`."""
+    with running_without_workers(directory, HUNYUAN_PLATFORM_TOKEN=TOKEN, **environment) as service:
         worker = WorkerProcess(directory, service.embedded_bucket(), platform=service.address, token=TOKEN)
         worker.start(*arguments)
         try:

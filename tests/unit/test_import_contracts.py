@@ -31,6 +31,7 @@ FORBIDDEN = {
     "hunyuan/new.py": "import transformers",
     "hunyuan/client.py": "from shim.settings import ServerSettings",
     "hunyuan/deploy/new.py": "from handler.settings import WorkerSettings",
+    "hunyuan/cli/tasks.py": "from mcp.types import Tool",
     "hunyuan/cli/new.py": "def start() -> None:\n    from shim.host import serve",
     "hunyuan/settings.py": "from storage.settings import BucketSettings",
     "shim/tasks.py": "import fastapi",

@@ -78,7 +78,7 @@ def test_the_analysis_sees_through_the_encoder(tmp_path: Path) -> None:
     """A drawn clip that took the way of a render, scaled to 720p and encoded with H.264, is seen as it was drawn."""
     drawn = [Drawn("pink", "star", "left", 0.13, (0.3, 0.4)), Drawn("yellow", "fish", "left", 0.19, (0.75, 0.6))]
     frames = clip("sea", drawn).repeat(FPS // DRAWN_FPS, axis=0)[: num_frames(SECONDS)]
-    target = Target(tmp_path / "drawn.mp4", tmp_path / "drawn.jpg", 1280, 720, len(frames))
+    target = Target(tmp_path / "drawn.mp4", Path("/dev/null"), Path("/dev/null"), 1280, 720, len(frames))
     encode([frames], target, lambda _: None)
     seen = look_at(decoded(target.video, 288, 162), FPS)
     assert sorted(map(str, seen.objects)) == ["pink star, left", "yellow fish, left"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -15,13 +16,13 @@ import psutil
 import pytest
 
 from contract.job import AspectRatio, Resolution
-from handler.encode import DiskFullError, EncodeError, Target, codec, encode
+from handler.encode import DiskFullError, EncodeError, Target, codec, encode, files_in
 from handler.video_model.base import Frames
 from tests.support.mp4 import picture, probe, shows_caption
 
 
 def target(directory: Path, *, width: int = 1280, height: int = 720, num_frames: int = 25) -> Target:
-    return Target(directory / "video.mp4", directory / "poster.jpg", width, height, num_frames)
+    return Target(*files_in(directory), width, height, num_frames)
 
 
 def flat(color: tuple[int, int, int], frames: int, size: tuple[int, int] = (128, 72)) -> Iterator[Frames]:
@@ -86,6 +87,20 @@ def test_the_poster_is_the_middle_frame(tmp_path: Path) -> None:
     assert np.allclose(pixel(tmp_path / "poster.jpg", 640, 360), (120, 120, 120), atol=3)
     poster = probe(tmp_path / "poster.jpg", container=False)
     assert (poster.width, poster.height) == (1280, 720)
+
+
+def test_the_sprite_sheet_has_sixteen_frames_of_the_whole_video_in_rows(tmp_path: Path) -> None:
+    frames = (np.full((1, 72, 128, 3), 4 * index, dtype=np.uint8) for index in range(49))
+    encode(frames, target(tmp_path, num_frames=49), ignore)
+    sheet = picture(tmp_path / "sheet.jpg").astype(int)
+    assert sheet.shape == (720, 1280, 3)
+    seen = sheet[90::180, 160::320, 0].ravel()
+    assert np.allclose(seen, [4 * math.ceil(sprite * 49 / 16) for sprite in range(16)], atol=4)
+
+
+def test_the_sprites_of_a_portrait_video_keep_its_shape(tmp_path: Path) -> None:
+    encode(flat((90, 200, 120), 25, (72, 128)), target(tmp_path, width=720, height=1280), ignore)
+    assert picture(tmp_path / "sheet.jpg").shape == (1280, 720, 3)
 
 
 CAPTION = "demo model: A red fish swims to the right over the sea"

@@ -61,7 +61,7 @@ def identity(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    target = Target(tmp_path / "video.mp4", tmp_path / "poster.jpg", 64, 64, 8)
+    target = Target(tmp_path / "video.mp4", tmp_path / "poster.jpg", tmp_path / "sheet.jpg", 64, 64, 8)
     encode([np.zeros((8, 64, 64, 3), np.uint8)], target, lambda _: None)
     return target.video
 

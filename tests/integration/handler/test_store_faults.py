@@ -140,7 +140,7 @@ def assert_whole(bucket: Bucket) -> Manifest:
     """The bucket has one attempt's objects, and its manifest."""
     manifest = Manifest.model_validate_json(bucket.get_bytes(MANIFEST))
     assert hashlib.sha256(bucket.get_bytes(manifest.video_key)).hexdigest() == manifest.sha256
-    assert stored(bucket) == {manifest.video_key, manifest.poster_key, MANIFEST}
+    assert stored(bucket) == {*manifest.object_keys, MANIFEST}
     return manifest
 
 
@@ -370,7 +370,7 @@ def test_a_cancelled_worker_does_not_delete_the_video_that_another_one_completed
         Worker(ScriptedModel(), direct, version="theirs").run(Job(TASK, INPUT), lambda _: None, threading.Event())
         bench.cancelled.set()
         assert isinstance(ended(), RenderCancelledError)
-    eventually("the deletion of its own video", lambda: len(stored(direct)) == 3, 10)
+    eventually("the deletion of its own video", lambda: len(stored(direct)) == 4, 10)
     assert assert_whole(direct).version == "theirs"
 
 

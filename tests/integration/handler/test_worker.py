@@ -95,6 +95,8 @@ def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, t
     assert probe(tmp_path / "video.mp4").num_frames == 145
     poster = httpx.get(result.poster_url)
     assert (poster.headers["content-type"], poster.content[:2]) == ("image/jpeg", b"\xff\xd8")
+    assert manifest.sheet_key is not None
+    assert bench.bucket.get_bytes(manifest.sheet_key).startswith(b"\xff\xd8")
     timings = dict(manifest.timings)
     assert set(timings) == {"encoding_prompt", "denoising", "decoding", "storing", "total"}
     assert timings.pop("total") == pytest.approx(sum(timings.values()), abs=0.01)
@@ -102,12 +104,13 @@ def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, t
 
 def test_a_rewritten_prompt_is_rendered_and_the_manifest_has_both(bench: Bench) -> None:
     rewritten = "A small boat folded from white paper drifts along a flooded street."
-    result = bench.run(enhance_prompt=True, rewritten_prompt=rewritten, warnings=["a warning"])
+    result = bench.run(enhance_prompt=True, rewritten_prompt=rewritten, warnings=["a warning"], remixed_from="task-0")
     [(rendered, _)] = bench.model.rendered
     assert rendered.prompt == rewritten
     assert (result.input.prompt, result.input.enhance_prompt) == (PROMPT, True)
     stored = json.loads(bench.bucket.get_bytes(layout.manifest_key("task-1")))
     assert "rewritten_prompt" not in stored["input"]
+    assert stored["remixed_from"] == "task-0"
     assert (stored["rewritten_prompt"], stored["warnings"]) == (rewritten, ["a warning"])
 
 
@@ -151,7 +154,7 @@ def test_a_video_without_a_bucket_is_in_the_result_if_runpod_takes_it(bench: Ben
     video = base64.b64decode(result.video_base64)
     assert (len(video), hashlib.sha256(video).hexdigest()) == (result.file_size, result.sha256)
     written = result.model_dump(mode="json")
-    assert written.keys().isdisjoint({"video_key", "poster_key", "video_url", "poster_url"})
+    assert written.keys().isdisjoint({"video_key", "poster_key", "sheet_key", "video_url", "poster_url"})
     assert (written["task_id"], written["status"], written["num_frames"]) == ("task-1", "completed", 121)
     with pytest.raises(JobError) as caught:
         Worker(bench.model, None, version="1.2.3").run(Job("task-1", job_input), bench.reports.append, bench.cancelled)
@@ -193,7 +196,7 @@ def test_the_manifest_is_written_last(bench: Bench) -> None:
     bench.bucket = Recording(bench.bucket._settings)
     bench.run()
     manifest = Manifest.model_validate_json(bench.bucket.get_bytes("videos/task-1.json"))
-    assert written == [manifest.video_key, manifest.poster_key, "videos/task-1.json"]
+    assert written == [manifest.video_key, manifest.poster_key, manifest.sheet_key, "videos/task-1.json"]
     assert re.fullmatch(r"videos/task-1/[0-9a-f]{12}\.mp4", manifest.video_key)
 
 

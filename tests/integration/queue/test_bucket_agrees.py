@@ -76,7 +76,11 @@ async def task(bench: Bench) -> str:
 
 
 def manifest(task_id: str, attempt: str) -> Manifest:
-    keys = {"video_key": layout.video_key(task_id, attempt), "poster_key": layout.poster_key(task_id, attempt)}
+    keys = {
+        "video_key": layout.video_key(task_id, attempt),
+        "poster_key": layout.poster_key(task_id, attempt),
+        "sheet_key": layout.sheet_key(task_id, attempt),
+    }
     return Manifest.model_validate({**result(task_id).model_dump(), **keys})
 
 
@@ -84,7 +88,8 @@ def store_attempt(store: BucketSettings, task_id: str, attempt: str, verdict: Ve
     """What a worker stores; `verdict` overwrites the one that is there, as on a store without conditional writes."""
     bucket = client_of(store)
     bucket.put_bytes(attempt.encode(), layout.video_key(task_id, attempt), content_type="video/mp4")
-    bucket.put_bytes(attempt.encode(), layout.poster_key(task_id, attempt), content_type="image/jpeg")
+    for key in (layout.poster_key(task_id, attempt), layout.sheet_key(task_id, attempt)):
+        bucket.put_bytes(attempt.encode(), key, content_type="image/jpeg")
     if verdict is not None:
         body = verdict.model_dump_json().encode()
         bucket.put_bytes(body, layout.manifest_key(task_id), content_type="application/json")
@@ -118,7 +123,7 @@ async def test_a_second_result_of_a_completed_task_is_removed_and_the_first_mani
     store_attempt(store, task_id, A, late)
     assert not await bench.dispatcher.complete("w2", task_id, late.model_dump(mode="json"))
     await bench.outbox.work_off()
-    assert files(store, task_id) == [".json", f"/{B}.jpg", f"/{B}.mp4"]
+    assert files(store, task_id) == [".json", f"/{B}.jpg", f"/{B}.mp4", f"/{B}.sheet.jpg"]
     assert videos.find(task_id) == await stored_result(bench, task_id)
 
 
@@ -128,7 +133,7 @@ async def test_a_worker_killed_after_it_replaced_the_manifest_is_found_by_the_sc
     task_id = await completed_by_b(bench, store)
     store_attempt(store, task_id, A, manifest(task_id, A))
     await scan(bench, store)
-    assert files(store, task_id) == [".json", f"/{B}.jpg", f"/{B}.mp4"]
+    assert files(store, task_id) == [".json", f"/{B}.jpg", f"/{B}.mp4", f"/{B}.sheet.jpg"]
     assert videos.find(task_id) == await stored_result(bench, task_id)
 
 
@@ -161,8 +166,8 @@ async def test_the_scan_leaves_running_tasks_young_objects_and_other_files_alone
     await scan(bench, store, grace=3600)
     assert client_of(store).list_keys("") == before
     await scan(bench, store, grace=-1)
-    assert files(store, running) == [f"/{A}.jpg", f"/{A}.mp4"]
-    assert files(store, "unknown-completed") == [".json", f"/{B}.jpg", f"/{B}.mp4"]
+    assert files(store, running) == [f"/{A}.jpg", f"/{A}.mp4", f"/{A}.sheet.jpg"]
+    assert files(store, "unknown-completed") == [".json", f"/{B}.jpg", f"/{B}.mp4", f"/{B}.sheet.jpg"]
     assert files(store, "unknown-lost") == []
     assert set(others) <= set(client_of(store).list_keys(""))
 
@@ -261,15 +266,17 @@ async def test_a_step_of_the_scan_costs_the_same_for_any_number_of_jobs(
 
 
 def test_a_manifest_of_an_older_release_names_the_keys_of_its_task() -> None:
-    old = manifest("task-1", A).model_dump(mode="json", exclude={"video_key", "poster_key"})
+    old = manifest("task-1", A).model_dump(mode="json", exclude={"video_key", "poster_key", "sheet_key"})
     assert (read := Manifest.model_validate(old)).video_key == "videos/task-1.mp4"
-    assert read.poster_key == "videos/task-1.jpg"
+    assert (read.poster_key, read.sheet_key) == ("videos/task-1.jpg", None)
 
 
 @pytest.mark.parametrize("key", ["videos/other.mp4", "secrets/key", "videos/task-10/a.mp4", "videos/task-1"])
 def test_a_manifest_that_names_objects_of_another_task_is_invalid(key: str) -> None:
     with pytest.raises(ValueError, match="keys of the task"):
         Manifest.model_validate({**manifest("task-1", A).model_dump(), "video_key": key})
+    with pytest.raises(ValueError, match="keys of the task"):
+        Manifest.model_validate({**manifest("task-1", A).model_dump(), "sheet_key": key})
 
 
 def test_a_tombstone_is_read_back(store: BucketSettings, videos: Videos) -> None:

@@ -23,6 +23,7 @@ from shim.api.status import status_of
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
 from shim.queue.job import JobSnapshot, WebhookState
+from shim.queue.observer import JobObserver
 from shim.queue.schema import jobs
 from shim.queue.sql import SqlQueue
 from shim.queue.webhook_request import WebhookOptions, signature
@@ -50,6 +51,16 @@ def describe(job: JobSnapshot) -> Mapping[str, Any]:
 
 
 @dataclass
+class Attempts(JobObserver):
+    """The state of the webhook after each attempt."""
+
+    states: list[str] = field(default_factory=list)
+
+    def webhook_attempted(self, state: str) -> None:
+        self.states.append(state)
+
+
+@dataclass
 class Server:
     """A queue with a ready worker, and the sender of its webhooks. `ahead` is how far its clock is in the future."""
 
@@ -57,6 +68,7 @@ class Server:
     queue: SqlQueue
     dispatcher: Dispatcher
     webhooks: Webhooks
+    observer: Attempts
     ahead: list[float] = field(default_factory=lambda: [0.0])
 
     async def task(self, receiver: Receiver | None, path: str = "") -> str:
@@ -102,11 +114,12 @@ async def running(url: str, how: WebhookOptions | None = None, *, sends: bool = 
     how = how or options()
     queue = SqlQueue(database, max_queue_size=200, webhooks=how)
     dispatcher = Dispatcher(database, find_result=find_nothing)
-    webhooks = Webhooks(database, how, describe)
+    observer = Attempts()
+    webhooks = Webhooks(database, how, describe, observer)
     await dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model="scripted"))
     sending = asyncio.create_task(webhooks.send_forever()) if sends else None
     try:
-        yield Server(database, queue, dispatcher, webhooks, ahead)
+        yield Server(database, queue, dispatcher, webhooks, observer, ahead)
         assert sending is None or not sending.done(), "the sender has ended"
     finally:
         if sending is not None:
@@ -250,6 +263,7 @@ async def test_a_webhook_is_given_up_after_the_last_retry_and_the_task_says_so(d
         async with running(database_url, options(webhook_retries="0.1,0.1")) as server:
             state = await server.given_up(await server.cancelled(receiver))
             assert await server.webhooks.next_due() is None
+            await until("the metric", lambda: server.observer.states == ["pending", "pending", "failed"])
     assert (state.attempts, state.last_status, state.next_attempt) == (3, 500, None)
     assert len(receiver.received) == 3
 

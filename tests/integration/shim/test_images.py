@@ -13,6 +13,7 @@ from PIL import Image
 
 from contract.errors import ErrorCode
 from contract.job import UPLOAD_PREFIX
+from hunyuan import AsyncClient
 from shim.access import Access, parse_api_keys
 from shim.app import create_app
 from shim.errors import ServerErrorCode
@@ -78,6 +79,16 @@ async def test_an_uploaded_image_is_stored_for_a_day_and_a_task_can_start_from_i
     assert delivery is not None
     assert delivery.input["image"] == image
     assert Images(bucket).get(image.removeprefix(UPLOAD_PREFIX)) == body
+
+
+async def test_a_client_that_repeats_its_request_and_its_upload_gets_the_same_task(
+    http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.png"
+    Image.effect_noise((300, 300), 100).save(path)
+    async with AsyncClient(str(http.base_url)) as client:
+        tasks = [await client.generate(PROMPT, image=path, idempotency_key="order 1") for _ in range(2)]
+    assert tasks[0].task_id == tasks[1].task_id
 
 
 async def test_two_uploads_of_one_image_have_ids_that_cannot_be_guessed(http: httpx.AsyncClient) -> None:

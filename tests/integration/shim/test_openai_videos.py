@@ -18,7 +18,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from contract.errors import ErrorCode, JobFailure
-from contract.job import AspectRatio, JobInput, Resolution
+from contract.job import AspectRatio, JobInput, QueuedInput, Resolution
 from contract.result import Progress, Stage
 from shim.access import Access, parse_api_keys
 from shim.app import create_app
@@ -32,6 +32,7 @@ KEY = "alices-key-0123456789"
 PROMPT = "A red fish swims to the right over the sea"
 VIDEO = bytes(range(256)) * 40
 POSTER = b"\xff\xd8poster"
+SHEET = b"\xff\xd8sheet"
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +50,28 @@ class Site:
     address: str
     client: AsyncOpenAI
 
-    async def take(self) -> tuple[str, JobInput]:
+    async def take(self) -> tuple[str, QueuedInput]:
         """The next task and its input."""
         async with asyncio.timeout(20):
             changed = self.bench.dispatcher.changed
             while (delivery := await self.bench.dispatcher.take("w1")) is None:
                 await changed.wait()
                 changed = self.bench.dispatcher.changed
-        return delivery.task_id, JobInput.model_validate(delivery.input)
+        return delivery.task_id, QueuedInput.model_validate(delivery.input)
 
-    async def finish(self, task_id: str, asked: JobInput) -> None:
-        known = {"input": asked, "file_size": len(VIDEO), "sha256": hashlib.sha256(VIDEO).hexdigest(), "seed": 7}
+    async def finish(self, task_id: str, asked: QueuedInput, *, with_sheet: bool = True) -> None:
+        known = {
+            "input": asked.request,
+            "remixed_from": asked.remixed_from,
+            "sheet_key": layout.sheet_key(task_id, "0123456789ab") if with_sheet else None,
+            **{"file_size": len(VIDEO), "sha256": hashlib.sha256(VIDEO).hexdigest(), "seed": 7},
+        }
         output = result(task_id).model_copy(update=known)
         body = output.model_dump_json().encode()
         for content, key in (
             (VIDEO, output.video_key),
             (POSTER, output.poster_key),
+            *([(SHEET, output.sheet_key)] if output.sheet_key is not None else []),
             (body, layout.manifest_key(task_id)),
         ):
             await asyncio.to_thread(self.bucket.put_bytes, content, key, content_type="video/mp4")
@@ -107,6 +114,8 @@ async def test_create_and_poll_returns_a_video_whose_content_is_the_mp4(site: Si
     thumbnail = await site.client.videos.download_content(video.id, variant="thumbnail")
     assert thumbnail.content == POSTER
     assert thumbnail.response.headers["content-type"] == "image/jpeg"
+    sheet = await site.client.videos.download_content(video.id, variant="spritesheet")
+    assert (sheet.content, sheet.response.headers["content-type"]) == (SHEET, "image/jpeg")
 
 
 async def test_a_waiting_a_running_and_a_failed_task_have_their_own_status(site: Site) -> None:
@@ -161,14 +170,43 @@ async def test_a_remix_keeps_settings_and_seed_and_changes_the_prompt(site: Site
     await site.render_next()
     remix = await site.client.videos.remix(made.id, prompt="A blue fish swims to the left over the sea")
     assert remix.remixed_from_video_id == made.id
-    _, asked = await site.take()
-    assert asked == JobInput(
+    task_id, asked = await site.take()
+    assert asked.request == JobInput(
         prompt="A blue fish swims to the left over the sea",
         duration=8,
         resolution=Resolution.P720,
         aspect_ratio=AspectRatio.SQUARE,
         seed=7,
     )
+    assert (await site.client.videos.retrieve(remix.id)).remixed_from_video_id == made.id
+    await site.finish(task_id, asked)
+    assert (await site.client.videos.retrieve(remix.id)).remixed_from_video_id == made.id
+    assert [video.remixed_from_video_id async for video in site.client.videos.list()] == [made.id, None]
+
+
+async def test_a_sprite_sheet_is_cached_and_guarded_as_the_video_is(site: Site) -> None:
+    made = await site.client.videos.create(prompt=PROMPT)
+    await site.render_next()
+    url = f"{site.address}/v1/videos/{made.id}/content?variant=spritesheet"
+    async with httpx.AsyncClient(headers={"X-API-Key": KEY}) as http:
+        whole = await http.get(url)
+        assert whole.headers["cache-control"] == "private, no-cache"
+        again = await http.get(url, headers={"If-None-Match": whole.headers["etag"]})
+        poster = await http.get(f"{site.address}/videos/{made.id}.jpg")
+    assert (again.status_code, again.content) == (304, b"")
+    assert poster.headers["etag"] != whole.headers["etag"]
+    async with httpx.AsyncClient() as stranger:
+        assert (await stranger.get(url)).status_code == 401
+    await site.client.videos.delete(made.id)
+    with pytest.raises(openai.NotFoundError, match="was deleted"):
+        await site.client.videos.download_content(made.id, variant="spritesheet")
+
+
+async def test_a_video_of_an_earlier_release_has_no_sprite_sheet(site: Site) -> None:
+    made = await site.client.videos.create(prompt=PROMPT)
+    await site.finish(*await site.take(), with_sheet=False)
+    with pytest.raises(openai.NotFoundError, match="an earlier release rendered it"):
+        await site.client.videos.download_content(made.id, variant="spritesheet")
 
 
 async def test_a_remix_with_an_idempotency_key_is_one_video(site: Site) -> None:

@@ -55,7 +55,9 @@ def bucket(s3_server: BucketSettings) -> Bucket:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A video of five seconds, encoded as the worker does, with fewer pixels."""
-    target = Target(tmp_path_factory.mktemp("video") / "video.mp4", Path("/dev/null"), 320, 180, FRAMES)
+    target = Target(
+        tmp_path_factory.mktemp("video") / "video.mp4", Path("/dev/null"), Path("/dev/null"), 320, 180, FRAMES
+    )
     shades = (np.full((1, 36, 64, 3), (2 * index, 90, 200), dtype=np.uint8) for index in range(FRAMES))
     encode(shades, target, lambda _: None)
     return target.video.read_bytes()
@@ -687,6 +689,8 @@ async def test_axe_finds_no_violation(site: Site, browser: Browser, video: bytes
         await expect(visit.card).to_contain_text("OOM_ERROR")
         await visit.make("A video that is still being made")
         await expect(visit.card).to_contain_text("next to start")
+        await visit.page.get_by_text("All unfinished videos").click()
+        await expect(visit.page.locator("#unfinished-list li")).to_have_count(1)
         await visit.page.get_by_text("This request as code").click()
         await visit.page.locator("#more").get_by_text("More").click()
         await visit.make("short")
@@ -806,13 +810,54 @@ async def test_a_failed_task_can_be_tried_again_with_its_seed(site: Site, visit:
     task_id, first = await site.take()
     await site.bench.dispatcher.fail("w1", task_id, JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR))
     await expect(visit.card).to_contain_text("The GPU ran out of memory. Choose a shorter video or 720p.")
+    await visit.click("Retry")
+    await expect(visit.card).to_contain_text("next to start")
+    again, second = await site.take()
+    assert (again, second) == (task_id, first)
+    await expect(visit.card).not_to_contain_text("OOM_ERROR")
+    await visit.click("Cancel")
+    await expect(visit.card).to_contain_text("This video was cancelled")
+    await visit.click("Try again")  # a cancelled task can't be queued again, so this makes another one
+    await expect(visit.page.locator(".card")).to_have_count(2)
+
+
+async def test_a_retry_that_the_server_refuses_says_why(site: Site, visit: Visit) -> None:
+    visit.expected.append("status of 409")
+    await visit.make()
+    task_id, _ = await site.take()
+    await site.bench.dispatcher.fail("w1", task_id, JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR))
+    refused = {"error": "the queue has deleted it", "error_code": "NOT_RETRYABLE"}
+    await visit.page.route("**/retry", lambda route: route.fulfill(status=409, json=refused))
+    await visit.click("Retry")
+    await expect(visit.card).to_contain_text("This video can’t be tried again. Make it again instead.")
     await visit.click("Try again")
-    _, second = await site.take()
-    assert second == first
+    await expect(visit.page.locator(".card")).to_have_count(2)
+
+
+async def test_the_list_of_unfinished_videos_has_everyones_and_is_read_only_while_it_is_open(
+    site: Site, visit: Visit
+) -> None:
+    asked: list[str] = []
+    visit.page.on("request", lambda request: asked.append(request.url) if "/tasks?" in request.url else None)
+    other = (await site.bench.queue.submit(JobInput(prompt=f"{PROMPT}, of somebody else"))).task_id
+    await visit.make()
+    await expect(visit.card).to_contain_text("In the queue, 1 ahead of it")
+    assert asked == []
+    await visit.page.get_by_text("All unfinished videos").click()
+    rows = visit.page.locator("#unfinished-list li")
+    await expect(rows).to_have_count(2)
+    await expect(rows.first).to_contain_text("In the queue, next to start")
+    await expect(rows.last).to_contain_text("In the queue, 1 ahead of it")
+    await expect(rows.last).to_contain_text("yours")
+    await expect(rows.first).not_to_contain_text("yours")
+    task_id, _ = await site.take()
+    assert task_id == other
+    await site.progress(task_id, 40, Stage.DENOISING)
+    await expect(rows.first).to_contain_text("Forming the video · 40 %")
 
 
 async def test_a_portrait_video_fills_its_card_without_bars(site: Site, visit: Visit, tmp_path: Path) -> None:
-    target = Target(tmp_path / "video.mp4", Path("/dev/null"), 180, 320, 25)
+    target = Target(tmp_path / "video.mp4", Path("/dev/null"), Path("/dev/null"), 180, 320, 25)
     encode((np.zeros((1, 320, 180, 3), dtype=np.uint8) for _ in range(25)), target, lambda _: None)
     await visit.page.get_by_label("9:16").check()
     await completed(site, visit, target.video.read_bytes())

@@ -43,8 +43,10 @@ def test_each_kind_of_file_has_the_same_prompts(tmp_path: Path, name: str, text:
 
 def test_a_row_may_have_fields_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
-    path.write_text(f'prompt,duration,guidance_scale,negative_prompt\n"{BOAT}, at night",7,2.5,"rain, snow"\n')
+    columns = "prompt,duration,guidance_scale,negative_prompt,enhance_prompt"
+    path.write_text(f'{columns}\n"{BOAT}, at night",7,2.5,"rain, snow",TRUE\n')
     fields = {"prompt": f"{BOAT}, at night", "duration": 7, "guidance_scale": 2.5, "negative_prompt": "rain, snow"}
+    fields["enhance_prompt"] = True
     assert read(path, {"duration": 5}) == [Row(2, fields)]
 
 
@@ -55,6 +57,11 @@ def test_a_row_may_have_fields_of_its_own(tmp_path: Path) -> None:
         ("a.txt", "\n", "has no prompts"),
         ("a.csv", f"text\n{BOAT}\n", "line 1: the first line must name the columns"),
         ("a.csv", f"prompt,duration\n{BOAT},long\n", "line 2: duration must be a number; got 'long'"),
+        (
+            "a.csv",
+            f"prompt,enhance_prompt\n{BOAT},maybe\n",
+            "line 2: enhance_prompt must be true or false; got 'maybe'",
+        ),
         ("a.csv", f"prompt,duration\n{BOAT},50\n", "line 2: duration must be an integer from 5 to 10"),
         ("a.csv", f"prompt,colour\n{BOAT},red\n", 'line 2: unknown field "colour"'),
         ("a.csv", f"prompt\n{BOAT}, at night\n", "line 2: more cells than columns"),

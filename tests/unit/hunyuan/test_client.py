@@ -121,6 +121,20 @@ def test_an_image_on_this_machine_is_sent_as_a_data_url(tmp_path: Path) -> None:
     assert sent[1:] == ["https://films.example/boat.png"]
 
 
+def test_a_large_image_is_uploaded_and_an_uploaded_one_is_sent_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "boat.jpg"
+    path.write_bytes(b"\xff\xd8\xff" + bytes(40_000))
+    stored = Answer(201, {"image": "upload:1", "expires_at": "2026-01-01T00:00:00Z"})
+    answers = in_turn(refusal(503, "SERVER_BUSY", retry_after="0"), stored, ACCEPTED)
+    with scripted_api(answers) as api, Client(api.address) as client:
+        client.generate(PROMPT, image=path, wait_if_busy=30)
+        client.generate(PROMPT, image="upload:2")
+    assert api.paths("POST") == ["/images", "/images", "/generate", "/generate"]
+    upload, first, second = api.requests[1:]
+    assert (upload.headers["Content-Type"], upload.body) == ("image/jpeg", path.read_bytes())
+    assert (first.body["image"], second.body["image"]) == ("upload:1", "upload:2")
+
+
 def test_a_page_of_tasks_and_its_cursor() -> None:
     page = Answer(200, {"tasks": [RUNNING, COMPLETED, FAILED], "next_cursor": "c2"})
     with scripted_api(in_turn(page)) as api, Client(api.address) as client:
