@@ -13,9 +13,11 @@ from contract.job import DEFAULT_MODEL, JobInput, num_frames
 from contract.offer import SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
-from handler.video_model.base import Frames, OnProgress, RenderCancelledError
+from handler.video_model.base import Frames, OnPreview, OnProgress, RenderCancelledError, no_preview
 
 STEPS = 4
+#: The preview of each step begins with it, and has the step's number after it.
+PREVIEW = b"\xff\xd8 a preview of step "
 
 
 class ScriptedModel:
@@ -51,6 +53,7 @@ class ScriptedModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
+        on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         self.images.append(image)
         self.rendered.append((job_input, seed))
@@ -59,6 +62,7 @@ class ScriptedModel:
             self.before_step(step)
             if cancelled.is_set():
                 raise RenderCancelledError("cancelled")
+            on_preview(lambda step=step: PREVIEW + bytes([step]))
             on_progress(Stage.DENOISING, (step + 1) / STEPS)
         frames = left = num_frames(job_input.duration) - self.missing_frames
         # A picture of its own for each render: bytes of two attempts must never pass for each other.
