@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -16,8 +17,11 @@ from contract.worker import Gpu
 from handler.video_model.base import Frames, OnPreview, OnProgress, RenderCancelledError, no_preview
 
 STEPS = 4
-#: The preview of each step begins with it, and has the step's number after it.
-PREVIEW = b"\xff\xd8 a preview of step "
+
+
+def preview_of(step: int) -> bytes:
+    """Begins as a JPEG does."""
+    return b"\xff\xd8 a preview of step " + bytes([step])
 
 
 class ScriptedModel:
@@ -62,7 +66,7 @@ class ScriptedModel:
             self.before_step(step)
             if cancelled.is_set():
                 raise RenderCancelledError("cancelled")
-            on_preview(lambda step=step: PREVIEW + bytes([step]))
+            on_preview(partial(preview_of, step))
             on_progress(Stage.DENOISING, (step + 1) / STEPS)
         frames = left = num_frames(job_input.duration) - self.missing_frames
         # A picture of its own for each render: bytes of two attempts must never pass for each other.

@@ -132,7 +132,8 @@ def test_each_step_estimates_the_clean_latents_of_the_middle_frame() -> None:
     clean, noise = torch.randn(2, 1, 4, 5, 2, 3)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=4.0)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 7)[:-1])
-    sample, seen = noise, []
+    sample = noise
+    seen: list[torch.Tensor] = []
     with step_callback(scheduler, seen.append):
         for timestep in scheduler.timesteps:
             sample = scheduler.step(noise - clean, timestep, sample, return_dict=False)[0]

@@ -33,7 +33,7 @@ from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.mp4 import picture, probe, shows_caption
 from tests.support.s3_servers import new_bucket
-from tests.support.scripted_model import PREVIEW, STEPS, ScriptedModel
+from tests.support.scripted_model import STEPS, ScriptedModel, preview_of
 
 PROMPT = "A paper boat on a rainy street"
 
@@ -225,7 +225,7 @@ def test_a_report_has_the_latest_preview_and_fits_what_the_platform_takes(bench:
     """The steps follow each other faster than reports: only the last preview is sent, when the next stage begins."""
     bench.run()
     previews = {report.stage: report.preview for report in bench.reports if report.preview is not None}
-    assert previews[Stage.DECODING] == PREVIEW + bytes([STEPS - 1])
+    assert previews[Stage.DECODING] == preview_of(STEPS - 1)
     assert len([report for report in bench.reports if report.preview is not None]) <= 2
     sent = bench.reports[-1].model_copy(update={"preview": b"x" * MAX_PREVIEW_BYTES})
     assert len(sent.model_dump_json()) < 33_000
