@@ -178,7 +178,8 @@ async def preview(task_id: str, services: GetServices) -> Response:
     job = await services.tasks.find(task_id)
     jpeg = await services.queue.preview(task_id) if job.preview is not None else None
     if jpeg is None:
-        why = "The task has ended" if job.state.is_terminal else f"There is no preview yet: the stage is {job.stage}"
+        ended = "The task has ended: only a running task has a preview"
+        why = ended if job.state.is_terminal else f"There is no preview yet: the stage is {job.stage}"
         raise ApiError(ServerErrorCode.NO_PREVIEW, why)
     return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
