@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import FPS, JobInput
@@ -22,6 +22,10 @@ class Stage(StrEnum):
     STORING = "storing"
 
 
+#: Bytes of a preview: in base64, a report of progress has 32 KiB of it.
+MAX_PREVIEW_BYTES: Final = 24 * 1024
+
+
 class Progress(BaseModel):
     """How far a running job is. `progress` is a percentage that never falls; only a result counts as 100."""
 
@@ -30,6 +34,12 @@ class Progress(BaseModel):
     progress: int = Field(ge=0, le=99)
     stage: Stage
     elapsed_time: float = Field(default=0.0, ge=0, description="Seconds since the worker took the job.")
+    preview: Base64Bytes | None = Field(
+        default=None,
+        max_length=MAX_PREVIEW_BYTES,
+        exclude_if=lambda preview: preview is None,
+        description="A JPEG of what the latents show, if there is a new one.",
+    )
 
 
 def _key_without_attempt(extension: str, *, exclude: bool = False) -> Any:

@@ -97,6 +97,11 @@ class WorkerSettings(LogOptions, TraceOptions):
         validation_alias="HUNYUAN_COMPILE",
         description="Compile the transformers' blocks at the start, `true` or `false`. Default: if they fit the GPU.",
     )
+    previews: bool = Field(
+        default=True,
+        validation_alias="HUNYUAN_PREVIEWS",
+        description="Whether `GET /tasks/{id}/preview.jpg` shows the picture while it is denoised.",
+    )
     approximations: Annotated[
         tuple[Approximation, ...], NoDecode, BeforeValidator(split_commas), AfterValidator(_one_step_cache)
     ] = Field(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
@@ -20,12 +19,13 @@ from contract import tracing
 from contract.errors import ErrorCode, JobFailure
 from contract.job import DEMO_MODEL, InvalidInputError, JobInput, QueuedInput, num_frames, parse_queued
 from contract.offer import check_offered
-from contract.result import JobResult, Manifest, Progress, Stage, Tombstone, Verdict
+from contract.result import JobResult, Manifest, Stage, Tombstone, Verdict
 from contract.retry import RetryPolicy
 from contract.settings import explain
 from handler.encode import DiskFullError, EncodeError, Target, encode, files_in
 from handler.images import ImageError, decoded, load_image
 from handler.inline import InlineStore, VideoTooLargeError
+from handler.meter import Meter, OnProgress
 from handler.provenance import ProvenanceError
 from handler.store import NOT_STORED, JobStore
 from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
@@ -39,21 +39,7 @@ from storage.videos import Videos
 
 #: How long a finished video is kept and stored again, unless HUNYUAN_STORE_PATIENCE says otherwise.
 _STORE_RETRIES: Final = RetryPolicy(first=1.0, longest=30.0, total=600.0)
-#: Percent at which each stage begins and ends. DENOISING and UPSCALING share one span. DECODING covers the encoder,
-#: which takes frames while the model decodes the next ones.
-_SPANS: Final[Mapping[Stage, tuple[float, float]]] = {
-    Stage.ENCODING_PROMPT: (0, 2),
-    Stage.DENOISING: (2, 80),
-    Stage.UPSCALING: (2, 80),
-    Stage.DECODING: (80, 97),
-    Stage.STORING: (97, 99),
-}
-#: Seconds between two reports in the same stage: while the percentage rises, and while it does not. The second kind
-#: shows that the worker is alive.
-_REPORT_INTERVAL: Final = 1.0
-_UNCHANGED_REPORT_INTERVAL: Final = 5.0
 
-OnProgress = Callable[[Progress], None]
 log = logging.getLogger(__name__)
 
 
@@ -118,7 +104,7 @@ class Worker:
             with (
                 tracing.span("job", parent=parent, kind="CONSUMER", task_id=job.task_id),
                 self.watchdog.watching(cancelled) as watch,
-                _Meter(on_progress, watch) as meter,
+                Meter(on_progress, watch) as meter,
             ):
                 return self._run(job, meter, watch, cancelled)
         except JobError:
@@ -135,7 +121,7 @@ class Worker:
             target = Target(*files_in(directory), 64, 64, 4)
             encode([np.zeros((4, 64, 64, 3), np.uint8)], target, lambda _: None)
 
-    def _run(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobResult:
+    def _run(self, job: Job, meter: Meter, watch: Watch, cancelled: Event) -> JobResult:
         # 1. Check the input
         queued = parse_queued(job.input)
         job_input = queued.request
@@ -177,12 +163,19 @@ class Worker:
         image: Image.Image | None,
         seed: int,
         target: Target,
-        meter: _Meter,
+        meter: Meter,
         watch: Watch,
         cancelled: Event,
     ) -> tuple[int, int]:
         """Returns the (width, height) of the frames that the model rendered."""
-        frames = self.model.render(job_input, seed=seed, on_progress=meter.reach, cancelled=cancelled, image=image)
+        frames = self.model.render(
+            job_input,
+            seed=seed,
+            on_progress=meter.reach,
+            cancelled=cancelled,
+            image=image,
+            on_preview=meter.offer_preview,
+        )
         try:
             return encode(frames, target, lambda taken: meter.encoded(taken / target.num_frames), watch.encoding)
         except DiskFullError as exc:
@@ -202,7 +195,7 @@ class Worker:
         seed: int,
         target: Target,
         rendered: tuple[int, int],
-        meter: _Meter,
+        meter: Meter,
     ) -> Manifest:
         return Manifest(
             task_id=store.task_id,
@@ -244,7 +237,7 @@ class Worker:
             raise ImageError("the uploaded image has expired; upload it again")
         return body
 
-    def _store_for(self, job: Job, meter: _Meter, watch: Watch, cancelled: Event) -> JobStore | InlineStore:
+    def _store_for(self, job: Job, meter: Meter, watch: Watch, cancelled: Event) -> JobStore | InlineStore:
         if self.returns_videos and self.bucket is None and job.s3_config is None:
             return InlineStore(task_id=job.task_id)
         return JobStore(
@@ -313,72 +306,6 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
             log.error("the render failed with an unexpected error", exc_info=exc)
             text = f"Video generation failed ({type(exc).__name__}); the worker's log has the details"
             return JobError.of(ErrorCode.GENERATION_FAILED, text)
-
-
-class _Meter:
-    """Turns fractions of stages into one percentage that never falls, and measures the time of each stage."""
-
-    def __init__(self, on_progress: OnProgress, watch: Watch) -> None:
-        self._on_progress = on_progress
-        self._watch = watch
-        self._started = time.monotonic()
-        self._stage = Stage.ENCODING_PROMPT
-        self._stage_started = self._started
-        self._percent = 0
-        self._seconds: dict[str, float] = {}
-        self._reported: Progress | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """The stage that failed has a span, too. STORING has its own."""
-        if error is not None and self._stage is not Stage.STORING:
-            tracing.record(self._stage, time.monotonic() - self._stage_started)
-
-    def reach(self, stage: Stage, fraction: float) -> None:
-        """This fraction of the stage is done."""
-        self._watch.step()
-        self._advance(stage, _SPANS[stage], fraction)
-
-    def encoded(self, fraction: float) -> None:
-        """This fraction of the video is encoded."""
-        self._watch.advance()
-        self._advance(Stage.DECODING, _SPANS[Stage.DECODING], fraction)
-
-    def keep_alive(self) -> None:
-        """Nothing has changed. Reports the same again from time to time."""
-        self._advance(self._stage, (0, 0), 0.0)
-
-    def timings(self) -> Mapping[str, float]:
-        """Seconds in each stage so far, and in `total`."""
-        now = time.monotonic()
-        seconds = {**self._seconds, self._stage.value: now - self._stage_started, "total": now - self._started}
-        return {name: round(value, 3) for name, value in seconds.items()}
-
-    def _advance(self, stage: Stage, span: tuple[float, float], fraction: float) -> None:
-        # 1. Close the stage that ended
-        now = time.monotonic()
-        if stage is not self._stage:
-            self._seconds[self._stage.value] = now - self._stage_started
-            tracing.record(self._stage, now - self._stage_started)
-            log.info("%s took %.1f s, next is %s", self._stage, now - self._stage_started, stage)
-            self._stage, self._stage_started = stage, now
-        # 2. Raise the percentage
-        begin, end = span
-        self._percent = max(self._percent, int(begin + (end - begin) * min(fraction, 1.0)))
-        # 3. Report it, unless that was done a moment ago
-        progress = Progress(progress=self._percent, stage=stage, elapsed_time=round(now - self._started, 3))
-        if self._is_due(progress):
-            self._reported = progress
-            self._on_progress(progress)
-
-    def _is_due(self, progress: Progress) -> bool:
-        last = self._reported
-        if last is None or last.stage is not progress.stage:
-            return True
-        interval = _UNCHANGED_REPORT_INTERVAL if last.progress == progress.progress else _REPORT_INTERVAL
-        return progress.elapsed_time - last.elapsed_time >= interval
 
 
 def _seed(task_id: str) -> int:

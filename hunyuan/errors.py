@@ -143,6 +143,10 @@ class VideoNotReadyError(ApiError, code="VIDEO_NOT_READY"):
     """The task has no video: it is not finished, or it failed."""
 
 
+class NoPreviewError(ApiError, code="NO_PREVIEW"):
+    """The task has no preview now: it waits, its picture does not form yet, or it has ended."""
+
+
 class RangeNotSatisfiableError(ApiError, code="RANGE_NOT_SATISFIABLE"):
     """The requested range begins after the end of the video."""
 

@@ -46,7 +46,8 @@ class AcceptedTask(TaskAnswer):
 class ProcessingStatus(TaskAnswer):
     """A waiting or running task. `progress` is a percentage, `elapsed_time` the seconds since it was accepted.
 
-    `remaining_time` is in seconds; None if that cannot be said, or if the server is older.
+    `remaining_time` is in seconds; None if that cannot be said, or if the server is older. `preview_url` is a JPEG of
+    what is seen so far.
     """
 
     status: Literal["processing"]
@@ -55,6 +56,7 @@ class ProcessingStatus(TaskAnswer):
     stage: str | None = None
     queue_position: int | None = None
     remaining_time: int | None = None
+    preview_url: str | None = None
 
 
 class CompletedStatus(TaskAnswer):

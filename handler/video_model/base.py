@@ -19,6 +19,14 @@ Frames: TypeAlias = npt.NDArray[np.uint8]
 #: Called with a stage and the fraction of it that is done, from 0.0 to 1.0.
 OnProgress = Callable[[Stage, float], None]
 
+#: Called after a denoising step, before its progress, with a function that makes a preview of it: a JPEG of at most
+#: MAX_PREVIEW_BYTES. That takes milliseconds, so it is called for few steps, in the same thread.
+OnPreview = Callable[[Callable[[], bytes]], None]
+
+
+def no_preview(_: Callable[[], bytes]) -> None:
+    """An OnPreview for a render that nobody looks at."""
+
 
 class ModelError(Exception):
     """The model cannot be loaded, or cannot render a job."""
@@ -81,6 +89,7 @@ class VideoModel(Protocol):
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
+        on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         """Yields the `num_frames(job_input.duration)` frames of the video in order, a few at a time, as they are ready.
 

@@ -19,6 +19,8 @@ from handler.video_model.catalog import Checkpoint, Sampling
 CHECKPOINT: Final = Checkpoint("demo", 222, Sampling(num_inference_steps=12, shift=4.0, guidance_scale=4.0))
 
 WEIGHTS: Final = Path(__file__).parent / "demo_weights"
+#: The file of a checkpoint that makes previews, see `preview.py`; `tools/demo_model/assemble.py` measures it.
+PROJECTION: Final = WEIGHTS / "preview.safetensors"
 SYSTEM_MESSAGE: Final = "Describe the video"
 
 

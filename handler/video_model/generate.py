@@ -8,7 +8,8 @@ from __future__ import annotations
 import operator
 import traceback
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from threading import Event
 from typing import Any, Final
 
@@ -19,7 +20,14 @@ from PIL import Image, ImageOps
 from contract.job import DEMO_MODEL, JobInput, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
-from handler.video_model.base import Frames, ModelOutOfMemoryError, OnProgress, RenderCancelledError
+from handler.video_model.base import (
+    Frames,
+    ModelOutOfMemoryError,
+    OnPreview,
+    OnProgress,
+    RenderCancelledError,
+    no_preview,
+)
 from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.compilation import warm_up
 from handler.video_model.cost import Speed, pass_work, render_seconds
@@ -28,6 +36,7 @@ from handler.video_model.dimensions import TRANSFORMER
 from handler.video_model.memory import Budget, DoesNotFitError, Placement
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
+from handler.video_model.preview import Projection
 from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
 from handler.video_model.windows import SuperResolutionTiling, Window, windows
@@ -41,7 +50,10 @@ EncodedPrompt = Mapping[str, torch.Tensor]
 
 
 class PipelineModel:
-    """A `VideoModel` of loaded checkpoints. Refuses a job that does not fit into `memory` before it starts."""
+    """A `VideoModel` of loaded checkpoints. Refuses a job that does not fit into `memory` before it starts.
+
+    `projection` makes its previews; without one it offers none.
+    """
 
     def __init__(
         self,
@@ -52,6 +64,7 @@ class PipelineModel:
         speed: Speed | None = None,
         approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
+        projection: Projection | None = None,
     ) -> None:
         self.parts = parts
         self.name = parts.name
@@ -63,6 +76,7 @@ class PipelineModel:
         self.load_seconds = load_seconds or {}
         self._memory = memory
         self._speed = speed
+        self._projection = projection
         self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
             configure(base)
@@ -75,11 +89,12 @@ class PipelineModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
+        on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
         self._check_memory(job_input)
         try:
-            latents = self._latents(job_input, image, seed, on_progress, cancelled)
+            latents = self._latents(job_input, image, seed, on_progress, on_preview, cancelled)
             yield from self._decode(latents, on_progress, cancelled)
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
@@ -149,12 +164,19 @@ class PipelineModel:
             raise ModelOutOfMemoryError(str(exc)) from exc
 
     def _latents(
-        self, job_input: JobInput, image: Image.Image | None, seed: int, on_progress: OnProgress, cancelled: Event
+        self,
+        job_input: JobInput,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress,
+        on_preview: OnPreview,
+        cancelled: Event,
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
         # 1. Choose the route.
         base, upscalers, tiling = self._route(job_input, from_image=image is not None)
-        progress = _DenoisingProgress(job_input, base, upscalers, tiling, on_progress, cancelled)
+        offer = partial(self._offer_preview, on_preview)
+        progress = _DenoisingProgress(job_input, base, upscalers, tiling, on_progress, offer, cancelled)
         # 2. Encode the prompt.
         on_progress(Stage.ENCODING_PROMPT, 0.0)
         _raise_if(cancelled)
@@ -213,6 +235,10 @@ class PipelineModel:
                 ).frames
         return latents
 
+    def _offer_preview(self, on_preview: OnPreview, latents: torch.Tensor) -> None:
+        if self._projection is not None:
+            on_preview(partial(self._projection.jpeg, latents))
+
     def _encode(self, text: str, *, negative: bool = False) -> EncodedPrompt:
         """The text's states. They depend on these arguments alone, so the last `_CACHED_PROMPTS` stay in memory.
 
@@ -251,6 +277,7 @@ class _DenoisingProgress:
         upscalers: Sequence[Upscaler],
         tiling: SuperResolutionTiling | None,
         on_progress: OnProgress,
+        offer_preview: Callable[[torch.Tensor], None],
         cancelled: Event,
     ) -> None:
         def boxes(checkpoint: Checkpoint, tiling: SuperResolutionTiling | None) -> list[Window]:
@@ -268,6 +295,7 @@ class _DenoisingProgress:
         self._total = _steps(base, job_input) * self._base_step + sum(map(operator.mul, counts, self._upscaler_passes))
         self._done = 0.0
         self._on_progress = on_progress
+        self._offer_preview = offer_preview
         self._cancelled = cancelled
 
     def start(self) -> None:
@@ -275,8 +303,9 @@ class _DenoisingProgress:
         _raise_if(self._cancelled)
         self._on_progress(Stage.DENOISING, 0.0)
 
-    def after_denoising(self) -> None:
-        """Call after each step of the base model."""
+    def after_denoising(self, latents: torch.Tensor) -> None:
+        """Call after each step of the base model, with the clean latents of a frame as the step estimates them."""
+        self._offer_preview(latents)
         self._advance(Stage.DENOISING, self._base_step)
 
     def after_upscaling(self) -> None:

@@ -26,6 +26,7 @@ from handler.video_model.generate import PipelineModel
 from handler.video_model.memory import Budget
 from handler.video_model.parts import Parts
 from handler.video_model.placement import put_on_gpu
+from handler.video_model.preview import Projection, projection_of
 
 #: What the libraries raise if files are absent, truncated, or of another model.
 _LOAD_ERRORS: Final = (
@@ -69,6 +70,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         memory=memory,
         speed=_speed(settings, device, attention),
         approximations=approximations,
+        projection=_projection(settings, parts),
     )
     # 4. Warm up: RunPod may stop this process before its first job, and continue it for that job.
     compiled = time.monotonic()
@@ -121,6 +123,15 @@ def _speed(settings: WorkerSettings, device: str, attention: str) -> Speed | Non
     """What this GPU reaches; None if its data sheet is unknown."""
     gpu = gpu_named(torch.cuda.get_device_name()) if device == "cuda" else None
     return Speed.of(gpu, share=settings.gpu_share, eight_bit=is_eight_bit(attention)) if gpu is not None else None
+
+
+def _projection(settings: WorkerSettings, parts: Parts) -> Projection | None:
+    """What makes previews; None if HUNYUAN_PREVIEWS is false, or if none is known for this VAE."""
+    if not settings.previews:
+        return None
+    if parts.name == DEMO_MODEL:
+        return Projection.read(demo.PROJECTION)
+    return projection_of(parts.shared.vae.config.latent_channels)
 
 
 def _place(parts: Parts, settings: WorkerSettings, device: str) -> Budget | None:

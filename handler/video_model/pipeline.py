@@ -69,13 +69,19 @@ def guided(pipeline: HunyuanVideo15Pipeline, scale: float | None) -> Iterator[No
 
 
 @contextmanager
-def step_callback(scheduler: Any, after_step: Callable[[], None]) -> Iterator[None]:
-    """Calls `after_step` after each step of the scheduler. An exception from it ends the pipeline's loop."""
+def step_callback(scheduler: Any, after_step: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Calls `after_step` after each step of the scheduler. An exception from it ends the pipeline's loop.
+
+    It gets the middle frame of the clean latents as the step estimates them, (C, h, w). In flow matching a sample is
+    clean latents + sigma * velocity (https://arxiv.org/abs/2210.02747).
+    """
     step = scheduler.step
 
-    def step_and_call(*arguments: Any, **named: Any) -> Any:
-        result = step(*arguments, **named)
-        after_step()
+    def step_and_call(velocity: torch.Tensor, timestep: Any, sample: torch.Tensor, **named: Any) -> Any:
+        result = step(velocity, timestep, sample, **named)
+        sigma = scheduler.sigmas[scheduler.step_index - 1]
+        middle = sample.shape[2] // 2
+        after_step(sample[0, :, middle] - sigma * velocity[0, :, middle])
         return result
 
     scheduler.step = step_and_call

@@ -149,7 +149,7 @@ def is_news(job: JobSnapshot, before: JobSnapshot) -> bool:
 
 
 def _seen(job: JobSnapshot) -> tuple[object, ...]:
-    return job.last_event, job.state, job.stage, job.progress, job.queue_position, job.failure
+    return job.last_event, job.state, job.stage, job.progress, job.preview, job.queue_position, job.failure
 
 
 async def missed_steps(queue: JobQueue, job: JobSnapshot, after: int) -> Sequence[JobSnapshot]:

@@ -129,6 +129,8 @@ class ClientApi:
             shown["error"] = job.failure.model_dump_json()
         elif job.state is JobState.RUNNING:
             progress = Progress(progress=job.progress, stage=job.stage, elapsed_time=job.elapsed_time)
+            if job.preview is not None:
+                progress = progress.model_copy(update={"preview": await self._queue.preview(job.task_id)})
             shown["output"] = progress.model_dump(mode="json")
         timing = "delayTime" if job.state is JobState.QUEUED else "executionTime"
         shown[timing] = int(job.elapsed_time * 1000)

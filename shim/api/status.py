@@ -30,6 +30,11 @@ class ProcessingStatus(BaseModel):
     queue_position: int | None = Field(description="1 for the next task to start; null for a running one.")
     started_at: datetime | None = Field(description="When a worker took the task; null for a waiting one.")
     remaining_time: int | None = Field(description="Seconds until the video is expected; null if that cannot be said.")
+    preview_url: str | None = Field(
+        default=None,
+        exclude_if=lambda url: url is None,
+        description="A JPEG of what is seen so far; a new address for each new one. Absent if there is none.",
+    )
     webhook: _Webhook = None
 
 
@@ -92,6 +97,7 @@ def status_of(job: JobSnapshot, server_url: str) -> Status:
         return FailedStatus(
             task_id=job.task_id, error=job.failure.error, error_code=job.failure.error_code, webhook=job.webhook
         )
+    preview_url = f"{server_url}/tasks/{job.task_id}/preview.jpg?n={job.preview}"
     return ProcessingStatus(
         task_id=job.task_id,
         progress=min(job.progress, 99),
@@ -100,5 +106,6 @@ def status_of(job: JobSnapshot, server_url: str) -> Status:
         queue_position=job.queue_position,
         started_at=moment(job.started_at) if job.started_at is not None else None,
         remaining_time=remaining_time(job),
+        preview_url=preview_url if job.preview is not None else None,
         webhook=job.webhook,
     )

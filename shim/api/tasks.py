@@ -1,4 +1,4 @@
-"""GET /tasks, GET /tasks/{task_id} and POST /tasks/{task_id}/retry."""
+"""GET /tasks, GET /tasks/{task_id} with its preview, and POST /tasks/{task_id}/retry."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from contract.errors import ErrorCode
@@ -14,7 +14,7 @@ from contract.result import Manifest, Stage
 from shim.api.dependencies import GetServices, key_name, public_url, take_rate_token
 from shim.api.documented import error_responses
 from shim.api.status import CompletedStatus, FailedStatus, ProcessingStatus, Status, status_of
-from shim.errors import ApiError
+from shim.errors import ApiError, ServerErrorCode
 from shim.queue.clock import moment
 from shim.queue.job import JobEvent, JobRecord, JobSnapshot, JobState, JobStatus
 
@@ -158,6 +158,30 @@ def _number(name: str, text: str) -> int:
         what = "the next_cursor of a page" if name == "cursor" else f"an integer from 1 to {_MAX_LIMIT}"
         raise ApiError(ErrorCode.INVALID_REQUEST, f"{name} must be {what}")
     return int(text)
+
+
+@router.get(
+    "/tasks/{task_id:path}/preview.jpg",
+    operation_id="get_preview",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/jpeg": {}}, "description": "The preview."},
+        **error_responses(401, 404, 500, 503),
+    },
+)
+async def preview(task_id: str, services: GetServices) -> Response:
+    """See what a running task's video shows so far: a JPEG of at most 24 KiB of its middle frame, without detail.
+
+    There is a new one about every second while the task is denoised. The last one stays until the task ends; then the
+    poster shows the same frame.
+    """
+    job = await services.tasks.find(task_id)
+    jpeg = await services.queue.preview(task_id) if job.preview is not None else None
+    if jpeg is None:
+        ended = "The task has ended: only a running task has a preview"
+        why = ended if job.state.is_terminal else f"There is no preview yet: the stage is {job.stage}"
+        raise ApiError(ServerErrorCode.NO_PREVIEW, why)
+    return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
 
 @router.get("/tasks/{task_id:path}", operation_id="get_task", responses=error_responses(401, 404, 500, 503))

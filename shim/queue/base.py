@@ -288,6 +288,10 @@ class JobQueue(Protocol):
         """
         ...
 
+    async def preview(self, task_id: str) -> bytes | None:
+        """The JPEG of a running job's latest preview; None if it has none."""
+        ...
+
     def watching(self, task_id: str) -> AbstractContextManager[asyncio.Event]:
         """An event that is set when the job has changed, until the block ends. Clear it before you read the job."""
         ...

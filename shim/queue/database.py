@@ -29,6 +29,7 @@ from shim.queue.engine import (
 from shim.queue.history import NEXT_EVENT, add_events
 from shim.queue.job import JobState
 from shim.queue.postgres_reader import PostgresReader
+from shim.queue.previews import delete_previews
 from shim.queue.reader import Reader
 from shim.queue.schema import jobs, outcomes, workers
 from shim.queue.sqlite_reader import SqliteReader
@@ -306,6 +307,7 @@ class Database:
         if numbers:
             self.note_deleted()
             await add_events(connection, now, jobs.c.seq.in_(numbers))
+            await connection.execute(delete_previews(jobs.c.seq.in_(numbers)))
             await connection.execute(
                 update(outcomes).where(outcomes.c.state == state).values(total=outcomes.c.total + len(numbers))
             )

@@ -39,6 +39,7 @@ from shim.queue.job import JobState
 from shim.queue.lost_jobs import Loss, LostJobs, running_on
 from shim.queue.observer import JobObserver
 from shim.queue.outbox import put_in_outbox
+from shim.queue.previews import delete_previews, save_preview
 from shim.queue.schema import jobs, render_times, workers
 from shim.queue.watches import EVERY_TASK
 from shim.queue.webhook_columns import has_no_pending_webhook
@@ -145,10 +146,12 @@ class Dispatcher:
                 started_at=now,
                 lease_expires_at=now + self._database.worker_timeout,
                 last_event=NEXT_EVENT,
+                preview=None,
             )
             .returning(jobs.c.input, jobs.c.extras, jobs.c.attempts)
         )
         started = rows.one()
+        await connection.execute(delete_previews(jobs.c.task_id == task_id))  # of an earlier attempt
         await add_events(connection, now, jobs.c.task_id == task_id)
         return started
 
@@ -163,8 +166,13 @@ class Dispatcher:
             "deliveries_not_begun": 0,
         }
         this_job = jobs.c.task_id == task_id
+        if progress.preview is not None:
+            values["preview"] = case((advances, func.coalesce(jobs.c.preview, 0) + 1), else_=jobs.c.preview)
         async with self._database.write(wake=task_id) as connection:
             await self._extend_leases(connection, worker_id, this_job, **values)
+            if progress.preview is not None:
+                is_latest = jobs.c.progress == progress.progress
+                await save_preview(connection, progress.preview, this_job, is_latest, *running_on(worker_id))
             await add_events(connection, self._database.clock(), this_job, *running_on(worker_id))
 
     async def complete(self, worker_id: str, task_id: str, output: Any) -> bool:

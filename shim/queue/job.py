@@ -60,7 +60,8 @@ class JobSnapshot:
     `last_event` is the number of its last `JobEvent`, and 0 if the queue keeps none; `attempts` counts deliveries to
     workers. Times are in seconds since the epoch; `running_time` in seconds from the last delivery to the end of the
     job, or to now; `estimated_time` in seconds from submission to the end, as estimated then. None is unknown.
-    `webhook` is None for a job without one.
+    `webhook` is None for a job without one. `preview` is the number of a running job's latest preview, and grows with
+    each; None if it has none.
     """
 
     task_id: str
@@ -78,6 +79,7 @@ class JobSnapshot:
     running_time: float = 0.0
     estimated_time: float | None = None
     webhook: WebhookState | None = None
+    preview: int | None = None
 
     @property
     def status(self) -> JobStatus:

@@ -39,6 +39,7 @@ class JobRow(NamedTuple):
     output: Any
     failure: Any
     webhook: Any
+    preview: int | None
     queue_position: int | None
 
 
@@ -95,6 +96,7 @@ def snapshot(row: JobRow | Row[Any], now: float) -> JobSnapshot:
         running_time=0.0 if started_at is None else max((row.finished_at or now) - started_at, 0.0),
         estimated_time=row.estimated_time,
         webhook=WebhookState.model_validate(row.webhook) if row.webhook is not None else None,
+        preview=row.preview if state is JobState.RUNNING else None,
     )
 
 

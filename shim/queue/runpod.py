@@ -34,7 +34,7 @@ from shim.queue.base import (
 )
 from shim.queue.job import JobEvent, JobPage, JobRecord, JobSnapshot, JobState, JobStatus
 from shim.queue.observer import JobObserver
-from shim.queue.runpod_answers import backlog_of, body_of, snapshot, workers_of
+from shim.queue.runpod_answers import backlog_of, body_of, preview_in, snapshot, workers_of
 
 #: Seconds that a job may wait in RunPod's queue; its default. RunPod deletes a job at the end of its `ttl`, even if it
 #: runs. Source: https://docs.runpod.io/serverless/endpoints/send-requests.
@@ -53,11 +53,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _CachedJob:
-    """A job as last read, the time of that, and the time when it was first seen (both on the monotonic clock)."""
+    """A job as last read, the time of that, and the time when it was first seen (both on the monotonic clock).
+
+    `preview` is the last one that this server has seen: RunPod keeps only the last progress, which may have none.
+    """
 
     job: JobSnapshot
     read_at: float
     first_at: float
+    preview: bytes | None = None
 
 
 #: Errors of a request that RunPod has not received.
@@ -171,7 +175,7 @@ class RunPodQueue:
             return None
         answer = body_of(response)
         before = self._cached_jobs.get(task_id)
-        job = self._cache(self._snapshot(task_id, answer))
+        job = self._cache(self._snapshot(task_id, answer), preview_in(answer))
         if before is not None and not before.job.state.is_terminal and job.state.is_terminal:
             self._observe_end(job, answer.get("delayTime"))
         return job
@@ -230,6 +234,10 @@ class RunPodQueue:
         body_of(response)
         self._cached_jobs.pop(task_id, None)
         return True
+
+    async def preview(self, task_id: str) -> bytes | None:
+        cached = self._cached_jobs.get(task_id)
+        return cached.preview if cached is not None else None
 
     @contextmanager
     def watching(self, task_id: str) -> Iterator[asyncio.Event]:  # noqa: ARG002
@@ -316,8 +324,11 @@ class RunPodQueue:
             self._render_times[kind] = mean + (seconds - mean) / 10
         return job
 
-    def _cache(self, job: JobSnapshot) -> JobSnapshot:
-        """Caches a response. Progress and elapsed time never fall below those returned before."""
+    def _cache(self, job: JobSnapshot, preview: bytes | None = None) -> JobSnapshot:
+        """Caches a response. Progress and elapsed time never fall below those returned before.
+
+        A running job keeps the preview that it had, if this response has none.
+        """
         now = self._clock()
         before = self._cached_jobs.get(job.task_id)
         first_at = before.first_at if before is not None else now
@@ -328,7 +339,12 @@ class RunPodQueue:
                 progress=max(job.progress, last.progress),
                 elapsed_time=max(job.elapsed_time, last.elapsed_time, now - first_at),
             )
-        self._cached_jobs[job.task_id] = _CachedJob(job, now, first_at)
+        if job.state is JobState.RUNNING:
+            latest, number = (before.preview, before.job.preview) if before is not None else (None, None)
+            if preview is not None and preview != latest:
+                latest, number = preview, (number or 0) + 1
+            job, preview = replace(job, preview=number), latest
+        self._cached_jobs[job.task_id] = _CachedJob(job, now, first_at, preview)
         self._cached_jobs.move_to_end(job.task_id)
         _drop_oldest(self._cached_jobs)
         return job

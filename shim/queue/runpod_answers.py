@@ -88,6 +88,11 @@ def _failure(word: str, answer: Mapping[str, Any]) -> JobFailure | None:
     return JobFailure.from_wire(error if isinstance(error, str) else None)
 
 
+def preview_in(answer: Mapping[str, Any]) -> bytes | None:
+    """The preview that a running job's last progress has."""
+    return _progress(answer.get("output")).preview
+
+
 def _progress(output: Any) -> Progress:
     """The progress that the worker sent last. A job that has just started has sent none."""
     try:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -59,6 +60,7 @@ jobs = Table(
     Column("webhook_host", String(300)),  # the host and the port in it
     Column("webhook_due_at", Float),  # when the next attempt is due
     Column("webhook", JSON(none_as_null=True)),  # a `shim.queue.base.WebhookState`
+    Column("preview", Integer),  # the number of the attempt's latest preview, see `previews`
 )
 
 # Every query of the queue uses one of these, so its cost does not grow with the number of ended jobs.
@@ -95,6 +97,14 @@ events = Table(
     Column("attempts", Integer, nullable=False),
     Column("worker_id", String(128)),
     Column("failure", JSON(none_as_null=True)),
+)
+
+#: The latest preview of each running job. Not in `jobs`, whose rows every poll reads. See `shim.queue.previews`.
+previews = Table(
+    "previews",
+    metadata,
+    Column("job", ForeignKey(jobs.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("jpeg", LargeBinary, nullable=False),
 )
 
 workers = Table(

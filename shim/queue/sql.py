@@ -32,6 +32,7 @@ from shim.queue.history import NEXT_EVENT, add_events, drop_oldest_events, job_e
 from shim.queue.job import JobEvent, JobPage, JobRecord, JobSnapshot, JobState, JobStatus
 from shim.queue.observer import JobObserver
 from shim.queue.outbox import Outbox, put_in_outbox
+from shim.queue.previews import select_preview
 from shim.queue.reader import select_job, snapshot, workers_of
 from shim.queue.schema import HAS_STATUS, jobs, outcomes, render_times, workers
 from shim.queue.watches import EVERY_TASK
@@ -172,6 +173,11 @@ class SqlQueue:
                 return None
             events = job_events(await fetch_all(connection, select_events(task_id)))
         return JobRecord(**row._asdict(), events=events)
+
+    async def preview(self, task_id: str) -> bytes | None:
+        async with self._database.read() as connection:
+            jpeg: bytes | None = await connection.scalar(select_preview(task_id))
+        return jpeg
 
     def watching(self, task_id: str) -> AbstractContextManager[asyncio.Event]:
         return self._database.watching(task_id)

@@ -15,7 +15,7 @@ const STAGES = {
 /** Of tasks that the server ran and lost. It has deleted or never had the others. */
 const RETRYABLE = ["GENERATION_FAILED", "OOM_ERROR", "STORAGE_UNAVAILABLE"];
 const PARTS = [
-  "video", "prompt", "settings", "progress", "stage", "percent", "bar", "time", "problem", "detail",
+  "video", "preview", "prompt", "settings", "progress", "stage", "percent", "bar", "time", "problem", "detail",
   "cancel", "download", "again", "reuse", "reseed", "copy", "remove",
 ];
 const TALL = 1; // width to height, below which a card takes two rows
@@ -42,6 +42,7 @@ export class Card {
   #updatedAt = 0; // by performance.now()
   #blobUrls = [];
   #previewing = false;
+  #previewPath = null; // of the latest preview
 
   constructor(task, { onReuse, onAgain, onRemove }) {
     this.#task = task;
@@ -68,13 +69,14 @@ export class Card {
   }
 
   #describe() {
-    const { prompt, settings, video } = this.#parts;
+    const { preview, prompt, settings, video } = this.#parts;
     const { id, input } = this.#task;
     prompt.id = `prompt-${id}`;
     prompt.textContent = input.prompt;
     settings.textContent = settingsInWords(input);
     for (const named of [this.element.firstElementChild, video]) named.setAttribute("aria-labelledby", prompt.id);
     [video.width, video.height] = input.aspect_ratio.split(":").map(Number); // the player's shape until the video is loaded
+    preview.style.aspectRatio = `${video.width} / ${video.height}`; // the place of the video: nothing moves when it comes
     this.element.dataset.tall = String(video.width / video.height < TALL);
   }
 
@@ -136,11 +138,12 @@ export class Card {
   }
 
   #render() {
-    const { again, bar, cancel, copy, download, percent, progress, remove, reseed, stage } = this.#parts;
+    const { again, bar, cancel, copy, download, percent, preview, progress, remove, reseed, stage } = this.#parts;
     const { status, taskId } = this.#task;
     const ended = hasEnded(this.#task);
     const completed = this.#isCompleted;
     progress.hidden = cancel.hidden = ended;
+    preview.hidden = ended || (status?.stage ?? "queued") === "queued";
     download.hidden = copy.hidden = !completed;
     reseed.hidden = !completed || this.#seed === undefined;
     again.hidden = remove.hidden = !ended;
@@ -155,6 +158,7 @@ export class Card {
       setText(stage, taskId === null ? "Sending" : stageInWords(status));
       bar.value = status?.progress ?? 0;
       percent.textContent = `${bar.value} %`;
+      this.#showPreview(status?.preview_url);
       this.#renderTime();
     }
   }
@@ -168,10 +172,28 @@ export class Card {
     this.#parts.time.textContent = timeInWords(asked + since, expected);
   }
 
+  /** Show the preview at `url` if it is a new one. The one before stays until it is loaded. */
+  async #showPreview(url) {
+    const path = url == null ? null : `tasks/${encodeURIComponent(this.#task.taskId)}/preview.jpg${new URL(url).search}`;
+    if (path === null || path === this.#previewPath) return;
+    this.#previewPath = path;
+    const image = this.#parts.preview.firstElementChild;
+    try {
+      const blob = await unlessLost((await request(path, { background: true })).blob());
+      const before = image.src;
+      image.onload = () => URL.revokeObjectURL(before);
+      image.src = URL.createObjectURL(blob);
+      image.alt = "Preview of the video as it forms";
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error; // the task has ended, or the next preview comes
+    }
+  }
+
   #renderVideo() {
-    const { settings, video } = this.#parts;
+    const { preview, settings, video } = this.#parts;
     settings.textContent = `${settingsInWords(this.#task.input)} · ${megabytes(this.#task.status.file_size)}`;
     video.hidden = false;
+    if (!video.poster) video.poster = preview.firstElementChild.src; // until the poster is loaded
     nearby.observe(video);
   }
 
@@ -318,7 +340,7 @@ export class Card {
     this.#removed = true;
     forget(this.#task);
     this.element.remove();
-    this.#blobUrls.forEach((url) => URL.revokeObjectURL(url));
+    for (const url of [...this.#blobUrls, this.#parts.preview.firstElementChild.src]) URL.revokeObjectURL(url);
   }
 }
 

@@ -12,6 +12,7 @@ export const WORDS = {
   METHOD_NOT_ALLOWED: "This page and the server do not match. Reload the page.",
   TASK_NOT_FOUND: "The server no longer has this video.",
   VIDEO_NOT_READY: "This video is not ready, or it is no longer in the store.",
+  NO_PREVIEW: "There is no preview of this video now.",
   NOT_RETRYABLE: "This video can’t be tried again. Make it again instead.",
   NOT_SUPPORTED: "This server can’t do that.",
   VIDEO_DELETED: "This video was deleted. You can make it again.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
+from PIL import Image
 
+from contract.result import MAX_PREVIEW_BYTES
 from tests.support.mp4 import picture, probe, shows_caption
 from tests.support.service import RENDER_SECONDS, Service, eventually, running_service
 
@@ -31,13 +37,22 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def statuses(service: Service) -> list[dict[str, Any]]:
+def previews() -> dict[str, httpx.Response]:
+    """The answers at each `preview_url` that `statuses` has seen."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def statuses(service: Service, previews: dict[str, httpx.Response]) -> list[dict[str, Any]]:
     """Every status of a task, from its start to its completion."""
     task_id = service.generate(duration=5, resolution="720p")
     seen: list[dict[str, Any]] = []
 
     def look() -> bool:
         seen.append(service.status(task_id))
+        url = seen[-1].get("preview_url")
+        if url is not None and url not in previews:
+            previews[url] = service.http.get(url)
         return str(seen[-1]["status"]) != "processing"
 
     eventually("completion", look, RENDER_SECONDS)
@@ -87,6 +102,25 @@ def test_a_prompt_becomes_a_video(service: Service, statuses: list[dict[str, Any
         assert shows_caption(picture(path, frame), "demo model: A paper boat on a rainy street")
     assert video.is_faststart
     assert response.headers["etag"] == f'"{hashlib.sha256(response.content).hexdigest()}"'
+
+
+def test_its_picture_is_seen_forming_before_it_is_complete(
+    service: Service, statuses: list[dict[str, Any]], previews: dict[str, httpx.Response]
+) -> None:
+    *_, completed = statuses
+    poster = picture_of(service.http.get(completed["poster_url"]).content)
+    shown = [answer for answer in previews.values() if answer.status_code == 200]  # one may be too late
+    assert shown
+    assert all(len(answer.content) <= MAX_PREVIEW_BYTES for answer in shown)
+    last = picture_of(shown[-1].content)
+    assert np.abs(last - poster).mean() < 40
+    gone = service.http.get(f"/tasks/{completed['task_id']}/preview.jpg")
+    assert (gone.status_code, gone.json()["error_code"]) == (404, "NO_PREVIEW")
+
+
+def picture_of(jpeg: bytes) -> npt.NDArray[np.float64]:
+    """The JPEG at a size that shows no detail."""
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((32, 18), Image.Resampling.BOX), dtype=float)
 
 
 def test_runpods_own_client_drives_a_job(service: Service) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -13,9 +14,14 @@ from contract.job import DEFAULT_MODEL, JobInput, num_frames
 from contract.offer import SamplingLimits
 from contract.result import Stage
 from contract.worker import Gpu
-from handler.video_model.base import Frames, OnProgress, RenderCancelledError
+from handler.video_model.base import Frames, OnPreview, OnProgress, RenderCancelledError, no_preview
 
 STEPS = 4
+
+
+def preview_of(step: int) -> bytes:
+    """Begins as a JPEG does."""
+    return b"\xff\xd8 a preview of step " + bytes([step])
 
 
 class ScriptedModel:
@@ -51,6 +57,7 @@ class ScriptedModel:
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
+        on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         self.images.append(image)
         self.rendered.append((job_input, seed))
@@ -59,6 +66,7 @@ class ScriptedModel:
             self.before_step(step)
             if cancelled.is_set():
                 raise RenderCancelledError("cancelled")
+            on_preview(partial(preview_of, step))
             on_progress(Stage.DENOISING, (step + 1) / STEPS)
         frames = left = num_frames(job_input.duration) - self.missing_frames
         # A picture of its own for each render: bytes of two attempts must never pass for each other.

@@ -12,8 +12,8 @@ from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, H
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
-from handler.video_model.demo import CHECKPOINT, WEIGHTS
-from tools.demo_model import components
+from handler.video_model.demo import CHECKPOINT, PROJECTION, WEIGHTS
+from tools.demo_model import components, preview
 
 #: The glyph projection, whose inner width is fixed and whose weights are zero: a byte for each is enough.
 _ZEROS: Final = "context_embedder_2."
@@ -32,6 +32,7 @@ def assemble(trained: Path, directory: Path) -> None:
         prefix = f"{name}."
         part.load_state_dict({key.removeprefix(prefix): p for key, p in average.items() if key.startswith(prefix)})
     vae.decoder.load_state_dict(torch.load(trained / "decoder.pt", weights_only=True)["average"])
+    projection = preview.fit(vae.eval())
     sampling = CHECKPOINT.sampling
     pipeline = HunyuanVideo15Pipeline(
         text_encoder=text_encoder.half(),
@@ -44,6 +45,7 @@ def assemble(trained: Path, directory: Path) -> None:
         guider=ClassifierFreeGuidance(guidance_scale=sampling.guidance_scale, stop=_GUIDED),
     )
     pipeline.save_pretrained(directory)
+    projection.write(directory / PROJECTION.name)
     _shrink(directory / "transformer" / "diffusion_pytorch_model.safetensors")
 
 

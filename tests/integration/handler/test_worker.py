@@ -21,7 +21,7 @@ import pytest
 
 from contract.errors import ErrorCode
 from contract.job import DEFAULT_MODEL, JobInput, Resolution
-from contract.result import InlineResult, JobResult, Manifest, Progress, Stage
+from contract.result import MAX_PREVIEW_BYTES, InlineResult, JobResult, Manifest, Progress, Stage
 from contract.retry import RetryPolicy
 from handler.provenance import ProvenanceError
 from handler.video_model.base import Frames, ModelOutOfMemoryError, RenderCancelledError
@@ -33,7 +33,7 @@ from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.mp4 import picture, probe, shows_caption
 from tests.support.s3_servers import new_bucket
-from tests.support.scripted_model import ScriptedModel
+from tests.support.scripted_model import STEPS, ScriptedModel, preview_of
 
 PROMPT = "A paper boat on a rainy street"
 
@@ -222,6 +222,18 @@ def test_progress_goes_through_the_stages_and_never_falls(bench: Bench) -> None:
     stages = list(dict.fromkeys(progress.stage for progress in bench.reports))
     assert stages == [Stage.ENCODING_PROMPT, Stage.DENOISING, Stage.DECODING, Stage.STORING]
     assert len(bench.reports) < 20, "one a second and one for each stage, not one for each frame"
+
+
+def test_a_report_has_the_latest_preview_and_fits_what_the_platform_takes(bench: Bench) -> None:
+    """The steps follow each other faster than reports: only the last preview is sent, when the next stage begins."""
+    bench.run()
+    previews = {report.stage: report.preview for report in bench.reports if report.preview is not None}
+    assert previews[Stage.DECODING] == preview_of(STEPS - 1)
+    assert len([report for report in bench.reports if report.preview is not None]) <= 2
+    sent = bench.reports[-1].model_copy(update={"preview": b"x" * MAX_PREVIEW_BYTES})
+    assert len(sent.model_dump_json()) < 33_000
+    assert Progress.model_validate_json(sent.model_dump_json()) == sent
+    assert "preview" not in bench.reports[-1].model_dump(mode="json")
 
 
 def test_progress_moves_through_decoding_with_the_frames(bench: Bench) -> None:

@@ -69,6 +69,26 @@ async def test_progress_is_seen_and_never_falls(bench: Bench) -> None:
         assert job.queue_position is None
 
 
+async def test_a_running_job_has_its_latest_preview_and_an_ended_one_has_none(bench: Bench) -> None:
+    task_id = (await bench.queue.submit(JOB)).task_id
+    await bench.take()
+    numbers = []
+    for progress, sent, shown in ((2, None, None), (10, b"one", b"one"), (20, b"two", b"two"), (30, None, b"two")):
+        report = Progress(progress=progress, stage=Stage.DENOISING).model_copy(update={"preview": sent})
+        await bench.dispatcher.record_progress("w1", task_id, report)
+        bench.later()
+        job = await bench.queue.get(task_id)
+        assert job is not None
+        numbers.append(job.preview)
+        assert await bench.queue.preview(task_id) == shown
+    assert numbers == [None, 1, 2, 2]
+    await bench.dispatcher.complete("w1", task_id, result(task_id).model_dump(mode="json"))
+    bench.later()
+    ended = await bench.queue.get(task_id)
+    assert ended is not None
+    assert (ended.preview, await bench.queue.preview(task_id)) == (None, None)
+
+
 async def test_time_passes_for_a_job_until_it_ends(bench: Bench) -> None:
     task_id = (await bench.queue.submit(JOB)).task_id
     times = []

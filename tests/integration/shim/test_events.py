@@ -173,6 +173,20 @@ async def test_ids_grow(site: Site) -> None:
         assert (await stream.next()).id > ids[-1]
 
 
+async def test_a_new_preview_is_an_event(site: Site) -> None:
+    """Even if the percentage stays, and with another address each time."""
+    task_id = (await site.bench.queue.submit(JOB)).task_id
+    await site.bench.take()
+    async with site.listening(task_id) as stream:
+        await stream.next()
+        urls = []
+        for jpeg in (b"one", b"two"):
+            report = Progress(progress=10, stage=Stage.DENOISING).model_copy(update={"preview": jpeg})
+            await site.bench.dispatcher.record_progress("w1", task_id, report)
+            urls.append((await stream.next()).data["preview_url"])
+        assert urls[0] != urls[1]
+
+
 async def test_an_ended_task_has_one_event(site: Site) -> None:
     task_id = (await site.bench.queue.submit(JOB)).task_id
     await site.bench.queue.cancel(task_id)

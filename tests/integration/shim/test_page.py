@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +91,12 @@ class Site:
 
     async def progress(self, task_id: str, progress: int, stage: Stage) -> None:
         await self.bench.dispatcher.record_progress("w1", task_id, Progress(progress=progress, stage=stage))
+
+    async def preview(self, task_id: str, progress: int, colour: str, size: tuple[int, int] = (32, 18)) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", size, colour).save(file, "JPEG")
+        report = Progress(progress=progress, stage=Stage.DENOISING).model_copy(update={"preview": file.getvalue()})
+        await self.bench.dispatcher.record_progress("w1", task_id, report)
 
     async def finish(self, task_id: str, asked: JobInput, video: bytes) -> None:
         known = {"input": asked, "file_size": len(video), "sha256": hashlib.sha256(video).hexdigest()}
@@ -778,6 +784,62 @@ async def test_a_video_shows_its_poster_and_plays_while_the_mouse_is_over_it(
     await visit.page.mouse.move(0, 0)
     await expect(player).to_have_js_property("paused", True)
     await expect(player).to_have_js_property("currentTime", 0)
+
+
+async def test_a_running_task_shows_its_latest_preview_and_nothing_moves(
+    tmp_path: Path, bucket: Bucket, browser: Browser, video: bytes
+) -> None:
+    """With a key, which an <img> can't send."""
+    async with (
+        running(tmp_path, bucket, Access(parse_api_keys(KEY))) as site,
+        visiting(browser, site.address) as visit,
+    ):
+        await visit.page.evaluate("key => { sessionStorage['hunyuan.key'] = key; }", KEY)
+        await visit.page.emulate_media(reduced_motion="reduce")
+        await visit.make()
+        await expect(visit.card).to_be_visible()
+        frame, image = visit.card.locator(".preview"), visit.card.locator(".preview img")
+        await expect(frame).to_be_hidden()
+        task_id, asked = await site.take()
+        await site.progress(task_id, 2, Stage.DENOISING)
+        await expect(frame).to_be_visible()
+        place = await frame.bounding_box()
+        for progress, colour, wanted in ((10, "blue", [0, 0, 254]), (20, "red", [254, 0, 0])):
+            await site.preview(task_id, progress, colour, (9, 5))  # a shape that is not quite the video's
+            await expect(image).to_have_js_property("complete", True)
+            await becomes(lambda: shown_colour(image), wanted)
+            assert await frame.bounding_box() == place
+        preview = visit.card.get_by_role("img", name="Preview of the video as it forms")
+        await expect(preview).to_have_css("opacity", "1")
+        await site.finish(task_id, asked, video)
+        await expect(frame).to_be_hidden()
+        player = visit.card.locator("video")
+        await expect(player).to_have_js_property("readyState", 4)
+        assert await player.bounding_box() == pytest.approx(place, abs=1)
+
+
+async def shown_colour(image: Locator) -> list[int]:
+    """Red, green and blue of the middle of the picture; empty before it is loaded."""
+    colour: list[int] = await image.evaluate(
+        """image => {
+            if (!image.naturalWidth) return [];
+            const canvas = new OffscreenCanvas(1, 1).getContext("2d");
+            canvas.drawImage(image, 0, 0, 1, 1);
+            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        }"""
+    )
+    return colour
+
+
+async def becomes(look: Callable[[], Awaitable[list[int]]], wanted: list[int]) -> None:
+    """Waits until `look` returns about what is wanted."""
+    seen: list[int] = []
+    for _ in range(PATIENCE // 50):
+        seen = await look()
+        if seen and seen == pytest.approx(wanted, abs=2):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(seen)
 
 
 async def test_a_variation_has_a_new_seed_or_a_new_prompt(site: Site, visit: Visit, video: bytes) -> None:

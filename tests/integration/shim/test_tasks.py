@@ -227,6 +227,46 @@ async def test_a_task_that_only_the_bucket_has_shows_its_manifest(site: Site, bu
     assert task["settings"]["fps"] == 24
 
 
+async def show(site: Site, task_id: str, jpeg: bytes, progress: int) -> None:
+    report = Progress(progress=progress, stage=Stage.DENOISING).model_copy(update={"preview": jpeg})
+    await site.bench.dispatcher.record_progress("w1", task_id, report)
+
+
+async def test_a_running_task_has_a_preview_until_it_ends(site: Site) -> None:
+    task_id = await site.task()
+    path = f"/tasks/{task_id}/preview.jpg"
+    assert_error(await site.http.get(path), 404, ServerErrorCode.NO_PREVIEW, "the stage is queued")
+    assert await site.bench.take() == task_id
+    assert "preview_url" not in await site.get(f"/status/{task_id}")
+    urls = []
+    for progress, jpeg in ((10, b"one"), (20, b"two")):
+        await show(site, task_id, jpeg, progress)
+        status = await site.get(f"/status/{task_id}")
+        urls.append(status["preview_url"])
+        assert (await site.get(f"/tasks/{task_id}"))["preview_url"] == urls[-1]
+        shown = await site.http.get(status["preview_url"])
+        assert (shown.status_code, shown.content, shown.headers["content-type"]) == (200, jpeg, "image/jpeg")
+        assert (shown.headers["cache-control"], shown.headers["x-content-type-options"]) == ("no-store", "nosniff")
+        assert (await site.http.get(path)).content == jpeg
+    assert urls[0] != urls[1]
+    await site.bench.dispatcher.fail("w1", task_id, OOM)
+    assert_error(await site.http.get(path), 404, ServerErrorCode.NO_PREVIEW, "The task has ended")
+    assert_error(await site.http.get("/tasks/unknown/preview.jpg"), 404, ServerErrorCode.TASK_NOT_FOUND)
+
+
+async def test_a_preview_needs_a_key_and_is_listed_for_the_key_of_its_task_only(tmp_path: Path) -> None:
+    access = Access(parse_api_keys(",".join(f"{name}:{key}" for name, key in KEYS.items())))
+    async with running(f"sqlite:///{tmp_path}/queue.db", access=access) as site:
+        alice, bob = [{"X-API-Key": key} for key in KEYS.values()]
+        task_id = await site.task(**alice)
+        assert await site.bench.take() == task_id
+        await show(site, task_id, b"alices", 10)
+        (listed,) = (await site.get("/tasks", **alice))["tasks"]
+        assert (await site.http.get(listed["preview_url"], headers=alice)).content == b"alices"
+        assert_error(await site.http.get(listed["preview_url"]), 401, ServerErrorCode.UNAUTHORIZED)
+        assert (await site.get("/tasks", **bob))["tasks"] == []
+
+
 async def test_an_unknown_task_is_404(site: Site) -> None:
     for path in ("/tasks/no-such-task", "/tasks/", "/tasks/a/b", "/tasks/no-such-task/events"):
         assert_error(await site.http.get(path), 404, ServerErrorCode.TASK_NOT_FOUND)

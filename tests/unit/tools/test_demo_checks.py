@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from contract.job import AspectRatio, JobInput
-from handler.video_model.base import Frames, OnProgress
+from handler.video_model.base import Frames, OnPreview, OnProgress, no_preview
 from tests.support.drawn_clips import Drawn, clip
 from tests.support.scripted_model import ScriptedModel
 from tools.demo_model.evaluation.checks import (
@@ -49,6 +49,7 @@ class DrawingModel(ScriptedModel):
         on_progress: OnProgress,
         cancelled: Event,
         image: Image.Image | None = None,
+        on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         yield self._draw(job_input, seed)
 
