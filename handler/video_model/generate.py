@@ -25,6 +25,8 @@ from handler.video_model.compilation import warm_up
 from handler.video_model.cost import Speed, pass_work, render_seconds
 from handler.video_model.decode import decode
 from handler.video_model.dimensions import TRANSFORMER
+from handler.video_model.lora import Updates, applied, bytes_of, read_updates
+from handler.video_model.lora_files import LoraFiles
 from handler.video_model.memory import Budget, DoesNotFitError, Placement
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
@@ -52,6 +54,7 @@ class PipelineModel:
         speed: Speed | None = None,
         approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
+        loras: LoraFiles | None = None,
     ) -> None:
         self.parts = parts
         self.name = parts.name
@@ -63,6 +66,7 @@ class PipelineModel:
         self.load_seconds = load_seconds or {}
         self._memory = memory
         self._speed = speed
+        self._loras = loras or LoraFiles(None)
         self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
             configure(base)
@@ -77,7 +81,6 @@ class PipelineModel:
         image: Image.Image | None = None,
     ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
-        self._check_memory(job_input)
         try:
             latents = self._latents(job_input, image, seed, on_progress, cancelled)
             yield from self._decode(latents, on_progress, cancelled)
@@ -90,6 +93,11 @@ class PipelineModel:
         finally:
             for base in self.parts.bases.values():
                 base.pipeline.maybe_free_model_hooks()
+
+    @property
+    def loras(self) -> list[str]:
+        """See `VideoModel.loras`."""
+        return self._loras.names
 
     def warm_up(self) -> None:
         """Runs what every video needs once over a few numbers. The first job then finds its kernels chosen."""
@@ -140,11 +148,11 @@ class PipelineModel:
         upscalers = [self.parts.upscalers[name] for name in route.super_resolution]
         return self.parts.bases[route.base], upscalers, route.tiling
 
-    def _check_memory(self, job_input: JobInput) -> None:
+    def _check_memory(self, job_input: JobInput, updates: Updates) -> None:
         if self._memory is None:
             return
         try:
-            self._memory.check(self.workload(job_input))
+            self._memory.check(self.workload(job_input), bytes_of(updates))
         except DoesNotFitError as exc:
             raise ModelOutOfMemoryError(str(exc)) from exc
 
@@ -152,8 +160,10 @@ class PipelineModel:
         self, job_input: JobInput, image: Image.Image | None, seed: int, on_progress: OnProgress, cancelled: Event
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
-        # 1. Choose the route.
+        # 1. Choose the route, and check that the job fits.
         base, upscalers, tiling = self._route(job_input, from_image=image is not None)
+        updates = read_updates(job_input.loras, self._loras, base.pipeline.transformer)
+        self._check_memory(job_input, updates)
         progress = _DenoisingProgress(job_input, base, upscalers, tiling, on_progress, cancelled)
         # 2. Encode the prompt.
         on_progress(Stage.ENCODING_PROMPT, 0.0)
@@ -161,7 +171,8 @@ class PipelineModel:
         prompt = self._encode(job_input.prompt)
         # 3. Denoise with the base model. The noise comes from the CPU: there a seed gives the same on every machine.
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents = self._denoise(job_input, image, base, prompt, generator, progress)
+        with applied(updates, base.pipeline.transformer, base.pipeline._execution_device):
+            latents = self._denoise(job_input, image, base, prompt, generator, progress)
         # 4. Upscale the latents, stage by stage.
         ratio = base.pipeline.vae_scale_factor_spatial
         for upscaler in upscalers:
