@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from contract.errors import ErrorCode, JobFailure
+from contract.lora import MAX_LORAS, MAX_SCALE, Lora
 
 FPS: Final = 24
 MIN_PROMPT_LENGTH: Final = 10
@@ -156,6 +157,12 @@ def _is_empty(value: object) -> bool:
     return not value
 
 
+def _each_once(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+    if len({lora.name for lora in loras}) < len(loras):
+        raise ValueError("an adapter is named twice")
+    return loras
+
+
 class JobInput(BaseModel):
     """What to render. The same model checks POST /generate and RunPod's `input`."""
 
@@ -224,6 +231,20 @@ class JobInput(BaseModel):
         exclude_if=_is_empty,  # a worker of an earlier release does not know the field
         title="Enhance prompt",
         description="Let a language model write out the prompt in detail before the render.",
+    )
+    loras: Annotated[
+        tuple[Lora, ...],
+        AfterValidator(_each_once),
+        Takes(
+            f'a list of at most {MAX_LORAS} objects like {{"name": "NAME", "scale": 1.0}}, each name once, '
+            f"with a scale from {-MAX_SCALE:g} to {MAX_SCALE:g}"
+        ),
+    ] = Field(
+        default=(),
+        max_length=MAX_LORAS,
+        exclude_if=_is_empty,  # a worker of an earlier release does not know the field
+        title="Adapters",
+        description='LoRA adapters of the base model, each as {"name": NAME, "scale": 1.0}. /health names them.',
     )
 
     @property
@@ -340,7 +361,8 @@ def _parsed(model: type[ParsedInput], raw: object) -> ParsedInput:
 
 def _failure(error: ErrorDetails, model: type[JobInput]) -> JobFailure:
     field = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
+    is_whole = len(error["loc"]) == 1  # not a part of a field's value
+    if error["type"] == "extra_forbidden" and is_whole:
         known = ", ".join(model.model_fields)
         return JobFailure(
             error=f"unknown field {_as_json(field)}; known fields are {known}", error_code=ErrorCode.INVALID_REQUEST
@@ -349,7 +371,8 @@ def _failure(error: ErrorDetails, model: type[JobInput]) -> JobFailure:
         takes = next(item for item in model.model_fields[field].metadata if isinstance(item, Takes))
         # Four fields have a code of their own, named after the field.
         code = ErrorCode.__members__.get(f"INVALID_{field.upper()}", ErrorCode.INVALID_REQUEST)
-        return JobFailure(error=f"{field} must be {takes.text}; {_received(error)}", error_code=code)
+        received = "it is missing" if error["type"] == "missing" and is_whole else _received(error)
+        return JobFailure(error=f"{field} must be {takes.text}; {received}", error_code=code)
     if error["type"] == "json_invalid":
         return JobFailure(error="the body is not valid JSON", error_code=ErrorCode.INVALID_REQUEST)
     return JobFailure(error="the body must be a JSON object", error_code=ErrorCode.INVALID_REQUEST)
@@ -357,8 +380,6 @@ def _failure(error: ErrorDetails, model: type[JobInput]) -> JobFailure:
 
 def _received(error: ErrorDetails) -> str:
     match error["type"], error["input"]:
-        case "missing", _:
-            return "it is missing"
         case "string_too_short" | "string_too_long", str() as text:
             return f"got {len(text.strip())}"
         case _, value:

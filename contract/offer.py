@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import InvalidInputError, JobInput
+from contract.lora import unknown_adapter
 
 
 class SamplingLimits(BaseModel):
@@ -39,15 +40,21 @@ class SamplingLimits(BaseModel):
 
 
 def check_offered(
-    job_input: JobInput, models: Collection[str], *, takes_images: bool, limits: Iterable[SamplingLimits] = ()
+    job_input: JobInput,
+    models: Collection[str],
+    *,
+    takes_images: bool,
+    limits: Iterable[SamplingLimits] = (),
+    loras: Collection[str] | None = None,
 ) -> None:
     """Check that a worker has weights for the job. The server checks before it queues, the worker before it renders.
 
-    `models` are the `model` values that can be rendered, `limits` what their checkpoints fix.
+    `models` are the `model` values that can be rendered, `limits` what their checkpoints fix, `loras` the names of the
+    LoRA adapters; None does not check these.
 
     Raises:
-        InvalidInputError: INVALID_MODEL naming `models`; INVALID_REQUEST for an image that no weights support, or for a
-            number that differs from a limit.
+        InvalidInputError: INVALID_MODEL naming `models`; INVALID_REQUEST for an image that no weights support, for a
+            number that differs from a limit, or for an adapter that does not exist.
     """
     if job_input.model not in models:
         known = ", ".join(f'"{name}"' for name in models)
@@ -59,3 +66,7 @@ def check_offered(
     for limit in limits:
         if (failure := limit.failure(job_input)) is not None:
             raise InvalidInputError(failure)
+    for lora in job_input.loras:
+        if loras is not None and lora.name not in loras:
+            text = unknown_adapter(lora.name, loras)
+            raise InvalidInputError(JobFailure(error=text, error_code=ErrorCode.INVALID_REQUEST))

@@ -69,6 +69,7 @@ class WorkerReport(BaseModel):
     models: tuple[str, ...] = Field(default=(), description="The `model` values it can render; empty means any.")
     takes_images: bool = Field(default=True, description="Whether the worker has image-to-video weights.")
     limits: tuple[SamplingLimits, ...] = Field(default=(), description="What requests may not change.")
+    loras: tuple[str, ...] = Field(default=(), description="Names of the LoRA adapters that it has.")
     estimates: tuple[RenderEstimate, ...] = Field(
         default=(), description="Calculated render seconds for the worker's GPU; empty if its speed is unknown."
     )

@@ -6,14 +6,14 @@ to load. RunPod itself sets no HUNYUAN_WORKER_REPORT_URL; then nothing is sent.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import product
 from typing import Final, Self
 
 import httpx
 
 from contract.job import MAX_DURATION, MIN_DURATION, JobInput, Resolution
-from contract.worker import Gpu, RenderEstimate, WorkerReport, WorkerState
+from contract.worker import RenderEstimate, WorkerReport, WorkerState
 from handler.video_model.base import VideoModel
 
 _INTERVAL: Final = 5.0
@@ -28,7 +28,7 @@ class Reporter:
         self._url = url
         self._http = httpx.Client(headers={"Authorization": key}, timeout=httpx.Timeout(5, connect=3.05))
         self._report = WorkerReport(state=WorkerState.LOADING, model=model)
-        self._gpu: Callable[[], Gpu | None] = lambda: None
+        self._model: VideoModel | None = None
         self._unsent = True
         self._closed = False
         self._wake = threading.Event()
@@ -52,8 +52,11 @@ class Reporter:
         self._http.close()
 
     def ready(self, model: VideoModel, load_seconds: Mapping[str, float]) -> None:
-        """The model is loaded. `load_seconds` names each phase; every report asks the model for its GPU's memory."""
-        self._gpu = model.gpu
+        """The model is loaded. `load_seconds` names each phase.
+
+        Every report asks the model for its GPU's memory and for its LoRA adapters: both change while the worker runs.
+        """
+        self._model = model
         self._set(
             state=WorkerState.READY,
             model=model.name,
@@ -96,7 +99,9 @@ class Reporter:
                 return
 
     def _send(self) -> None:
-        report = self._report.model_copy(update={"gpu": self._gpu()})
+        model = self._model
+        live = {} if model is None else {"gpu": model.gpu(), "loras": tuple(model.loras)}
+        report = self._report.model_copy(update=live)
         try:
             self._http.post(str(self._url), json=report.model_dump(mode="json")).raise_for_status()
         except httpx.HTTPError as exc:

@@ -111,6 +111,12 @@ class WorkerSettings(LogOptions, TraceOptions):
         "frames back and ahead), and one that skips steps: `first-block-cache`, `taylorseer`, `magcache` (480p_i2v "
         "only) or `teacache` (checkpoints that are not distilled only), separated by commas. Manifests name them.",
     )
+    lora_dir: Path | None = Field(
+        default=None,
+        validation_alias="HUNYUAN_LORA_DIR",
+        description="Directory with LoRA adapters. A request may name every `NAME.safetensors` directly in it, and new "
+        "files need no restart.",
+    )
     offload_cpu: bool = Field(
         default=False,
         validation_alias="HUNYUAN_OFFLOAD_CPU",

@@ -28,7 +28,7 @@ from handler.inline import InlineStore, VideoTooLargeError
 from handler.meter import Meter, OnProgress
 from handler.provenance import ProvenanceError
 from handler.store import NOT_STORED, JobStore
-from handler.video_model.base import ModelOutOfMemoryError, RenderCancelledError, VideoModel
+from handler.video_model.base import AdapterError, ModelOutOfMemoryError, RenderCancelledError, VideoModel
 from handler.watchdog import Watch, Watchdog
 from handler.work_dir import WorkDirError, job_directory
 from storage.bucket import Bucket
@@ -126,7 +126,7 @@ class Worker:
         queued = parse_queued(job.input)
         job_input = queued.request
         model = self.model
-        check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits)
+        check_offered(job_input, model.models, takes_images=model.takes_images, limits=model.limits, loras=model.loras)
         asked = job_input.model, job_input.resolution, job_input.duration
         log.info("job begins: %s, %s, %d s", *asked, extra={"prompt": queued.rendered.prompt})
 
@@ -299,6 +299,9 @@ def _as_job_error(exc: BaseException, job: Job) -> JobError | RenderCancelledErr
         case WorkDirError():
             log.error("the work directory can't hold the video; free space or change HUNYUAN_WORK_DIR: %s", exc)
             return JobError.of(ErrorCode.GENERATION_FAILED, f"The worker can't write the video: {exc}")
+        case AdapterError():
+            log.warning("%s; HUNYUAN_LORA_DIR has the file", exc)
+            return JobError.of(ErrorCode.INVALID_REQUEST, str(exc))
         case ModelOutOfMemoryError():
             log.error("the render ran out of GPU memory, see HUNYUAN_OFFLOAD_CPU and HUNYUAN_VRAM_LIMIT: %s", exc)
             return JobError.of(ErrorCode.OOM_ERROR, "Out of memory: reduce resolution or duration")

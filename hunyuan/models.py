@@ -2,12 +2,19 @@
 
 import base64
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypedDict
+from typing import Annotated, Final, Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 #: A notebook stores what it shows. A larger video is not embedded.
 _EMBEDDED_BYTES: Final = 50_000_000
+
+
+class LoraFields(TypedDict):
+    """A LoRA adapter by its name, and its strength; 1.0 if left out."""
+
+    name: str
+    scale: NotRequired[float]
 
 
 class RequestFields(TypedDict, total=False):
@@ -23,6 +30,7 @@ class RequestFields(TypedDict, total=False):
     guidance_scale: float
     image: str | Path
     enhance_prompt: bool
+    loras: list[LoraFields]
     webhook_url: str
 
 

@@ -1,6 +1,6 @@
 """The protocol between the worker and a model. Imports nothing heavy."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias
 
@@ -40,6 +40,10 @@ class ModelOutOfMemoryError(ModelError):
     """The render needs more memory than the machine has."""
 
 
+class AdapterError(ModelError):
+    """A LoRA adapter of the job cannot be used; the message is for the client."""
+
+
 class RenderCancelledError(ModelError):
     """The render stopped because it was cancelled."""
 
@@ -62,6 +66,10 @@ class VideoModel(Protocol):
     @property
     def limits(self) -> Sequence[SamplingLimits]:
         """What a request may not change, because a checkpoint is distilled."""
+
+    @property
+    def loras(self) -> Collection[str]:
+        """Names of the LoRA adapters that exist now. Any thread may ask."""
 
     @property
     def approximations(self) -> Sequence[str]:
@@ -101,6 +109,7 @@ class VideoModel(Protocol):
         memory.
 
         Raises:
+            AdapterError: one of `job_input.loras` cannot be used.
             RenderCancelledError: within one denoising step, or one decoded latent frame, after `cancelled` is set.
             ModelOutOfMemoryError: call `release_memory` before the next render.
         """

@@ -16,12 +16,14 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 
 from handler.video_model.blocks import after_attention, before_attention, chunked_blocks
+from handler.video_model.lora import applied, empty_updates
 from handler.video_model.memory import Budget, Placement
 
-#: Latent frames, height and width, and tokens of both texts, for the pass that compiles. No number of tokens equals a
-#: size of the model: PyTorch would compile the two as one dimension.
+#: Latent frames, height and width, tokens of both texts, and rank of LoRA adapters, for the pass that compiles. No
+#: number of tokens equals the rank or a size of the model: PyTorch would compile the two as one dimension.
 _WARM_UP: Final = (3, 5, 7)
 _WARM_UP_TEXT: Final = (11, 3)
+_WARM_UP_RANK: Final = 13
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,13 @@ def should_compile(setting: bool | None, device: str, memory: Budget | None) -> 
 
 
 def compile_blocks(
-    transformers: Sequence[HunyuanVideo15Transformer3DModel], cache_dir: Path | None = None, backend: str = "inductor"
+    transformers: Sequence[HunyuanVideo15Transformer3DModel],
+    cache_dir: Path | None = None,
+    backend: str = "inductor",
+    *,
+    loras: bool = False,
 ) -> bool:
-    """Compiles, and runs each transformer once, so that no job waits for the compiler.
+    """Compiles, and runs each transformer once, so that no job waits for the compiler; with `loras` also for adapters.
 
     Keeps compiled kernels in `cache_dir` for the next start; None takes PyTorch's default. Returns False and logs a
     warning if no compiler works; the blocks then run uncompiled.
@@ -49,7 +55,11 @@ def compile_blocks(
     _set_functions(transformers, *compiled)
     try:
         for transformer in transformers:
-            warm_up(transformer, next(transformer.parameters()).device)
+            device = next(transformer.parameters()).device
+            warm_up(transformer, device)
+            if loras:
+                with applied(empty_updates(_WARM_UP_RANK, transformer), transformer, device):
+                    warm_up(transformer, device)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError) as exc:  # the compiler's errors: PyTorch raises RuntimeError

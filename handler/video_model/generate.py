@@ -33,6 +33,8 @@ from handler.video_model.compilation import warm_up
 from handler.video_model.cost import Speed, pass_work, render_seconds
 from handler.video_model.decode import decode
 from handler.video_model.dimensions import TRANSFORMER
+from handler.video_model.lora import Updates, applied, bytes_of, read_updates
+from handler.video_model.lora_files import LoraFiles
 from handler.video_model.memory import Budget, DoesNotFitError, Placement
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
@@ -65,6 +67,7 @@ class PipelineModel:
         approximations: Sequence[str] = (),
         load_seconds: Mapping[str, float] | None = None,
         projection: Projection | None = None,
+        loras: LoraFiles | None = None,
     ) -> None:
         self.parts = parts
         self.name = parts.name
@@ -77,6 +80,7 @@ class PipelineModel:
         self._memory = memory
         self._speed = speed
         self._projection = projection
+        self._loras = loras or LoraFiles(None)
         self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
             configure(base)
@@ -92,7 +96,6 @@ class PipelineModel:
         on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
-        self._check_memory(job_input)
         try:
             latents = self._latents(job_input, image, seed, on_progress, on_preview, cancelled)
             yield from self._decode(latents, on_progress, cancelled)
@@ -105,6 +108,11 @@ class PipelineModel:
         finally:
             for base in self.parts.bases.values():
                 base.pipeline.maybe_free_model_hooks()
+
+    @property
+    def loras(self) -> list[str]:
+        """See `VideoModel.loras`."""
+        return self._loras.names
 
     def warm_up(self) -> None:
         """Runs what every video needs once over a few numbers. The first job then finds its kernels chosen."""
@@ -155,11 +163,11 @@ class PipelineModel:
         upscalers = [self.parts.upscalers[name] for name in route.super_resolution]
         return self.parts.bases[route.base], upscalers, route.tiling
 
-    def _check_memory(self, job_input: JobInput) -> None:
+    def _check_memory(self, job_input: JobInput, updates: Updates) -> None:
         if self._memory is None:
             return
         try:
-            self._memory.check(self.workload(job_input))
+            self._memory.check(self.workload(job_input), bytes_of(updates))
         except DoesNotFitError as exc:
             raise ModelOutOfMemoryError(str(exc)) from exc
 
@@ -173,8 +181,10 @@ class PipelineModel:
         cancelled: Event,
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
-        # 1. Choose the route.
+        # 1. Choose the route, and check that the job fits.
         base, upscalers, tiling = self._route(job_input, from_image=image is not None)
+        updates = read_updates(job_input.loras, self._loras, base.pipeline.transformer)
+        self._check_memory(job_input, updates)
         offer = partial(self._offer_preview, on_preview)
         progress = _DenoisingProgress(job_input, base, upscalers, tiling, on_progress, offer, cancelled)
         # 2. Encode the prompt.
@@ -183,7 +193,8 @@ class PipelineModel:
         prompt = self._encode(job_input.prompt)
         # 3. Denoise with the base model. The noise comes from the CPU: there a seed gives the same on every machine.
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents = self._denoise(job_input, image, base, prompt, generator, progress)
+        with applied(updates, base.pipeline.transformer, base.pipeline._execution_device):
+            latents = self._denoise(job_input, image, base, prompt, generator, progress)
         # 4. Upscale the latents, stage by stage.
         ratio = base.pipeline.vae_scale_factor_spatial
         for upscaler in upscalers:

@@ -23,6 +23,7 @@ from handler.video_model.checkpoints import read_checkpoints, single_parts
 from handler.video_model.compilation import compile_blocks, should_compile
 from handler.video_model.cost import Speed, gpu_named
 from handler.video_model.generate import PipelineModel
+from handler.video_model.lora_files import LoraFiles
 from handler.video_model.memory import Budget
 from handler.video_model.parts import Parts
 from handler.video_model.placement import put_on_gpu
@@ -47,9 +48,12 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     """The model that HUNYUAN_MODEL_PATH names, on the GPU if there is one, ready to render.
 
     Raises:
-        ModelLoadError: it does not exist, or is not a text-to-video checkpoint in diffusers' layout.
+        ModelLoadError: it does not exist, or is not a text-to-video checkpoint in diffusers' layout; or there is no
+            directory HUNYUAN_LORA_DIR.
     """
     started = time.monotonic()
+    if settings.lora_dir is not None and not settings.lora_dir.is_dir():
+        raise ModelLoadError(f"HUNYUAN_LORA_DIR: {settings.lora_dir} is not a directory; create it or unset it")
     # 1. Read the checkpoints. The demo model is too small for a GPU to help.
     device = "cuda" if torch.cuda.is_available() and settings.model_path != DEMO_MODEL else "cpu"
     parts = _read(settings, device)
@@ -61,7 +65,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
     seconds = {"checkpoints": read - started, "placement": placed - read}
     # 3. Compile, so that no job waits for the compiler.
     if should_compile(settings.compile, device, memory):
-        compile_blocks(parts.transformers, _kernel_cache(settings.cache_dir))
+        compile_blocks(parts.transformers, _kernel_cache(settings.cache_dir), loras=settings.lora_dir is not None)
         seconds["compilation"] = time.monotonic() - placed
     log.info("loaded model %s on %s with attention kernel %s", parts.name, device, attention)
     model = PipelineModel(
@@ -71,6 +75,7 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         speed=_speed(settings, device, attention),
         approximations=approximations,
         projection=_projection(settings, parts),
+        loras=LoraFiles(settings.lora_dir),
     )
     # 4. Warm up: RunPod may stop this process before its first job, and continue it for that job.
     compiled = time.monotonic()

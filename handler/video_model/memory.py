@@ -271,9 +271,9 @@ class Budget:
     weights: Weights
     plan: PlacementPlan
 
-    def check(self, video: Workload) -> None:
-        """Raises DoesNotFitError if a video does not fit."""
-        needed = peak(self.plan, self.weights, video)
+    def check(self, video: Workload, adapters: int = 0) -> None:
+        """Raises DoesNotFitError if a video does not fit with so many bytes of LoRA adapters."""
+        needed = peak(self.plan, self.weights, video) + adapters
         if needed > self.free:
             raise DoesNotFitError(f"it takes {needed / _GB:.1f} GB of GPU memory, {self.free / _GB:.1f} GB are free")
 

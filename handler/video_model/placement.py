@@ -12,6 +12,7 @@ from diffusers.hooks import apply_group_offloading
 from handler.machine import available_host_memory
 from handler.settings import WorkerSettings
 from handler.video_model.base import ModelLoadError
+from handler.video_model.lora_files import CACHED_BYTES
 from handler.video_model.memory import WHOLE, Budget, DoesNotFitError, Part, Placement, PlacementPlan, Weights, budget
 from handler.video_model.parts import Parts
 
@@ -34,6 +35,8 @@ def put_on_gpu(parts: Parts, settings: WorkerSettings) -> Budget:
         torch.cuda.set_per_process_memory_fraction(min(free / total, 1.0))
     # 2. Plan.
     host = available_host_memory()
+    if host is not None and settings.lora_dir is not None:
+        host -= CACHED_BYTES
     try:
         made = budget(free, weights_of(parts), parts.workloads(), offload=settings.offload_cpu, host=host)
     except DoesNotFitError as exc:

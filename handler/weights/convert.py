@@ -88,7 +88,7 @@ _BLOCK_LISTS: Final = (
     (_DOUBLE, "transformer_blocks", _DOUBLE_BLOCK),
 )
 #: The original has shift before scale here, diffusers scale before shift.
-_SWAPPED: Final = "final_layer.adaLN_modulation.1."
+SWAPPED: Final = "final_layer.adaLN_modulation.1"
 #: All other modules have a bias.
 _WEIGHT_ONLY: Final = ("_q_norm", "_k_norm", "cond_type_embedding")
 #: Every checkpoint has this key. A prefix before it is a prefix of all names.
@@ -124,11 +124,15 @@ def convert_transformer(state: State) -> dict[str, torch.Tensor]:
     converted: dict[str, torch.Tensor] = {}
     for name, becomes in targets.items():
         tensor = state[prefix + name]
-        if name.startswith(_SWAPPED):
-            shift, scale = tensor.tensor_split(2)
-            tensor = torch.cat([scale, shift])
+        if name.startswith(SWAPPED):
+            tensor = swap_halves(tensor)
         converted.update(zip(becomes, tensor.tensor_split(len(becomes)), strict=True))
     return converted
+
+
+def swap_halves(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of a module whose halves diffusers has in the other order: the module `SWAPPED`."""
+    return torch.cat(rows.tensor_split(2)[::-1])
 
 
 def transformer_config(state: State, name: str, rope_axes: tuple[int, ...] = _ROPE_AXES) -> dict[str, object]:
@@ -243,13 +247,19 @@ def _depth(names: list[str], blocks: str) -> int:
     return len({match[1] for name in names if (match := numbered.match(name))}) or 1
 
 
+def module_names(blocks: int, refiner_blocks: int, *, meanflow: bool) -> dict[str, tuple[str, ...]]:
+    """Each module of the original with its name in diffusers. With several names, they split its rows evenly."""
+    modules = {**_MODULES, **(_MEANFLOW if meanflow else {})}
+    for (original, becomes, inside), depth in zip(_BLOCK_LISTS, (refiner_blocks, blocks), strict=True):
+        for index in range(depth):
+            for module, parts in inside.items():
+                modules[f"{original}.{index}.{module}"] = tuple(f"{becomes}.{index}.{part}" for part in parts)
+    return modules
+
+
 def _targets(names: list[str]) -> dict[str, tuple[str, ...]]:
     """Each name that the original must have, with its names in diffusers."""
-    modules = {**_MODULES, **(_MEANFLOW if _is_meanflow(names) else {})}
-    for blocks, becomes, inside in _BLOCK_LISTS:
-        for index in range(_depth(names, blocks)):
-            for module, parts in inside.items():
-                modules[f"{blocks}.{index}.{module}"] = tuple(f"{becomes}.{index}.{part}" for part in parts)
+    modules = module_names(_depth(names, _DOUBLE), _depth(names, _REFINER), meanflow=_is_meanflow(names))
     return {
         f"{module}.{parameter}": tuple(f"{part}.{parameter}" for part in parts)
         for module, parts in modules.items()

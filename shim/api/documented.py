@@ -91,6 +91,9 @@ class Health(BaseModel):
     model: str | None = Field(description="The model that the workers have loaded.")
     models: list[str] = Field(description="The valid values of `model`; empty if the workers do not report them.")
     takes_images: bool = Field(description="Whether the workers have image-to-video weights.")
+    loras: list[str] = Field(
+        description="Names of the LoRA adapters that requests may use; empty if the workers do not report them."
+    )
     attention: str | None = Field(description="The attention kernel that the workers use.")
     load_seconds: dict[str, float] | None = Field(description="Seconds of each phase of a worker's start.")
     workers: WorkersHealth
@@ -146,9 +149,10 @@ def schema_of(model: type[JobInput]) -> dict[str, Any]:
     """The model's JSON schema without references: OpenAPI and the page would look for them elsewhere."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs")
-    for name, field in schema["properties"].items():
-        if "$ref" in field:
-            schema["properties"][name] = {**definitions[field.pop("$ref").rpartition("/")[2]], **field}
+    for field in schema["properties"].values():
+        for holder in (field, field.get("items", {})):
+            if "$ref" in holder:
+                holder.update({**definitions[holder.pop("$ref").rpartition("/")[2]], **holder})
     return schema
 
 
@@ -248,6 +252,7 @@ async def _health(services: Services) -> Health:
         model=loaded.model if loaded else None,
         models=list(workers.models),
         takes_images=workers.takes_images,
+        loras=list(workers.loras or ()),
         attention=loaded.attention if loaded else None,
         load_seconds=dict(loaded.load_seconds or {}) if loaded else None,
         workers=WorkersHealth(ready=workers.ready, loading=workers.loading, failed=workers.failed),

@@ -152,6 +152,12 @@ class Workers:
         return not self._ready_reports or any(report.takes_images for report in self._ready_reports)
 
     @property
+    def loras(self) -> Collection[str] | None:
+        """Names of the LoRA adapters that a ready worker has; None if none reports."""
+        ready = self._ready_reports
+        return sorted({name for report in ready for name in report.loras}) if ready else None
+
+    @property
     def limits(self) -> Collection[SamplingLimits]:
         """The limits that all ready workers which offer their `model` share; workers may have different weights."""
         ready = self._ready_reports

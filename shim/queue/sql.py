@@ -93,7 +93,7 @@ class SqlQueue:
             times = {**alive.estimates, **await _read_render_times(connection)}
             # 3. Check the weights; return the job of an earlier request with this key; check the rest.
             models = alive.models or KNOWN_MODELS
-            check_offered(job_input, models, takes_images=alive.takes_images, limits=alive.limits)
+            check_offered(job_input, models, takes_images=alive.takes_images, limits=alive.limits, loras=alive.loras)
             if idempotency is not None and (earlier := await self._find_submitted(connection, idempotency)) is not None:
                 return Submission(earlier, backlog, times)
             _check_ready(alive)

@@ -4,7 +4,7 @@ import "./key.js";
 import { ApiError, currentKey } from "./api.js";
 import { Card, copied } from "./card.js";
 import { codeFor } from "./code.js";
-import { addFields, hasOptional, PROMPT, readFields } from "./fields.js";
+import { addFields, hasOptional, PROMPT, readFields, textOf } from "./fields.js";
 import { watchHealth } from "./health.js";
 import { hintFor } from "./hints.js";
 import { upload } from "./image.js";
@@ -25,7 +25,7 @@ const cards = byId("cards");
 addFields(byId("main"), byId("optional"));
 byId("image").after(byId("image-file-row").content);
 byId("model").closest(".field").hidden = true; // until the server offers a choice
-byId("enhance_prompt").closest(".field").hidden = true; // until the server says that it can
+for (const id of ["enhance_prompt", "loras"]) byId(id).closest(".field").hidden = true; // until the server says that it can
 
 /** The form as the body of POST /generate. Waits for the upload of the image. */
 async function readForm() {
@@ -52,7 +52,7 @@ function setForm(input) {
   for (const [name, value] of Object.entries(fields)) {
     const control = form.elements[name];
     if (control?.type === "checkbox") control.checked = value;
-    else if (control) control.value = value;
+    else if (control) control.value = textOf(value);
   }
   if (/^(data|upload):/.test(image)) chooseImage(image, "the same image again");
   else if (image) form.elements.image.value = image;

@@ -8,7 +8,8 @@ export const DEFAULT_MODEL = schema.properties.model.default;
 const SHORT = 6; // characters; longer choices are in a list
 const FIELDS = Object.entries(schema.properties).map(([name, property]) => {
   const value = property.anyOf?.find(({ type }) => type !== "null"); // anyOf: the server has a default of its own
-  return { ...value, ...property, name, optional: value !== undefined, type: value?.type ?? property.type };
+  const type = value?.type ?? property.type;
+  return { ...value, ...property, name, optional: value !== undefined || type === "array", type };
 });
 const TYPES = Object.fromEntries(FIELDS.map(({ name, type }) => [name, type]));
 
@@ -25,10 +26,22 @@ export function readFields(form) {
   return Object.fromEntries(filled.map(([name, text]) => [name, valueOf(TYPES[name], text)]));
 }
 
+/** The text of a field for its value in a body of POST /generate. */
+export function textOf(value) {
+  return Array.isArray(value) ? value.map(({ name, scale }) => (scale === 1 ? name : `${name}:${scale}`)).join(", ") : value;
+}
+
 function valueOf(type, text) {
   if (type === "boolean") return text === "true";
+  if (type === "array") return text.split(",").map(loraOf);
   const isNumber = (type === "integer" || type === "number") && text.trim() && !Number.isNaN(Number(text));
   return isNumber ? Number(text) : text;
+}
+
+/** The LoRA adapter that NAME or NAME:SCALE says. */
+function loraOf(text) {
+  const [name, scale = "1"] = text.trim().split(":");
+  return { name, scale: valueOf("number", scale) };
 }
 
 /** Whether a body has a field that is in `more`. */

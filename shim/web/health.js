@@ -27,7 +27,7 @@ export async function watchHealth(onHealth) {
   }
 }
 
-function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider, takes_images, rewrites_prompts }) {
+function showHealth({ status, model_loaded, gpu_available, vram_free, version, model, models, workers, queue, provider, takes_images, loras, rewrites_prompts }) {
   showChip("health", ...stateInWords(status, model_loaded, workers));
   showChip("loaded-model", model && `Model: ${model}`);
   showChip("gpu", gpu_available ? `GPU, ${vram_free} free` : "No GPU");
@@ -36,6 +36,8 @@ function showHealth({ status, model_loaded, gpu_available, vram_free, version, m
   for (const id of ["demo", "examples"]) byId(id).hidden = model !== "demo";
   byId("ideas").hidden = model === null || model === "demo";
   byId("image").closest(".field").hidden = !takes_images;
+  byId("loras").closest(".field").hidden = loras.length === 0;
+  byId("loras-hint").textContent = `NAME or NAME:SCALE, with commas between: ${loras.join(", ")}`;
   byId("enhance_prompt").closest(".field").hidden = !rewrites_prompts;
   if (!rewrites_prompts) byId("enhance_prompt").checked = false;
   byId("version").textContent = `HunyuanVideo ${version}`;

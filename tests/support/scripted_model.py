@@ -36,6 +36,7 @@ class ScriptedModel:
     attention = "none"
     takes_images = True
     limits: Sequence[SamplingLimits] = ()
+    loras: Sequence[str] = ()
     approximations: Sequence[str] = ()
     load_seconds: Mapping[str, float] = {}
     caption_text: str | None = None

@@ -18,6 +18,7 @@ from contract.job import (
     parse_input,
     parse_request,
 )
+from contract.lora import Lora
 from contract.offer import SamplingLimits, check_offered
 from contract.result import Progress, Stage
 from tests.support.queues import result
@@ -149,6 +150,55 @@ def test_a_distilled_checkpoint_limits_what_a_request_for_its_model_may_change(
     assert failure.error_code is ErrorCode.INVALID_REQUEST
     assert failure.error.startswith(word)
     assert f'"{DEFAULT_MODEL}"' in failure.error
+
+
+def test_adapters_have_a_strength_of_1_unless_told_otherwise_and_older_workers_see_no_field_without_them() -> None:
+    asked = parse_input(body(loras=[{"name": "film"}, {"name": "Anime v1.2 (new)", "scale": -2}]))
+    assert asked.loras == (Lora(name="film", scale=1.0), Lora(name="Anime v1.2 (new)", scale=-2.0))
+    assert asked.wire()["loras"] == [{"name": "film", "scale": 1.0}, {"name": "Anime v1.2 (new)", "scale": -2.0}]
+    assert "loras" not in parse_input(body(loras=[])).wire()
+    assert Lora.parse("film:0.5") == Lora(name="film", scale=0.5)
+
+
+NAMES = ["", "../film", "a/b", "a\\b", "/etc/film", ".hidden", "..", "a:b", "a\0", "a\n", "é", "x" * 101, 1, None]
+SCALES: list[object] = [4.1, -4.1, "1", None, True, []]
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [
+        *([{"name": name}] for name in NAMES),
+        *([{"name": "film", "scale": scale}] for scale in SCALES),
+        [{"name": "film", "weight": 1}],
+        [{"scale": 1}],
+        ["film"],
+        "film",
+        {"name": "film"},
+        [{"name": "film"}, {"name": "film", "scale": 0.5}],
+        [{"name": f"film{number}"} for number in range(5)],
+    ],
+)
+def test_a_wrong_list_of_adapters_is_refused_saying_what_it_takes(loras: object) -> None:
+    failure = refusal(body(loras=loras))
+    assert failure.error_code is ErrorCode.INVALID_REQUEST
+    assert failure.error.startswith('loras must be a list of at most 4 objects like {"name": "NAME", "scale": 1.0}')
+    assert "; got " in failure.error
+
+
+def test_an_adapter_that_no_worker_has_is_refused_saying_which_exist() -> None:
+    job_input = JobInput(prompt=PROMPT, loras=(Lora(name="film"),))
+    check_offered(job_input, KNOWN_MODELS, takes_images=True)
+    check_offered(job_input, KNOWN_MODELS, takes_images=True, loras=["anime", "film"])
+    for known, says in (
+        (["noir", "anime"], 'the workers have "anime", "noir"'),
+        ([], "the workers have none (HUNYUAN_LORA_DIR)"),
+        ([f"a{number:03}" for number in range(100)], '"a019" and 80 more'),
+    ):
+        with pytest.raises(InvalidInputError) as caught:
+            check_offered(job_input, KNOWN_MODELS, takes_images=True, loras=known)
+        assert caught.value.failure.error_code is ErrorCode.INVALID_REQUEST
+        assert caught.value.failure.error.startswith('loras: there is no adapter "film"; the workers have ')
+        assert caught.value.failure.error.endswith(says)
 
 
 @pytest.mark.parametrize("resolution", Resolution)

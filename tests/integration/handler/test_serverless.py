@@ -186,6 +186,7 @@ def test_the_reporter_reports_each_state_at_once(platform: Platform) -> None:
         "models": ["HunyuanVideo-1.5"],
         "takes_images": True,
         "limits": [],
+        "loras": [],
         "attention": "none",
         "gpu": {"name": "H100", "memory_total": 80, "memory_free": 70},
         "error": None,

@@ -24,7 +24,7 @@ from contract.job import DEFAULT_MODEL, JobInput, Resolution
 from contract.result import MAX_PREVIEW_BYTES, InlineResult, JobResult, Manifest, Progress, Stage
 from contract.retry import RetryPolicy
 from handler.provenance import ProvenanceError
-from handler.video_model.base import Frames, ModelOutOfMemoryError, RenderCancelledError
+from handler.video_model.base import AdapterError, Frames, ModelOutOfMemoryError, RenderCancelledError
 from handler.worker import Job, JobError, Worker
 from storage import layout
 from storage.bucket import Bucket
@@ -112,6 +112,29 @@ def test_a_rewritten_prompt_is_rendered_and_the_manifest_has_both(bench: Bench) 
     assert "rewritten_prompt" not in stored["input"]
     assert stored["remixed_from"] == "task-0"
     assert (stored["rewritten_prompt"], stored["warnings"]) == (rewritten, ["a warning"])
+
+
+def test_the_manifest_names_the_adapters(bench: Bench) -> None:
+    bench.model.loras = ("film",)
+    bench.run(loras=[{"name": "film", "scale": 0.5}])
+    stored = json.loads(bench.bucket.get_bytes(layout.manifest_key("task-1")))
+    assert stored["input"]["loras"] == [{"name": "film", "scale": 0.5}]
+
+
+def test_an_adapter_that_does_not_exist_or_cannot_be_used_fails_the_job_saying_why(bench: Bench) -> None:
+    assert bench.failure(loras=[{"name": "film"}]) == (
+        ErrorCode.INVALID_REQUEST,
+        'loras: there is no adapter "film"; the workers have none (HUNYUAN_LORA_DIR)',
+    )
+
+    def refuse(step: int) -> None:
+        raise AdapterError('loras: the adapter "film" is of another model')
+
+    bench.model.loras, bench.model.before_step = ("film",), refuse
+    expected = ErrorCode.INVALID_REQUEST, 'loras: the adapter "film" is of another model'
+    assert bench.failure(loras=[{"name": "film"}]) == expected
+    bench.model.before_step = lambda _: None
+    bench.run()
 
 
 @pytest.mark.parametrize("caption", [None, "demo model: A paper boat on a rainy street"])

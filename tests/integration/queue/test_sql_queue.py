@@ -17,10 +17,18 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import InvalidInputError
+from contract.lora import Lora
 from contract.offer import SamplingLimits
 from contract.result import JobResult, Progress, Stage
 from contract.worker import WorkerState
-from shim.queue.base import Idempotency, ModelNotLoadedError, QueueError, QueueUnavailableError, render_kind
+from shim.queue.base import (
+    Idempotency,
+    IdempotencyConflictError,
+    ModelNotLoadedError,
+    QueueError,
+    QueueUnavailableError,
+    render_kind,
+)
 from shim.queue.database import Database
 from shim.queue.dispatch import WorkerStoppingError
 from shim.queue.engine import database_url as database_url_of
@@ -110,6 +118,22 @@ async def test_a_job_that_no_ready_workers_checkpoint_can_render_is_rejected_and
     await bench.queue.submit(JOB.model_copy(update={"guidance_scale": 1.0, "num_inference_steps": 50}))
     await bench.worker("w2")
     await bench.queue.submit(job)
+
+
+async def test_a_job_with_an_adapter_that_no_ready_worker_has_is_rejected_and_not_queued(bench: Bench) -> None:
+    await bench.worker("w1", loras=("film",))
+    await bench.worker("w2", loras=("anime", "film"))
+    await bench.worker("w3", WorkerState.LOADING, loras=("noir",))
+    with pytest.raises(InvalidInputError, match=r'no adapter "noir"; the workers have "anime", "film"$'):
+        await bench.queue.submit(JOB.model_copy(update={"loras": (Lora(name="noir"),)}))
+    assert (await bench.queue.summary()).waiting == 0
+    job = JOB.model_copy(update={"loras": (Lora(name="film"), Lora(name="anime", scale=0.5))})
+    key = Idempotency.of("key", job)
+    task_id = (await bench.queue.submit(job, key)).task_id
+    assert (await bench.queue.submit(job, key)).task_id == task_id
+    other = JOB.model_copy(update={"loras": (Lora(name="film"), Lora(name="anime"))})
+    with pytest.raises(IdempotencyConflictError):
+        await bench.queue.submit(other, Idempotency.of("key", other))
 
 
 async def test_a_submission_is_one_transaction(bench: Bench) -> None:

@@ -612,6 +612,19 @@ async def test_health_is_200_if_a_workers_report_cannot_be_read(server: Server) 
     assert (response.status_code, response.json()["status"]) == (200, "degraded")
 
 
+async def test_health_names_the_adapters_and_a_request_with_another_one_is_400(server: Server) -> None:
+    assert (await server.http.get("/health")).json()["loras"] == []
+    await server.bench.worker(loras=("film", "anime"))
+    assert (await server.http.get("/health")).json()["loras"] == ["anime", "film"]
+    unknown = REQUEST | {"loras": [{"name": "noir", "scale": 0.5}]}
+    response = await server.http.post("/generate", json=unknown)
+    assert_error(response, 400, ErrorCode.INVALID_REQUEST)
+    assert response.json()["error"] == 'loras: there is no adapter "noir"; the workers have "anime", "film"'
+    accepted = await server.http.post("/generate", json=REQUEST | {"loras": [{"name": "film"}]})
+    task = (await server.http.get(f"/tasks/{accepted.json()['task_id']}")).json()
+    assert task["input"]["loras"] == [{"name": "film", "scale": 1.0}]
+
+
 async def test_health_without_a_gpu(server: Server) -> None:
     health = (await server.http.get("/health")).json()
     assert (health["gpu_available"], health["vram_free"]) == (False, "0.0 GB")

@@ -25,6 +25,7 @@ from playwright.async_api import Browser, Error, FilePayload, Locator, Route, ex
 
 from contract.errors import ErrorCode, JobFailure
 from contract.job import DEMO_MODEL, AspectRatio, JobInput, Resolution, parse_queued
+from contract.lora import Lora
 from contract.result import Progress, Stage
 from contract.worker import WorkerReport, WorkerState
 from handler.encode import Target, encode
@@ -955,6 +956,27 @@ async def test_the_image_field_is_hidden_where_no_weights_take_an_image(site: Si
         await visit.page.get_by_text("More").click()
         await expect(visit.page.get_by_label("Seed")).to_be_visible()
         await expect(visit.page.get_by_label("First frame")).to_be_hidden()
+
+
+async def test_adapters_are_on_the_form_if_the_workers_have_some(site: Site, browser: Browser, video: bytes) -> None:
+    await site.bench.worker()
+    async with visiting(browser, site.address) as visit:
+        await expect(visit.page.locator("#health")).to_have_text("Healthy")
+        await visit.page.get_by_text("More").click()
+        await expect(visit.page.get_by_label("Seed")).to_be_visible()
+        adapters = visit.page.get_by_label("Adapters")
+        await expect(adapters).to_be_hidden()
+        await site.bench.worker(loras=("film", "noir"))
+        await visit.page.reload()
+        await visit.page.get_by_text("More").click()
+        await expect(adapters).to_have_accessible_description("NAME or NAME:SCALE, with commas between: film, noir")
+        await adapters.fill("film:0.5, noir")
+        await visit.make()
+        task_id, asked = await site.take()
+        assert asked.loras == (Lora(name="film", scale=0.5), Lora(name="noir"))
+        await site.finish(task_id, asked, video)
+        await visit.page.reload()
+        await expect(adapters).to_have_value("film:0.5, noir")
 
 
 # The request as code

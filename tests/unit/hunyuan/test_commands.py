@@ -88,6 +88,14 @@ def test_generate_sends_its_options_as_the_request_has_them(api: ScriptedApi) ->
     assert sent == {"prompt": PROMPT, **options, "enhance_prompt": True}
 
 
+def test_generate_takes_adapters_with_and_without_a_strength(api: ScriptedApi) -> None:
+    sent = request_of(api, "--lora", "film", "--lora", "Anime (new):-0.5")
+    assert sent["loras"] == [{"name": "film", "scale": 1.0}, {"name": "Anime (new)", "scale": -0.5}]
+    for wrong in ("film:", "film:strong", "../film", "film:9"):
+        done = run("generate", PROMPT, "--lora", wrong)
+        assert (done.exit_code, "NAME or NAME:SCALE" in done.output) == (2, True)
+
+
 def test_generate_saves_the_video_and_shows_a_line_for_each_stage_without_a_terminal(api: ScriptedApi) -> None:
     done = run("generate", PROMPT, "--output", "boat.mp4")
     assert (done.exit_code, Path("boat.mp4").read_bytes()) == (0, VIDEO)
