@@ -97,7 +97,7 @@ class PipelineModel:
     ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
         try:
-            latents = self._latents(job_input, image, seed, on_progress, on_preview, cancelled)
+            latents = self._latents(job_input, image, seed, on_progress, cancelled, on_preview)
             yield from self._decode(latents, on_progress, cancelled)
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
@@ -177,8 +177,8 @@ class PipelineModel:
         image: Image.Image | None,
         seed: int,
         on_progress: OnProgress,
-        on_preview: OnPreview,
         cancelled: Event,
+        on_preview: OnPreview = no_preview,
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
         # 1. Choose the route, and check that the job fits.
