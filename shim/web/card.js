@@ -2,16 +2,8 @@
 
 import { ApiError, currentKey, json, request, unlessLost } from "./api.js";
 import { changes, forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
-import { inWords } from "./words.js";
+import { inWords, megabytes, settingsInWords, stageInWords, timeInWords } from "./words.js";
 
-const STAGES = {
-  queued: "In the queue",
-  encoding_prompt: "Reading the prompt",
-  denoising: "Forming the video",
-  upscaling: "Adding detail",
-  decoding: "Drawing the frames",
-  storing: "Storing the video",
-};
 /** Of tasks that the server ran and lost. It has deleted or never had the others. */
 const RETRYABLE = ["GENERATION_FAILED", "OOM_ERROR", "STORAGE_UNAVAILABLE"];
 const PARTS = [
@@ -349,42 +341,8 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** What a waiting or running task does. */
-export function stageInWords(status) {
-  if (status?.queue_position > 1) return `In the queue, ${status.queue_position - 1} ahead of it`;
-  if (status?.queue_position === 1) return "In the queue, next to start";
-  return STAGES[status?.stage] ?? "Accepted";
-}
-
-/** How long it has taken, and how long it will take if that is known. */
-export function timeInWords(elapsed, estimate) {
-  if (estimate === null) return clock(elapsed);
-  const left = estimate - elapsed;
-  return `${clock(elapsed)} · ${left > 0 ? `about ${roundly(left)} left` : `longer than the ${roundly(estimate)} expected`}`;
-}
-
-/** Seconds in words that change seldom: 45 s, 3 min. */
-function roundly(seconds) {
-  return seconds < 90 ? `${Math.ceil(seconds / 5) * 5} s` : `${Math.ceil(seconds / 60)} min`;
-}
-
 function withoutSeed({ seed, ...input }) {
   return input;
-}
-
-function settingsInWords(input) {
-  const { duration, resolution, aspect_ratio, model, image, ...others } = input;
-  const numbers = Object.entries(others).filter(([, value]) => typeof value === "number");
-  const extras = [model, ...numbers.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`), image && "from an image"];
-  return [`${duration} s`, resolution, aspect_ratio, ...extras.filter(Boolean)].join(" · ");
-}
-
-function clock(seconds) {
-  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
-}
-
-function megabytes(bytes) {
-  return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
 /** Copy the text, and show on the button for two seconds whether that worked. */

@@ -1,8 +1,8 @@
 /** The list of all unfinished tasks, of this browser and of others. With API keys: of this key. */
 
 import { ApiError, json } from "./api.js";
-import { stageInWords, timeInWords } from "./card.js";
 import { keptTasks, pause, pollDelay } from "./tasks.js";
+import { stageInWords, timeInWords } from "./words.js";
 
 const INTERVAL = 5_000; // ms, at least
 const SHOWN = 100; // the longest page of GET /tasks

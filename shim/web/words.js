@@ -1,5 +1,6 @@
-/** What each error code means to a person, and what they can do. A test compares the codes with the server's. */
+/** What the page says: of errors, and of a video's stage, time, settings and size. */
 
+/** What each error code means to a person, and what they can do. A test compares the codes with the server's. */
 export const WORDS = {
   INVALID_PROMPT: "The prompt does not fit. Write 10 to 500 characters.",
   INVALID_DURATION: "This duration is not possible. Choose 5 to 10 seconds.",
@@ -37,4 +38,49 @@ export const WORDS = {
 export function inWords(message, code) {
   const words = WORDS[code];
   return words === undefined ? { text: message, detail: "" } : { text: words, detail: `${message} (${code})` };
+}
+
+const STAGES = {
+  queued: "In the queue",
+  encoding_prompt: "Reading the prompt",
+  denoising: "Forming the video",
+  upscaling: "Adding detail",
+  decoding: "Drawing the frames",
+  storing: "Storing the video",
+};
+
+/** What a waiting or running task does. */
+export function stageInWords(status) {
+  if (status?.queue_position > 1) return `In the queue, ${status.queue_position - 1} ahead of it`;
+  if (status?.queue_position === 1) return "In the queue, next to start";
+  return STAGES[status?.stage] ?? "Accepted";
+}
+
+/** How long it has taken, and how long it will take if that is known. */
+export function timeInWords(elapsed, estimate) {
+  if (estimate === null) return clock(elapsed);
+  const left = estimate - elapsed;
+  return `${clock(elapsed)} · ${left > 0 ? `about ${roundly(left)} left` : `longer than the ${roundly(estimate)} expected`}`;
+}
+
+/** Seconds in words that change seldom: 45 s, 3 min. */
+function roundly(seconds) {
+  return seconds < 90 ? `${Math.ceil(seconds / 5) * 5} s` : `${Math.ceil(seconds / 60)} min`;
+}
+
+/** The settings of a video in one line. */
+export function settingsInWords(input) {
+  const { duration, resolution, aspect_ratio, model, image, ...others } = input;
+  const numbers = Object.entries(others).filter(([, value]) => typeof value === "number");
+  const extras = [model, ...numbers.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`), image && "from an image"];
+  return [`${duration} s`, resolution, aspect_ratio, ...extras.filter(Boolean)].join(" · ");
+}
+
+/** Seconds as 1:05. */
+function clock(seconds) {
+  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
+}
+
+export function megabytes(bytes) {
+  return `${(bytes / 1e6).toFixed(1)} MB`;
 }
