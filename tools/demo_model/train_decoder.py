@@ -1,7 +1,6 @@
 """Trains the VAE's decoder to draw the world from its latents.
 
-First its lowest level learns to draw coarse shapes from what latents say of each thing, then its lower levels learn to
-give the upper ones what those draw from (`drawing.py`), and then all of it learns pixels.
+First its lower levels learn to give the upper ones what those draw from (`drawing.py`), then all of it learns pixels.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import MethodType
@@ -30,21 +27,10 @@ from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, SHAPE_STRENGTH, TE
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Stage:
-    """A share of the time, its loss, the largest rates as a fraction, and latent frames with clips in a batch of it."""
-
-    share: float
-    loss: Callable[[Any, Random, int, int], torch.Tensor]
-    rate: float
-    batches: tuple[tuple[int, int], ...]
-
-
+#: Share of the time, whether the loss is in pixels, the largest rates, and latent frames with clips in a batch of it.
+_STAGES: Final = ((0.6, False, 1.0, ((1, 24), (3, 8))), (0.4, True, 0.3, ((1, 16), (3, 3))))
 #: Of Muon and of Adam. Larger ones leave noise in the features.
 _RATES: Final = (0.006, 2e-3)
-#: Channels of the latents that are drawn: shapes, their colours, the scene.
-_DRAWN: Final = 32
 #: Cells on a side of a part, and rows and columns of whole pictures.
 _CROPS: Final = (2, 3)
 _SIZES: Final = ((5, 9), (5, 9), (9, 5), (6, 6), (6, 8), (8, 6))
@@ -69,10 +55,10 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     start, last = time.monotonic() - state["elapsed"], time.monotonic()
     while (elapsed := time.monotonic() - start) < seconds:
         done = elapsed / seconds
-        stage, into = _stage(done)
-        share = stage.rate * (1.01 - into) * min(1.0, (state["step"] + 1) / 50)
-        frames, size = random.choice(stage.batches)
-        loss = stage.loss(decoder, random, frames, size)
+        in_pixels, share, batches = _stage(done)
+        share *= min(1.0, (state["step"] + 1) / 50)
+        frames, size = random.choice(batches)
+        loss = (_pixel_loss if in_pixels else _feature_loss)(decoder, random, frames, size)
         training.step(loss, share, keep=0.99)
         if time.monotonic() - last > 60:
             last = time.monotonic()
@@ -82,7 +68,7 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
                     {
                         "step": state["step"],
                         "minutes": round(elapsed / 60, 1),
-                        "loss of": stage.loss.__name__,
+                        "pixels": in_pixels,
                         "frames": frames,
                         "loss": round(loss.item(), 4),
                         "psnr": psnr(decoder, training.average),
@@ -93,22 +79,12 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     log.info("final psnr %s", psnr(decoder, training.average))
 
 
-def _stage(done: float) -> tuple[_Stage, float]:
-    """The stage after this part of the time, and the part of the stage that is over."""
-    for stage in _STAGES[:-1]:
-        if done < stage.share:
-            return stage, done / stage.share
-        done -= stage.share
-    return _STAGES[-1], done / _STAGES[-1].share
-
-
-def _shape_loss(decoder: Any, random: Random, frames: int, size: int) -> torch.Tensor:
-    """The lowest level gives clean latents, and shapes as strong as all else."""
-    batch, *_ = _clips(random, frames, size)
-    wanted = batch.latents()[:, :, -frames:]
-    hidden = _lowest(decoder, _noisy(random, wanted))
-    wanted[:, :SHAPE_CHANNELS] /= SHAPE_STRENGTH
-    return F.mse_loss(hidden[:, :_DRAWN], wanted[:, :_DRAWN])
+def _stage(done: float) -> tuple[bool, float, tuple[tuple[int, int], ...]]:
+    """Whether the loss is in pixels, the rates as a fraction, which falls to zero in each stage, and the batches."""
+    first, second = _STAGES
+    share, in_pixels, rate, batches = first if done < first[0] else second
+    into = done / share if done < first[0] else (done - first[0]) / share
+    return in_pixels, rate * (1.01 - into), batches
 
 
 def _feature_loss(decoder: Any, random: Random, frames: int, size: int) -> torch.Tensor:
@@ -116,18 +92,12 @@ def _feature_loss(decoder: Any, random: Random, frames: int, size: int) -> torch
     wanted, matters = drawing.features(batch, first, last)
     latents = _noisy(random, batch.latents()[:, :, -frames:])
     wanted, matters, latents = _parts(random, batch, first, (8, wanted), (8, matters), (1, latents))
-    hidden = _lowest(decoder, latents)
+    hidden = decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, dim=1)
+    hidden = decoder.mid_block(hidden)
     for block in decoder.up_blocks[:3]:
         hidden = block(hidden)
     loss: torch.Tensor = ((hidden - wanted).abs() * matters).mean()
     return loss
-
-
-def _lowest(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    hidden: torch.Tensor = decoder.mid_block(
-        decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, dim=1)
-    )
-    return hidden
 
 
 def _pixel_loss(decoder: Any, random: Random, frames: int, size: int) -> torch.Tensor:
@@ -149,10 +119,10 @@ def _clips(random: Random, frames: int, size: int) -> tuple[Batch, int, int]:
 
 
 def _noisy(random: Random, latents: torch.Tensor) -> torch.Tensor:
-    """With noise, as the transformer's latents are not perfect: most in its shapes, least in what it says of things."""
-    noise = 0.12 * random.random() * torch.randn_like(latents)
-    noise[:, :SHAPE_CHANNELS] = random.uniform(0.3, 1.0) * torch.randn_like(noise[:, :SHAPE_CHANNELS])
-    return latents + noise
+    """With noise, as the transformer's latents are not perfect: more in colours and scene, which change slowly."""
+    noise = torch.randn_like(latents)
+    noise[:, :SHAPE_CHANNELS] *= 0.3 * SHAPE_STRENGTH
+    return latents + 0.3 * random.random() * noise
 
 
 def _parts(random: Random, batch: Batch, first: int, *whole: tuple[int, torch.Tensor]) -> list[torch.Tensor]:
@@ -236,13 +206,6 @@ def _attend(self: Any, x: torch.Tensor) -> torch.Tensor:
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=frame[:, None] >= frame)
     projected: torch.Tensor = self.proj_out(torch.unflatten(attended.transpose(1, 2), 2, x.shape[2:]))
     return x + projected
-
-
-_STAGES: Final = (
-    _Stage(0.4, _shape_loss, 1.0, ((1, 32), (1, 32), (3, 10))),
-    _Stage(0.35, _feature_loss, 0.6, ((1, 24), (3, 8))),
-    _Stage(0.25, _pixel_loss, 0.2, ((1, 16), (3, 3))),
-)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class Batch:
 
         The kinds that are not taught leave two channels free, for the thing's way since the start. Its place is that of
         its centre as seen from each cell. It is the same in many cells, so a little noise hides it in none. The
-        transformer decides it first, and the decoder draws the thing from it.
+        transformer decides it first and derives the shape in each cell from it. The decoder does not use it.
         """
         x, y, scale, angle = self.placed(seconds)  # (B, N, T) each
         kind, motion = F.one_hot(self._kind, len(KINDS)), F.one_hot(self._motion, len(MOTIONS))
