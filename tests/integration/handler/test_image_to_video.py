@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -26,8 +25,9 @@ from handler.worker import Job, JobError, Worker
 from storage.bucket import Bucket
 from storage.images import Images
 from storage.layout import image_key
+from storage.settings import BucketSettings
 from tests.support.queues import NOWHERE
-from tests.support.s3_servers import juicefs
+from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
 from tests.support.small_models import image_family, image_pipeline
 
@@ -162,19 +162,18 @@ def test_an_image_that_can_not_be_used_fails_the_job_and_says_why() -> None:
     assert text == "image: the image's host is not on the open internet"
 
 
-def test_an_uploaded_image_is_read_from_the_workers_bucket_until_it_is_deleted(tmp_path: Path) -> None:
+def test_an_uploaded_image_is_read_from_the_workers_bucket_until_it_is_deleted(s3_server: BucketSettings) -> None:
     body = io.BytesIO()
     picture().save(body, "PNG")
-    with juicefs(tmp_path) as settings:
-        bucket = Bucket(settings)
-        image_id, _ = Images(bucket).put(body.getvalue(), content_type="image/png")
-        worker = Worker(ScriptedModel(), bucket, version="1")
-        job_input = JobInput(prompt=PROMPT, image=f"upload:{image_id}")
-        loaded = worker._image(job_input)
-        assert loaded is not None
-        assert np.array_equal(np.asarray(loaded), np.asarray(picture()))
-        bucket.delete(image_key(image_id))
-        code, text = failure(worker, f"upload:{image_id}")
+    bucket = Bucket(new_bucket(s3_server))
+    image_id, _ = Images(bucket).put(body.getvalue(), content_type="image/png")
+    worker = Worker(ScriptedModel(), bucket, version="1")
+    job_input = JobInput(prompt=PROMPT, image=f"upload:{image_id}")
+    loaded = worker._image(job_input)
+    assert loaded is not None
+    assert np.array_equal(np.asarray(loaded), np.asarray(picture()))
+    bucket.delete(image_key(image_id))
+    code, text = failure(worker, f"upload:{image_id}")
     assert (code, text) == (ErrorCode.INVALID_REQUEST, "image: the uploaded image has expired; upload it again")
 
 

@@ -151,9 +151,9 @@ def tiled_family() -> PipelineModel:
 
 
 def render(model: PipelineModel, on_progress: Any, cancelled: Event) -> None:
+    """Until the first frame."""
     job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
-    for _ in model.render(job, seed=1, on_progress=on_progress, cancelled=cancelled):
-        pass
+    next(model.render(job, seed=1, on_progress=on_progress, cancelled=cancelled))
 
 
 def test_progress_moves_after_each_window_and_ends_at_one() -> None:
