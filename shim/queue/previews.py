@@ -3,18 +3,17 @@
 from typing import Any
 
 from sqlalchemy import ColumnElement, Delete, Select, delete, literal, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from shim.queue.engine import insert_into
 from shim.queue.job import JobState
 from shim.queue.schema import jobs, previews
 
 
 async def save_preview(connection: AsyncConnection, jpeg: bytes, *which: ColumnElement[bool]) -> None:
     """Makes `jpeg` the preview of the job that `which` selects, if it selects one."""
-    insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     chosen = select(jobs.c.seq, literal(jpeg, previews.c.jpeg.type)).where(*which)
-    rows = insert(previews).from_select(["job", "jpeg"], chosen)
+    rows = insert_into(connection, previews).from_select(["job", "jpeg"], chosen)
     await connection.execute(rows.on_conflict_do_update(index_elements=["job"], set_={"jpeg": rows.excluded.jpeg}))
 
 
