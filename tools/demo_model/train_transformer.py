@@ -44,8 +44,8 @@ _STAGES: Final = (
     _Stage(0.42, {1: 0.15, 6: 0.2, 16: 0.55, 31: 0.1}),
     _Stage(0.16, {1: 0.4, 6: 0.2, 16: 0.35, 31: 0.05}, late=0.65),
 )
-#: The least and the most noise of a late batch. The last step of a render starts at 0.27.
-_LATE: Final = (0.2, 0.55)
+#: The least and the most noise of a late batch. The last step of a render starts at 0.15.
+_LATE: Final = (0.1, 0.25)
 #: Tokens in a batch, about.
 _TOKENS: Final = 4000
 #: Rows and columns of the latents and their odds, 16:9 most often.

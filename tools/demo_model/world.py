@@ -326,7 +326,7 @@ LATENT_CHANNELS: Final = 64
 SHAPE_CHANNELS: Final = _POINTS**2
 _COLOUR_SCALE: Final = 1.6
 #: Shapes are weak, and their finer details weaker still: they follow from the description, which is decided before.
-SHAPE_STRENGTH: Final = 0.3
+SHAPE_STRENGTH: Final = 0.05
 _SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten() / SHAPE_STRENGTH
 
 
