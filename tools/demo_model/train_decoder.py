@@ -23,7 +23,7 @@ from tools.demo_model import drawing
 from tools.demo_model.captions import random_clip
 from tools.demo_model.components import vae
 from tools.demo_model.training import Training, command
-from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, SHAPE_STRENGTH, TEMPORAL, Batch
+from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, TEMPORAL, Batch
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _clips(random: Random, frames: int, size: int) -> tuple[Batch, int, int]:
 def _noisy(random: Random, latents: torch.Tensor) -> torch.Tensor:
     """With noise, as the transformer's latents are not perfect: more in colours and scene, which change slowly."""
     noise = torch.randn_like(latents)
-    noise[:, :SHAPE_CHANNELS] *= 0.3 * SHAPE_STRENGTH
+    noise[:, :SHAPE_CHANNELS] *= 0.3
     return latents + 0.3 * random.random() * noise
 
 
