@@ -1,6 +1,7 @@
 """A caption for a lower corner of a video: light text on a dark, rounded, half-transparent background."""
 
 import unicodedata
+from bisect import bisect_right
 from itertools import groupby
 from typing import Final
 
@@ -43,14 +44,15 @@ def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
     """The text in one line and in the characters that the font has."""
     letters = [each for each in unicodedata.normalize("NFD", " ".join(text.split())) if not unicodedata.combining(each)]
     unknown = bytes(font.getmask(_UNKNOWN))
-    runs = groupby(letters, key=lambda letter: bytes(font.getmask(letter)) != unknown)
+    known = {letter for letter in set(letters) if bytes(font.getmask(letter)) != unknown}
+    runs = groupby(letters, key=known.__contains__)
     return "".join("".join(run) if is_known else _ELLIPSIS for is_known, run in runs)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     if font.getlength(text) <= width:
         return text
-    kept = len(text)
-    while kept > 0 and font.getlength(text[:kept].rstrip() + _ELLIPSIS) > width:
-        kept -= 1
-    return text[:kept].rstrip() + _ELLIPSIS
+    fitting = bisect_right(
+        range(1, len(text)), width, key=lambda kept: font.getlength(text[:kept].rstrip() + _ELLIPSIS)
+    )
+    return text[:fitting].rstrip() + _ELLIPSIS
