@@ -75,9 +75,9 @@ def test_one_search_finds_every_step_of_a_task(service: Service, finished_task: 
         ("shim.queue.dispatch", "taken by worker"),
         ("runpod", "Started."),
         ("handler.worker", "begins"),
-        ("handler.worker", "encoding_prompt took"),
-        ("handler.worker", "denoising took"),
-        ("handler.worker", "next is storing"),
+        ("handler.meter", "encoding_prompt took"),
+        ("handler.meter", "denoising took"),
+        ("handler.meter", "next is storing"),
         ("handler.worker", "done in"),
         ("shim.queue.dispatch", "completed by worker"),
     )

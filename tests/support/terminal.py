@@ -31,6 +31,7 @@ class OnTerminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
         )
         os.close(slave)
         self.text = ""

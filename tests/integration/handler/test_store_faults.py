@@ -217,7 +217,7 @@ def test_a_slow_bucket_needs_no_retry(bench: Bench, direct: Bucket) -> None:
     bench.proxy.faults = Faults(latency=0.1, bandwidth=50_000)
     bench.run()
     assert_whole(direct)
-    assert len([request for request in bench.proxy.requests if request.startswith("PUT")]) == 3
+    assert len([request for request in bench.proxy.requests if request.startswith("PUT")]) == 4
 
 
 def test_progress_is_reported_again_while_the_upload_is_retried(bench: Bench) -> None:

@@ -659,6 +659,7 @@ async def test_openapi_describes_exactly_this(server: Server) -> None:
         "/tasks": ["get"],
         "/tasks/{task_id}": ["delete", "get"],
         "/tasks/{task_id}/events": ["get"],
+        "/tasks/{task_id}/preview.jpg": ["get"],
         "/tasks/{task_id}/retry": ["post"],
         "/health": ["get"],
         "/ready": ["get"],
