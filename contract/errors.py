@@ -1,9 +1,16 @@
 """Why a request or a job failed, in the shape clients read."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many more there are, for the text of an error."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class ErrorCode(StrEnum):

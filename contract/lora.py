@@ -6,6 +6,8 @@ from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from contract.errors import first_of
+
 MAX_LORAS: Final = 4
 #: How much stronger than trained an adapter may be. A negative scale takes away what it adds.
 MAX_SCALE: Final = 4.0
@@ -39,6 +41,5 @@ def is_adapter_name(text: str) -> bool:
 def unknown_adapter(name: str, known: Collection[str]) -> str:
     """The error of a request with an adapter that does not exist."""
     quoted = [f'"{each}"' for each in sorted(known)]
-    more = f" and {len(quoted) - _SHOWN} more" if len(quoted) > _SHOWN else ""
-    exist = f"{', '.join(quoted[:_SHOWN])}{more}" if quoted else "none (HUNYUAN_LORA_DIR)"
+    exist = first_of(quoted, _SHOWN) if quoted else "none (HUNYUAN_LORA_DIR)"
     return f'loras: there is no adapter "{name}"; the workers have {exist}'

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,7 +29,7 @@ from contract.result import Manifest, Stage
 from contract.worker import WorkerState
 from shim.errors import ApiError
 from shim.queue.base import QueueSummary
-from shim.queue.job import JobState
+from shim.queue.job import JobState, WebhookState
 from shim.queue.observer import JobObserver
 from storage.errors import ObjectNotFoundError, StorageDeniedError
 
@@ -113,7 +113,7 @@ class Metrics(JobObserver):
         ended.labels(JobState.CANCELLED, ErrorCode.CANCELLED)
         for code in _FAILURES:
             ended.labels(JobState.FAILED, code)
-        for state in ("delivered", "pending", "failed"):
+        for state in get_args(WebhookState.model_fields["state"].annotation):
             self._counters["hunyuan_webhook_attempts"].labels(state)
 
     def disk_problems(self) -> list[str]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
+from contract.errors import first_of
 from contract.lora import is_adapter_name
 from handler.video_model.approximations import Fp8Linear
 from handler.video_model.base import AdapterError
@@ -157,13 +158,15 @@ def _adapter(file: _File, transformer: HunyuanVideo15Transformer3DModel) -> Adap
             part = next(part for part in ("down", "up", "alpha") if match[part])
             modules.setdefault(match["module"], {})[part] = tensor
     if strange or not modules:
-        raise _WrongFileError(f"has weights that are not of a LoRA: {_some(strange)}" if strange else "is empty")
+        raise _WrongFileError(
+            f"has weights that are not of a LoRA: {first_of(strange, _SHOWN)}" if strange else "is empty"
+        )
     # 2. Find the layers of each.
     known = _known_modules(transformer)
     layers = linear_layers(transformer)
     targets = {module: known.get(_plain(module), ()) for module in modules}
     if strange := [module for module, names in targets.items() if not names or not layers.keys() >= set(names)]:
-        raise _WrongFileError(f"is of another model, this one has no linear layer {_some(strange)}")
+        raise _WrongFileError(f"is of another model, this one has no linear layer {first_of(strange, _SHOWN)}")
     # 3. Split what belongs to several layers.
     alpha_of = _Alphas(file.metadata)
     adapter: dict[str, Update] = {}
@@ -248,8 +251,3 @@ def _plain(module: str) -> str:
 
 def _flat(name: str) -> str:
     return name.replace(".", "_")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

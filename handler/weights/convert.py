@@ -18,6 +18,7 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from contract.errors import first_of
 from handler.video_model.catalog import CHECKPOINTS, Checkpoint, known_name
 from handler.video_model.upsamplers import load_upsampler
 from handler.weights.errors import ConvertError, UnknownNameError, one_line
@@ -119,7 +120,11 @@ def convert_transformer(state: State) -> dict[str, torch.Tensor]:
     unknown = [name for name in state if not name.startswith(prefix) or name.removeprefix(prefix) not in targets]
     missing = [prefix + name for name in targets if prefix + name not in state]
     if unknown or missing:
-        wrong = [f"{what} {_some(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys]
+        wrong = [
+            f"{what} {first_of(keys, _SHOWN_KEYS)}"
+            for what, keys in (("unknown", unknown), ("missing", missing))
+            if keys
+        ]
         raise ConvertError(f"not a HunyuanVideo-1.5 transformer in the original layout: {'; '.join(wrong)}")
     converted: dict[str, torch.Tensor] = {}
     for name, becomes in targets.items():
@@ -267,11 +272,6 @@ def _targets(names: list[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return ", ".join(keys[:_SHOWN_KEYS]) + more
-
-
 def _write_transformer(source: Path, target: Path, name: str) -> bool:
     """Converts and checks the transformer. Returns whether it is a meanflow model."""
     config_file = (source if source.is_dir() else source.parent) / CONFIG_FILE
@@ -351,7 +351,7 @@ def _files(source: Path) -> list[Path]:
         return [source]
     indices = sorted(source.glob(INDEX_FILES))
     if len(indices) > 1:
-        names = _some([index.name for index in indices])
+        names = first_of([index.name for index in indices], _SHOWN_KEYS)
         raise ConvertError(f"{source} holds several checkpoints: {names}; name one file")
     files = shards(indices[0]) if indices else sorted(source.glob("*.safetensors"))
     if not files:

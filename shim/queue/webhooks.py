@@ -88,7 +88,7 @@ class Webhooks:
 
     async def _claim_next(self) -> Row[Any] | None:
         now = self._database.clock()
-        due = self._by_duemoment(jobs.c.webhook_due_at <= now)
+        due = self._by_due_time(jobs.c.webhook_due_at <= now)
         return await self._database.claim_next(due, {"webhook_due_at": now + self._options.timeout + _CLAIM})
 
     async def _seconds_to_next(self) -> float:
@@ -98,10 +98,10 @@ class Webhooks:
     async def next_due(self) -> float | None:
         """When the next webhook is due, by the database's clock. None if none is pending."""
         async with self._database.read() as connection:
-            row = await fetch_one(connection, self._by_duemoment())
+            row = await fetch_one(connection, self._by_due_time())
         return row.webhook_due_at if row is not None else None
 
-    def _by_duemoment(self, *which: ColumnElement[bool]) -> Any:
+    def _by_due_time(self, *which: ColumnElement[bool]) -> Any:
         busy: Collection[str] = [host for host, count in self._under_way.items() if count >= _MOST_OF_ONE]
         due = and_(jobs.c.webhook_due_at.is_not(None), jobs.c.webhook_host.not_in(busy), *which)
         columns = jobs.c.task_id, jobs.c.webhook_due_at

@@ -2,7 +2,7 @@
 
 import { ApiError, currentKey, json, request, unlessLost } from "./api.js";
 import { changes, forget, hasEnded, keep, pause, pollDelay, submit } from "./tasks.js";
-import { inWords, megabytes, settingsInWords, stageInWords, timeInWords } from "./words.js";
+import { inWords, megabytes, setText, settingsInWords, stageInWords, timeInWords } from "./words.js";
 
 /** Of tasks that the server ran and lost. It has deleted or never had the others. */
 const RETRYABLE = ["GENERATION_FAILED", "OOM_ERROR", "STORAGE_UNAVAILABLE"];
@@ -334,11 +334,6 @@ export class Card {
     this.element.remove();
     for (const url of [...this.#blobUrls, this.#parts.preview.firstElementChild.src]) URL.revokeObjectURL(url);
   }
-}
-
-/** Change the text only if it differs: a live region announces each change. */
-function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
 }
 
 function withoutSeed({ seed, ...input }) {

@@ -2,7 +2,7 @@
 
 import { ApiError, json } from "./api.js";
 import { keptTasks, pause, pollDelay } from "./tasks.js";
-import { stageInWords, timeInWords } from "./words.js";
+import { setText, stageInWords, timeInWords } from "./words.js";
 
 const INTERVAL = 5_000; // ms, at least
 const SHOWN = 100; // the longest page of GET /tasks
@@ -32,7 +32,7 @@ async function watch() {
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       failures += 1;
-      say(error.message);
+      setText(hint, error.message);
       if (error.status === 501) return; // RunPod's queue has no list
     }
     await pause(Math.max(pollDelay(failures), INTERVAL));
@@ -44,8 +44,8 @@ function show(tasks, more) {
   const own = new Set(keptTasks().map(({ taskId }) => taskId));
   const sorted = tasks.toReversed().sort((one, other) => (one.queue_position ?? 0) - (other.queue_position ?? 0));
   list.replaceChildren(...sorted.map((task) => row(task, own.has(task.task_id))));
-  if (more) say(`The newest ${SHOWN} are shown.`);
-  else say(tasks.length === 0 ? "No video is waiting or being made." : "");
+  if (more) setText(hint, `The newest ${SHOWN} are shown.`);
+  else setText(hint, tasks.length === 0 ? "No video is waiting or being made." : "");
 }
 
 function row(task, isOwn) {
@@ -59,8 +59,4 @@ function row(task, isOwn) {
   ];
   item.textContent = words.filter(Boolean).join(" · ");
   return item;
-}
-
-function say(text) {
-  if (hint.textContent !== text) hint.textContent = text;
 }

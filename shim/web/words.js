@@ -40,6 +40,11 @@ export function inWords(message, code) {
   return words === undefined ? { text: message, detail: "" } : { text: words, detail: `${message} (${code})` };
 }
 
+/** Change the text only if it differs: a live region announces each change. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
 const STAGES = {
   queued: "In the queue",
   encoding_prompt: "Reading the prompt",
