@@ -1,6 +1,8 @@
 """Opens and migrates the SQL queue's database: SQLite on one machine, PostgreSQL for several servers."""
 
+import errno
 import os
+import sqlite3
 import stat
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from contract.retry import RetryPolicy
 from shim.queue.base import QueueError, QueueUnavailableError
 
 #: PostgreSQL identifies an advisory lock by a number within the database.
@@ -26,6 +29,7 @@ INSTANCE_LOCK: Final = 1_500_003  # with a second number, the hash of the instan
 #: writer can begin.
 _BUSY_TIMEOUT: Final = 10_000
 _CHECKPOINT_TIMEOUT: Final = 200
+_OPEN: Final = RetryPolicy(first=0.05, longest=0.5, total=10.0)
 
 #: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. With them the
 #: loss of the server or of the network shows within seconds, not after the kernel's 15 minutes.
@@ -71,16 +75,26 @@ async def open_engine(url: URL) -> AsyncEngine:
 
 async def _open(url: URL, change: Callable[[Connection], None]) -> AsyncEngine:
     engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+
+    async def begin() -> None:
+        try:
+            async with writing(engine).begin() as connection:
+                await connection.run_sync(change)
+        except DBAPIError as exc:
+            raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
+
     try:
-        async with writing(engine).begin() as connection:
-            await connection.run_sync(change)
-    except DBAPIError as exc:
-        await engine.dispose()
-        raise QueueUnavailableError(f"cannot open the database {url.render_as_string()}: {exc.orig}") from exc
+        await _OPEN.async_retrying(_is_locked, what="opening the job queue")(begin)
     except BaseException:
         await engine.dispose()
         raise
     return engine
+
+
+def _is_locked(error: BaseException) -> bool:
+    """SQLite does not wait for a lock, whatever its busy timeout, while another program switches a new file to WAL."""
+    cause = error.__cause__
+    return isinstance(cause, DBAPIError) and getattr(cause.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
 
 
 def writing(engine: AsyncEngine) -> AsyncEngine:
@@ -178,12 +192,24 @@ def _make_private(url: URL) -> None:
         return
     path = Path(url.database)
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        _create(path)
         for file in (path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))):
             if file.exists() and stat.S_IMODE(file.stat().st_mode) != 0o600:
                 file.chmod(0o600)
     except OSError as exc:
         raise QueueUnavailableError(f"cannot open the database {path}: {exc.strerror}") from exc
+
+
+def _create(path: Path) -> None:
+    """An empty file, if there is none. An existing one is not opened: closing it would end SQLite's locks on it.
+
+    Source: https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks_canceled_by_a_separate_thread_doing_close_
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:

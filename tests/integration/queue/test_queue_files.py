@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from shim.queue.database import Database
 from shim.queue.sql import SqlQueue
 from tests.support.queues import JOB, Bench, result, sql_bench
 
@@ -39,6 +44,20 @@ async def test_only_the_owner_reads_the_queues_files_in_a_directory_that_others_
         await bench.worker()
         await bench.queue.submit(JOB)
         assert modes(open_directory) == dict.fromkeys(FILES, "0o600")
+
+
+async def test_a_second_opening_in_the_same_process_ends_no_lock_of_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "queue.sqlite3"
+    first = sqlite3.connect(file, isolation_level=None)
+    first.execute("BEGIN IMMEDIATE")
+    opening = asyncio.create_task(Database.open(f"sqlite:///{file}"))
+    await asyncio.sleep(0)
+    write = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
+    writer = await asyncio.create_subprocess_exec(sys.executable, "-c", write, file, stderr=subprocess.PIPE)
+    assert b"database is locked" in (await writer.communicate())[1]
+    first.execute("COMMIT")
+    first.close()
+    await (await opening).close()
 
 
 async def _job_with_a_secret(bench: Bench, secret: str) -> str:
