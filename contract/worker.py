@@ -14,6 +14,7 @@ class WorkerExit(IntEnum):
 
     A supervisor may restart the worker after any of them except BAD_SETTINGS, which persists until a setting changes.
     RENDER_STUCK: a render made no progress and did not end when it was stopped; its task needs another worker.
+    RANK_LOST: one of the processes that share a render has ended.
     """
 
     STOPPED = 0
@@ -21,6 +22,7 @@ class WorkerExit(IntEnum):
     BAD_SETTINGS = 2
     NO_MODEL_OR_BUCKET = 3
     RENDER_STUCK = 4
+    RANK_LOST = 5
 
 
 class WorkerState(StrEnum):

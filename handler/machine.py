@@ -1,6 +1,9 @@
 """What the worker's machine gives it: host memory, the limit of its container, and directories of other users."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,6 +14,7 @@ CGROUP_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/
 VOLUME: Final = Path("/runpod-volume")
 
 _GB: Final = 1e9
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def machine_memory() -> int:
@@ -37,6 +41,17 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def die_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when its parent, of that process id, dies (Linux: prctl(2)).
+
+    Exits at once if it is dead already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
 
 
 def is_writable(path: Path) -> bool:

@@ -12,7 +12,6 @@ What the SDK (1.12) does, and what this module does about it:
 
 import asyncio
 import contextlib
-import ctypes
 import io
 import json
 import logging
@@ -35,13 +34,12 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 from contract.log_fields import begin
 from contract.result import Progress
 from contract.retry import RetryPolicy
-from contract.worker import WorkerExit
+from handler.machine import die_with_parent
 from handler.video_model.base import RenderCancelledError
 from handler.worker import Job, JobError, RenderStalledError, Worker
 
 #: The id that the SDK gives to each job of `--test_input`.
 _TEST_ID: Final = "local_test"
-_PR_SET_PDEATHSIG: Final = 1
 #: Waits between failed job-takes. The SDK's own loop repeats the request.
 _JOB_TAKE_RETRIES: Final = RetryPolicy(first=0.5, longest=5.0)
 #: Retries of delivering a result. Later the server finds the result in the bucket, by its manifest.
@@ -228,20 +226,12 @@ def _send_progress(sdk_job: RunPodJob, progress: Progress) -> None:
 
 
 def _end_forks_with_their_parent() -> None:
-    """Ends the SDK's ping process with the worker: it would report a dead worker as alive.
-
-    The kernel kills it when its parent dies (prctl(2)), and it exits itself if its parent was dead before that.
-    """
+    """Ends the SDK's ping process with the worker: it would report a dead worker as alive."""
     parent = 0
 
     def remember_parent() -> None:
         nonlocal parent
         parent = os.getpid()
 
-    def die_with_parent() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(WorkerExit.STOPPED)
-
     if sys.platform == "linux":
-        os.register_at_fork(before=remember_parent, after_in_child=die_with_parent)
+        os.register_at_fork(before=remember_parent, after_in_child=lambda: die_with_parent(parent))

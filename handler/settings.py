@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo
 from pydantic_settings import NoDecode
 
 from contract.job import Profile
@@ -36,6 +36,19 @@ _STEP_CACHES: Final = (
 )
 
 
+#: Those that compare tokens of which each of several GPUs has other ones: they would skip different steps.
+_ONE_GPU: Final = (Approximation.FIRST_BLOCK_CACHE, Approximation.TEACACHE)
+
+
+def _gpus(value: int, info: ValidationInfo) -> int:
+    if value not in (1, 2, 4, 8):
+        raise ValueError("must be 1, 2, 4 or 8")
+    named = [each for each in _ONE_GPU if each in info.data.get("approximations", ())]
+    if value > 1 and named:
+        raise ValueError(f"must be 1 with HUNYUAN_APPROXIMATIONS={named[0]}, or name another approximation")
+    return value
+
+
 def _one_step_cache(value: tuple[Approximation, ...]) -> tuple[Approximation, ...]:
     named = [each for each in _STEP_CACHES if each in value]
     if len(named) > 1:
@@ -56,6 +69,12 @@ def unresolved_references() -> Iterator[str]:
             found = _REFERENCE.search(value)
             text = found[0] if found is not None else "{{"
             yield f"{name}: its value is the literal text {text}, which RunPod has not replaced; set the value itself"
+
+
+def environment_of_rank(rank: int) -> dict[str, str]:
+    """Of the process that computes on the GPU number `rank` of those that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[rank] if "," in visible else str(rank)}
 
 
 class WorkerSettings(LogOptions, TraceOptions):
@@ -110,6 +129,11 @@ class WorkerSettings(LogOptions, TraceOptions):
         description="Any of `fp8-weights` (half the memory), `sr-window-attention` (super-resolution looks 4 latent "
         "frames back and ahead), and one that skips steps: `first-block-cache`, `taylorseer`, `magcache` (480p_i2v "
         "only) or `teacache` (checkpoints that are not distilled only), separated by commas. Manifests name them.",
+    )
+    gpus_per_job: Annotated[int, AfterValidator(_gpus)] = Field(
+        default=1,
+        validation_alias="HUNYUAN_GPUS_PER_JOB",
+        description="GPUs of this machine that render one video together: 1, 2, 4 or 8. Each holds the whole model.",
     )
     lora_dir: Path | None = Field(
         default=None,

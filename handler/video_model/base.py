@@ -24,6 +24,13 @@ OnProgress = Callable[[Stage, float], None]
 OnPreview = Callable[[Callable[[], bytes]], None]
 
 
+class Cancellation(Protocol):
+    """Whether a render was cancelled. A `threading.Event` is one."""
+
+    def is_set(self) -> bool:
+        """Whether the render must end now."""
+
+
 def no_preview(_: Callable[[], bytes]) -> None:
     """An OnPreview for a render that nobody looks at."""
 

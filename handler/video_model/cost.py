@@ -142,16 +142,19 @@ class Speed:
         return work.attention / self.attention + work.other / self.other
 
 
-def render_seconds(video: Workload, speed: Speed, *, streamed: bool = False, tile: int = WHOLE) -> Mapping[str, float]:
+def render_seconds(
+    video: Workload, speed: Speed, *, streamed: bool = False, tile: int = WHOLE, gpus: int = 1
+) -> Mapping[str, float]:
     """Seconds of each stage, by the names of `contract.result.Stage`. Encoding to MP4 runs beside decoding.
 
     With `streamed` transformers, a pass takes at least as long as the copy of the weights to the GPU. Tiles of the VAE
-    overlap, so that it decodes more pixels.
+    overlap, so that it decodes more pixels. Several `gpus` share the transformers' passes, each with a bus of its own;
+    what they exchange is not counted.
     """
     copy = TRANSFORMER.parameters(video.stages[0].channels, meanflow=False) * HALF / speed.bus if streamed else 0.0
 
     def denoising(stage: Stage) -> float:
-        return max(speed.seconds(stage_work(stage, from_image=video.from_image)), stage.passes * copy)
+        return max(speed.seconds(stage_work(stage, from_image=video.from_image)) / gpus, stage.passes * copy)
 
     base, *upscalers = video.stages
     again = tiles(video, tile) * tile_latents(video, tile) / tile_latents(video, WHOLE)

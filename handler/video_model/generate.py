@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import operator
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import Event
 from typing import Any, Final
@@ -21,27 +21,28 @@ from contract.job import DEMO_MODEL, JobInput, num_frames
 from contract.result import Stage
 from contract.worker import Gpu
 from handler.video_model.base import (
+    Cancellation,
     Frames,
     ModelOutOfMemoryError,
     OnPreview,
     OnProgress,
-    RenderCancelledError,
     no_preview,
 )
-from handler.video_model.catalog import Checkpoint, trained_size
 from handler.video_model.compilation import warm_up
-from handler.video_model.cost import Speed, pass_work, render_seconds
+from handler.video_model.cost import Speed, render_seconds
 from handler.video_model.decode import decode
-from handler.video_model.dimensions import TRANSFORMER
 from handler.video_model.lora import Updates, applied, bytes_of, read_updates
 from handler.video_model.lora_files import LoraFiles
 from handler.video_model.memory import Budget, DoesNotFitError, Placement
+from handler.video_model.parallel import Parallel
 from handler.video_model.parts import Base, Parts, Upscaler
 from handler.video_model.pipeline import configure, encode_no_words, guided, step_callback, untiled
 from handler.video_model.preview import Projection
+from handler.video_model.progress import DenoisingProgress, raise_if, render_size, steps_of
+from handler.video_model.ranks import OtherRanks
 from handler.video_model.step_cache import note_steps
 from handler.video_model.super_resolution import ImageCondition, stage_arguments
-from handler.video_model.windows import SuperResolutionTiling, Window, windows
+from handler.video_model.windows import SuperResolutionTiling
 from handler.video_model.workload import Workload, workload
 
 #: Encoded prompts that stay in memory, about 10 MB each at real size.
@@ -54,7 +55,8 @@ EncodedPrompt = Mapping[str, torch.Tensor]
 class PipelineModel:
     """A `VideoModel` of loaded checkpoints. Refuses a job that does not fit into `memory` before it starts.
 
-    `projection` makes its previews; without one it offers none.
+    `projection` makes its previews; without one it offers none. `parallel` is this process's part of a render that
+    several processes share, and `ranks` are the others, if this one takes the jobs.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class PipelineModel:
         load_seconds: Mapping[str, float] | None = None,
         projection: Projection | None = None,
         loras: LoraFiles | None = None,
+        parallel: Parallel | None = None,
+        ranks: OtherRanks | None = None,
     ) -> None:
         self.parts = parts
         self.name = parts.name
@@ -81,6 +85,8 @@ class PipelineModel:
         self._speed = speed
         self._projection = projection
         self._loras = loras or LoraFiles(None)
+        self._parallel = parallel
+        self._ranks = ranks
         self._prompts: OrderedDict[tuple[str, bool], EncodedPrompt] = OrderedDict()
         for base in parts.bases.values():
             configure(base)
@@ -96,9 +102,31 @@ class PipelineModel:
         on_preview: OnPreview = no_preview,
     ) -> Generator[Frames, None, None]:
         """See `VideoModel.render`."""
-        try:
-            latents = self._latents(job_input, image, seed, on_progress, cancelled, on_preview)
+        with self._leaving_nothing():
+            with self._rendering(job_input, image, seed, cancelled) as cancellation:
+                latents = self._latents(job_input, image, seed, on_progress, cancellation, on_preview)
             yield from self._decode(latents, on_progress, cancelled)
+
+    def render_latents(
+        self, job_input: JobInput, *, image: Image.Image | None, seed: int, cancelled: Cancellation
+    ) -> None:
+        """Takes part in a render of rank 0. Raises what `render` raises."""
+        with self._leaving_nothing():
+            self._latents(job_input, image, seed, lambda _, __: None, cancelled)
+
+    def _rendering(
+        self, job_input: JobInput, image: Image.Image | None, seed: int, cancelled: Event
+    ) -> AbstractContextManager[Cancellation]:
+        """What the other ranks do meanwhile, if there are any."""
+        if self._ranks is None:
+            return nullcontext(cancelled)
+        return self._ranks.rendering(job_input, image, seed, cancelled)
+
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Drops what a render has left in memory, and raises ModelOutOfMemoryError for every error that means it."""
+        try:
+            yield
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
                 raise
@@ -153,7 +181,9 @@ class PipelineModel:
             return None
         plan = self._memory.plan
         streamed = plan.transformers is Placement.STREAMED
-        return sum(render_seconds(self.workload(job_input), self._speed, streamed=streamed, tile=plan.tile).values())
+        gpus = self._parallel.size if self._parallel is not None else 1
+        seconds = render_seconds(self.workload(job_input), self._speed, streamed=streamed, tile=plan.tile, gpus=gpus)
+        return sum(seconds.values())
 
     def _route(
         self, job_input: JobInput, *, from_image: bool
@@ -177,7 +207,7 @@ class PipelineModel:
         image: Image.Image | None,
         seed: int,
         on_progress: OnProgress,
-        cancelled: Event,
+        cancelled: Cancellation,
         on_preview: OnPreview = no_preview,
     ) -> torch.Tensor:
         """Final latents (1, C, T, H / 16, W / 16), scaled for the VAE."""
@@ -186,10 +216,10 @@ class PipelineModel:
         updates = read_updates(job_input.loras, self._loras, base.pipeline.transformer)
         self._check_memory(job_input, updates)
         offer = partial(self._offer_preview, on_preview)
-        progress = _DenoisingProgress(job_input, base, upscalers, tiling, on_progress, offer, cancelled)
+        progress = DenoisingProgress(job_input, base, upscalers, tiling, on_progress, offer, cancelled)
         # 2. Encode the prompt.
         on_progress(Stage.ENCODING_PROMPT, 0.0)
-        _raise_if(cancelled)
+        raise_if(cancelled)
         prompt = self._encode(job_input.prompt)
         # 3. Denoise with the base model. The noise comes from the CPU: there a seed gives the same on every machine.
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -198,7 +228,7 @@ class PipelineModel:
         # 4. Upscale the latents, stage by stage.
         ratio = base.pipeline.vae_scale_factor_spatial
         for upscaler in upscalers:
-            width, height = _render_size(upscaler.checkpoint, job_input, base.pipeline)
+            width, height = render_size(upscaler.checkpoint, job_input, base.pipeline)
             latents = upscaler.stage(
                 latents,
                 (height // ratio, width // ratio),
@@ -219,7 +249,7 @@ class PipelineModel:
         base: Base,
         prompt: EncodedPrompt,
         generator: torch.Generator,
-        progress: _DenoisingProgress,
+        progress: DenoisingProgress,
     ) -> torch.Tensor:
         """The base model's latents (1, C, T, h, w)."""
         pipeline = base.pipeline
@@ -228,15 +258,16 @@ class PipelineModel:
             if pipeline.guider.num_conditions > 1:
                 negative = self._encode(job_input.negative_prompt or "", negative=True)
                 arguments |= {f"negative_{name}": state for name, state in negative.items()}
-            size = _render_size(base.checkpoint, job_input, pipeline)
+            size = render_size(base.checkpoint, job_input, pipeline)
             if image is not None:
                 arguments["image"] = _fit(image, size)  # the pipeline takes its size from the image
             else:
                 arguments["width"], arguments["height"] = size
-            steps = _steps(base, job_input)
+            steps = steps_of(base, job_input)
             note_steps(pipeline.transformer, steps)
             progress.start()
-            with step_callback(pipeline.scheduler, progress.after_denoising), untiled(pipeline.vae):
+            shared = self._parallel.guidance(pipeline) if self._parallel is not None else nullcontext()
+            with step_callback(pipeline.scheduler, progress.after_denoising), untiled(pipeline.vae), shared:
                 latents: torch.Tensor = pipeline(
                     num_frames=num_frames(job_input.duration),
                     num_inference_steps=steps,
@@ -271,94 +302,11 @@ class PipelineModel:
 
     def _decode(self, latents: torch.Tensor, on_progress: OnProgress, cancelled: Event) -> Iterator[Frames]:
         def on_step(done: float) -> None:
-            _raise_if(cancelled)
+            raise_if(cancelled)
             on_progress(Stage.DECODING, done)
 
         yield from decode(self.parts.shared.vae, latents, on_step)
         on_step(1.0)
-
-
-class _DenoisingProgress:
-    """The fraction of all denoising that is done, over the base model and its upscalers."""
-
-    def __init__(
-        self,
-        job_input: JobInput,
-        base: Base,
-        upscalers: Sequence[Upscaler],
-        tiling: SuperResolutionTiling | None,
-        on_progress: OnProgress,
-        offer_preview: Callable[[torch.Tensor], None],
-        cancelled: Event,
-    ) -> None:
-        def boxes(checkpoint: Checkpoint, tiling: SuperResolutionTiling | None) -> list[Window]:
-            return windows(tiling, *_latent_size(checkpoint, job_input, base.pipeline))
-
-        guidance = job_input.guidance_scale or base.pipeline.guider.guidance_scale
-        (whole,) = boxes(base.checkpoint, None)
-        self._base_step = _operations(whole) * (2 if guidance > 1 else 1)
-        upscaling = [boxes(upscaler.checkpoint, tiling) for upscaler in upscalers]
-        self._upscaler_passes = [_operations(of[0]) for of in upscaling]
-        counts = [
-            len(of) * upscaler.stage.sampling.num_inference_steps
-            for of, upscaler in zip(upscaling, upscalers, strict=True)
-        ]
-        self._total = _steps(base, job_input) * self._base_step + sum(map(operator.mul, counts, self._upscaler_passes))
-        self._done = 0.0
-        self._on_progress = on_progress
-        self._offer_preview = offer_preview
-        self._cancelled = cancelled
-
-    def start(self) -> None:
-        """Call before the first step."""
-        _raise_if(self._cancelled)
-        self._on_progress(Stage.DENOISING, 0.0)
-
-    def after_denoising(self, latents: torch.Tensor) -> None:
-        """Call after each step of the base model, with the clean latents of a frame as the step estimates them."""
-        self._offer_preview(latents)
-        self._advance(Stage.DENOISING, self._base_step)
-
-    def after_upscaling(self) -> None:
-        """Call after each pass of the current upscaler."""
-        self._advance(Stage.UPSCALING, self._upscaler_passes[0])
-
-    def next_upscaler(self) -> None:
-        """Call after the last pass of an upscaler."""
-        self._upscaler_passes.pop(0)
-
-    def _advance(self, stage: Stage, cost: float) -> None:
-        _raise_if(self._cancelled)
-        self._done += cost
-        self._on_progress(stage, self._done / self._total)
-
-
-def _steps(base: Base, job_input: JobInput) -> int:
-    return job_input.num_inference_steps or base.checkpoint.sampling.num_inference_steps
-
-
-def _ratio(job_input: JobInput) -> tuple[int, int]:
-    """The aspect ratio as (width, height): (16, 9)."""
-    width, height = job_input.aspect_ratio.split(":")
-    return int(width), int(height)
-
-
-def _render_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanVideo15Pipeline) -> tuple[int, int]:
-    """(width, height) in pixels that the checkpoint renders for this job."""
-    return trained_size(checkpoint.base_size, *_ratio(job_input), pipeline.vae_scale_factor_spatial)
-
-
-def _latent_size(checkpoint: Checkpoint, job_input: JobInput, pipeline: HunyuanVideo15Pipeline) -> tuple[int, int, int]:
-    """(frames, height, width) in latents that the checkpoint renders for this job."""
-    width, height = _render_size(checkpoint, job_input, pipeline)
-    ratio = pipeline.vae_scale_factor_spatial
-    frames = (num_frames(job_input.duration) - 1) // pipeline.vae_scale_factor_temporal + 1
-    return frames, height // ratio, width // ratio
-
-
-def _operations(box: Window) -> float:
-    """Of a pass of a published transformer. The few more channels of a super-resolution stage do not matter here."""
-    return pass_work(box.tokens, 2 * TRANSFORMER.latent_channels + 1).total
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -379,11 +327,6 @@ def _encode_image(pipeline: HunyuanVideo15Pipeline, image: Image.Image, width: i
         latents=latents.float(),
         states=pipeline.encode_image(image=sized, batch_size=1, device=device, dtype=dtype),
     )
-
-
-def _raise_if(cancelled: Event) -> None:
-    if cancelled.is_set():
-        raise RenderCancelledError("the render was cancelled")
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:

@@ -7,6 +7,7 @@ from typing import Final
 
 import diffusers
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 
@@ -25,9 +26,11 @@ from handler.video_model.cost import Speed, gpu_named
 from handler.video_model.generate import PipelineModel
 from handler.video_model.lora_files import LoraFiles
 from handler.video_model.memory import Budget
+from handler.video_model.parallel import Parallel
 from handler.video_model.parts import Parts
 from handler.video_model.placement import put_on_gpu
 from handler.video_model.preview import Projection, projection_of
+from handler.video_model.ranks import OtherRanks
 
 #: What the libraries raise if files are absent, truncated, or of another model.
 _LOAD_ERRORS: Final = (
@@ -47,19 +50,56 @@ log = logging.getLogger(__name__)
 def load_model(settings: WorkerSettings) -> VideoModel:
     """The model that HUNYUAN_MODEL_PATH names, on the GPU if there is one, ready to render.
 
+    With HUNYUAN_GPUS_PER_JOB above 1, starts a process for each other GPU, which loads it, too.
+
     Raises:
         ModelLoadError: it does not exist, or is not a text-to-video checkpoint in diffusers' layout; or there is no
             directory HUNYUAN_LORA_DIR.
     """
+    if settings.gpus_per_job == 1:
+        return _load(settings, None, None)
+    ranks = OtherRanks(settings, backend=_backend(settings))
+    try:
+        model = _load(settings, ranks.parallel, ranks)
+        ranks.wait_until_loaded()
+    except BaseException:
+        ranks.close()
+        raise
+    return model
+
+
+def load_rank(settings: WorkerSettings, parallel: Parallel) -> PipelineModel:
+    """The same for another rank than 0."""
+    return _load(settings, parallel, None)
+
+
+def _backend(settings: WorkerSettings) -> str:
+    """With which torch.distributed connects the ranks. Raises ModelLoadError if there are too few GPUs."""
+    if _device(settings) == "cpu":
+        return str(dist.Backend.GLOO)
+    found = torch.cuda.device_count()
+    if found < settings.gpus_per_job:
+        raise ModelLoadError(f"HUNYUAN_GPUS_PER_JOB is {settings.gpus_per_job}, but the worker has {found} GPUs")
+    return str(dist.Backend.NCCL)
+
+
+def _device(settings: WorkerSettings) -> str:
+    """The demo model is too small for a GPU to help."""
+    return "cuda" if torch.cuda.is_available() and settings.model_path != DEMO_MODEL else "cpu"
+
+
+def _load(settings: WorkerSettings, parallel: Parallel | None, ranks: OtherRanks | None) -> PipelineModel:
     started = time.monotonic()
     if settings.lora_dir is not None and not settings.lora_dir.is_dir():
         raise ModelLoadError(f"HUNYUAN_LORA_DIR: {settings.lora_dir} is not a directory; create it or unset it")
-    # 1. Read the checkpoints. The demo model is too small for a GPU to help.
-    device = "cuda" if torch.cuda.is_available() and settings.model_path != DEMO_MODEL else "cpu"
+    # 1. Read the checkpoints.
+    device = _device(settings)
     parts = _read(settings, device)
     read = time.monotonic()
     # 2. Replace what is slow or large, and put each part where the memory plan says.
     attention, approximations = _adapt(parts, settings, device)
+    if parallel is not None:
+        _share(parts, parallel, device)
     memory = _place(parts, settings, device)
     placed = time.monotonic()
     seconds = {"checkpoints": read - started, "placement": placed - read}
@@ -76,6 +116,8 @@ def load_model(settings: WorkerSettings) -> VideoModel:
         approximations=approximations,
         projection=_projection(settings, parts),
         loras=LoraFiles(settings.lora_dir),
+        parallel=parallel,
+        ranks=ranks,
     )
     # 4. Warm up: RunPod may stop this process before its first job, and continue it for that job.
     compiled = time.monotonic()
@@ -122,6 +164,13 @@ def _adapt(parts: Parts, settings: WorkerSettings, device: str) -> tuple[str, li
         upscalers=parts.upscaler_transformers,
     )
     return backend, approximations
+
+
+def _share(parts: Parts, parallel: Parallel, device: str) -> None:
+    for transformer in parts.transformers:
+        parallel.share(transformer)
+    if device == "cpu":
+        torch.set_num_threads(max(torch.get_num_threads() // parallel.size, 1))
 
 
 def _speed(settings: WorkerSettings, device: str, attention: str) -> Speed | None:

@@ -154,7 +154,8 @@ def _positions(rope: nn.Module, box: Window) -> Iterator[None]:
     A window is then the whole video with attention that ends at the window. In particular, only the first latent frame
     of the video, which is one frame and not four, is at position 0.
     """
-    handle = rope.register_forward_hook(lambda _, __, own: _rotation(rope, box, own[0].device))
+    # Before other hooks: the ranks of a render take their part of these positions.
+    handle = rope.register_forward_hook(lambda _, __, own: _rotation(rope, box, own[0].device), prepend=True)
     try:
         yield
     finally:
