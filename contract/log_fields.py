@@ -25,7 +25,7 @@ from contract.settings import Settings
 __all__ = ["LogFormat", "LogOptions", "begin", "bind", "bound", "configure"]
 
 #: Fields that a text line appends to its message. JSON lines have every field.
-_SHOWN: Final = ("task_id", "worker_id", "request_id", "prompt")
+_SHOWN: Final = ("task_id", "worker_id", "rank", "request_id", "prompt")
 #: Packages that follow HUNYUAN_LOG_LEVEL below INFO. Libraries do not: at DEBUG they log headers with keys, and rows of
 #: the queue with prompts.
 _OURS: Final = ("contract", "handler", "hunyuan", "shim", "storage")

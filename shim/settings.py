@@ -115,6 +115,12 @@ class ShimSettings(LogOptions, TraceOptions):
         description="Checkpoint directory, hub id, or `demo`. If unset, `hunyuan serve` logs a warning and serves "
         "the demo model, and `python -m handler` loads HunyuanVideo-1.5 480p.",
     )
+    gpus_per_job: int = Field(
+        default=1,
+        ge=1,
+        validation_alias="HUNYUAN_GPUS_PER_JOB",
+        description="GPUs that each worker of this machine takes.",
+    )
     data_dir: Path = Field(
         default=Path("~/.local/share/hunyuan"),
         validation_alias="HUNYUAN_DATA_DIR",

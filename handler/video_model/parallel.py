@@ -151,7 +151,7 @@ class Parallel:
         """(1, all tokens, D) to (1, own tokens, D)."""
         if self._sharing is None:
             return tokens
-        self._tokens = _parts(tokens.shape[1], self._sharing.size)
+        self._tokens = token_counts(tokens.shape[1], self._sharing.size)
         return tokens[:, _part(tokens.shape[1], self._sharing)].clone()  # a view would keep all of them in memory
 
     def _all_tokens(self, _: nn.Module, __: Any, own: torch.Tensor) -> torch.Tensor:
@@ -267,7 +267,7 @@ class TokenExchange:
         dist.all_to_all_single(received, sent, list(received_counts), list(sent_counts), group=self.group.process_group)
 
 
-def _parts(tokens: int, ranks: int) -> list[int]:
+def token_counts(tokens: int, ranks: int) -> list[int]:
     """The number of tokens of each rank: as even as possible."""
     edges = [tokens * rank // ranks for rank in range(ranks + 1)]
     return [end - begin for begin, end in pairwise(edges)]
@@ -275,6 +275,6 @@ def _parts(tokens: int, ranks: int) -> list[int]:
 
 def _part(tokens: int, group: Group) -> slice:
     """The tokens of this rank."""
-    counts = _parts(tokens, group.size)
+    counts = token_counts(tokens, group.size)
     begin = sum(counts[: group.rank])
     return slice(begin, begin + counts[group.rank])

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, Final
 
 from PIL import Image
 
@@ -38,6 +38,9 @@ from handler.video_model.base import (
 )
 from handler.video_model.parallel import Parallel
 from handler.work_dir import WorkDirError, job_directory
+
+#: The module that the process of another rank runs.
+FOLLOWER: Final = "handler.video_model.follower"
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +106,8 @@ class _OtherRank:
         self._is_closing = False
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "handler.video_model.follower", str(os.getpid()), str(theirs.fileno())]
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", FOLLOWER, str(os.getpid()), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment_of_rank(beginning.rank),

@@ -21,11 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def model_environment(settings: ShimSettings, index: int) -> dict[str, str]:
-    """The model of worker number `index`, and its GPU where several workers share several GPUs."""
+    """The model of worker number `index`, and its GPUs where several workers share several of them."""
     environment = {"HUNYUAN_MODEL_PATH": settings.model_path or DEMO_MODEL, "PYTHONUNBUFFERED": "1"}
     gpus = len(local_gpus())
     if settings.workers > 1 and gpus > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+        first = index * settings.gpus_per_job
+        own = range(first, first + settings.gpus_per_job)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu % gpus) for gpu in own)
     return environment
 
 
