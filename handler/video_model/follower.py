@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     rank_0 = Connection(socket)
     beginning: Beginning = rank_0.recv()
     settings, rank = beginning.settings, beginning.rank
-    logs.configure(settings, worker_id=settings.worker_id or "", rank=str(rank))
+    logs.configure(settings, rank=str(rank), **({"worker_id": settings.worker_id} if settings.worker_id else {}))
     parallel = Parallel(rank, settings.gpus_per_job, beginning.directory, backend=beginning.backend)
     try:
         model = load_rank(settings, parallel)

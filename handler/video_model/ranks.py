@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -163,11 +163,6 @@ class OtherRanks:
             for rank in range(1, settings.gpus_per_job)
         ]
 
-    @property
-    def processes(self) -> Sequence[subprocess.Popen[bytes]]:
-        """Of these ranks."""
-        return [each.process for each in self._ranks]
-
     def wait_until_loaded(self) -> None:
         """Raises ModelLoadError if one of them can't load the model."""
         for other in self._ranks:
@@ -183,26 +178,26 @@ class OtherRanks:
 
         Raises:
             ModelOutOfMemoryError: a rank has not enough memory.
-            ModelError: another rank has failed.
         """
         if not self.parallel.is_joined:
             self._attempt += 1
         self._send(Order(self._attempt, job_input, image, seed))
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             self.parallel.join(self._attempt)
             yield _Decision(cancelled, self._send)
         except RenderCancelledError:
             raise
-        except Exception as exc:
+        except BaseException as exc:
             # Its frames hold the process groups, which must go for the others to notice.
             traceback.clear_frames(exc.__traceback__)
             error = exc
             raise
         finally:
             reports = self._end(has_failed=error is not None)
-            if error is not None and not isinstance(error, ModelError):
-                _raise_reported(reports)
+            full = next((report for report in reports if report.is_out_of_memory), None)
+            if error is not None and not isinstance(error, ModelError) and full is not None:
+                raise ModelOutOfMemoryError(full.error)  # rank 0 only knows that another one has left
 
     def _end(self, *, has_failed: bool) -> list[Ended]:
         """Waits until each rank has ended the job."""
@@ -226,13 +221,6 @@ class OtherRanks:
         for other in self._ranks:
             other.kill()
         self._closing.close()
-
-
-def _raise_reported(reports: Sequence[Ended]) -> None:
-    """Raises what a rank has reported. An error of rank 0 itself may only say that another one has left."""
-    failed = [report for report in reports if report.error is not None]
-    if any(report.is_out_of_memory for report in failed):
-        raise ModelOutOfMemoryError(next(report.error for report in failed if report.is_out_of_memory) or "")
 
 
 class _Decision:

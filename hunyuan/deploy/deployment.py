@@ -105,7 +105,7 @@ class Deployment:
             **self._container(),
             "gpu": {
                 "pools": list(self.pools),
-                "count": 1,
+                "count": self._gpus_per_worker,
                 "minCudaVersion": self.min_cuda,
                 "allowedCudaVersions": [],  # RunPod refuses both fields at once
             },
@@ -120,6 +120,13 @@ class Deployment:
     def secrets(self) -> tuple[str, ...]:
         """The values in `env` that must not be printed."""
         return tuple(self.env[name] for name in self._clear_text())
+
+    @property
+    def _gpus_per_worker(self) -> int:
+        value = self.env.get("HUNYUAN_GPUS_PER_JOB") or "1"
+        if value not in ("1", "2", "4", "8"):
+            raise IncompleteError("HUNYUAN_GPUS_PER_JOB takes 1, 2, 4 or 8")
+        return int(value)
 
     @property
     def _served(self) -> tuple[Profile, tuple[str, ...], str | None]:

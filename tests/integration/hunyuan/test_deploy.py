@@ -201,6 +201,14 @@ async def test_options_override_the_profile(bench: Bench) -> None:
     assert endpoint["timeout"] == 600_000
 
 
+async def test_a_worker_has_the_gpus_that_share_a_video(bench: Bench) -> None:
+    assert (await bench.deploy(*UP)).code == 0
+    assert bench.account.endpoint["gpu"]["count"] == 1
+    assert (await bench.deploy(*UP, "--env", "HUNYUAN_GPUS_PER_JOB=4")).code == 0
+    assert bench.account.endpoint["gpu"]["count"] == 4
+    assert bench.account.endpoint["env"]["HUNYUAN_GPUS_PER_JOB"] == "4"
+
+
 async def test_a_dry_run_prints_the_changes_and_makes_none(bench: Bench) -> None:
     run = await bench.deploy(*UP, "--dry-run")
     assert run.code == 0
@@ -224,6 +232,7 @@ async def test_a_secret_stored_at_runpod_is_sent_as_a_placeholder(bench: Bench) 
         (UP, {"RUNPOD_API_KEY": ""}, "RUNPOD_API_KEY: Field required"),
         (UP, {"BUCKET_SECRET_ACCESS_KEY": ""}, "BUCKET_SECRET_ACCESS_KEY: Field required"),
         (UP, {"HUNYUAN_PROFILE": "best"}, "HUNYUAN_PROFILE: "),
+        (UP, {"HUNYUAN_GPUS_PER_JOB": "3"}, "HUNYUAN_GPUS_PER_JOB takes 1, 2, 4 or 8"),
         ((*UP, "--secret", f"KEY={SECRET}!"), {}, "--secret takes VARIABLE=SECRET"),
         ((*UP, "--env", SECRET), {}, "--env takes VARIABLE=VALUE"),
         ((*UP, "--env", "HUNYUAN_PROFILE=fast"), {}, "--env HUNYUAN_PROFILE: pass --profile"),
