@@ -20,7 +20,7 @@ from contract.log_fields import LogFormat
 from contract.retry import RetryPolicy
 from contract.settings import explain, warnings_of_unknown_variables
 from contract.worker import WorkerExit
-from handler.allocator import configure_allocator, configure_threads
+from handler.allocator import configure_allocator, configure_sockets, configure_threads
 from handler.machine import first_lines
 from handler.provenance import ProvenanceError, Signer
 from handler.report import Reporter
@@ -138,6 +138,7 @@ def _load(settings: WorkerSettings, reporter: Reporter) -> VideoModel:
     started = time.monotonic()
     configure_allocator()
     configure_threads()
+    configure_sockets()
     try:
         with without_collections():
             from handler.video_model.loader import load_model  # torch and diffusers take seconds to import

@@ -1,6 +1,7 @@
-"""PyTorch's memory allocators and threads, set up before PyTorch is imported: both read a variable once, on load."""
+"""PyTorch's memory allocators, threads and sockets, set up before PyTorch is imported, which reads these variables."""
 
 import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -31,3 +32,14 @@ def configure_threads() -> None:
     Source: https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def configure_sockets() -> None:
+    """Makes the ranks of a render connect on the loopback interface only, unless the operator has set another one.
+
+    Sources: https://docs.pytorch.org/docs/stable/distributed.html (GLOO_SOCKET_IFNAME),
+    https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html (NCCL_SOCKET_IFNAME).
+    """
+    if sys.platform == "linux":
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")

@@ -95,7 +95,7 @@ class Parallel:
         groups = [Group.of(ranks, self.rank) for ranks in (everyone, everyone[:half], everyone[half:])]
         pairs = [Group.of((first, first + half), self.rank) for first in range(half)]
         self._groups = Groups(*(next(filter(None, each)) for each in (groups[:1], groups[1:], pairs)))
-        self._share_with(self._groups.everyone)
+        self.share_with(self._groups.everyone)
 
     def leave(self) -> None:
         """Disconnects this rank. The others' calls that wait for it fail."""
@@ -138,7 +138,8 @@ class Parallel:
         sharing = self._sharing
         return None if sharing is None else TokenExchange(sharing, self._tokens)
 
-    def _share_with(self, group: Group) -> None:
+    def share_with(self, group: Group) -> None:
+        """From the next pass on, shares its tokens with these ranks."""
         self._sharing = group if group.size > 1 else None
 
     def _own_positions(self, _: nn.Module, __: Any, rotation: Rotation) -> Rotation:
@@ -181,7 +182,7 @@ class Parallel:
         finally:
             transformer.forward = compute
             if self._groups is not None:
-                self._share_with(self._groups.everyone)
+                self.share_with(self._groups.everyone)
 
 
 class _GuidedStep:
@@ -197,10 +198,10 @@ class _GuidedStep:
         """The velocity, (1, C, T, H, W). That of a pass which the other half computes is filled in after the last."""
         groups = self._groups
         if self._pipeline.guider.num_conditions < _PASSES:
-            self._parallel._share_with(groups.everyone)
+            self._parallel.share_with(groups.everyone)
             velocities: tuple[torch.Tensor, ...] = self._compute(*arguments, hidden_states=hidden_states, **named)
             return velocities
-        self._parallel._share_with(groups.half)
+        self._parallel.share_with(groups.half)
         if len(self._velocities) == groups.pair.rank:
             velocity = self._compute(*arguments, hidden_states=hidden_states, **named)[0].contiguous()
         else:

@@ -187,6 +187,8 @@ def test_a_task_survives_the_loss_of_a_process_and_no_process_is_left(tmp_path: 
         worker = service.worker()
         follower = follower_of(worker)
         eventually("a step", lambda: service.status(task).get("progress", 0) > 10)
+        open_ports = [each for each in follower.net_connections() if each.status == psutil.CONN_LISTEN]
+        assert {each.laddr.ip for each in open_ports} == {"127.0.0.1"}, "others can't reach the ranks"
         if loses == "rank 0":
             worker.kill()
         elif loses == "rank 1":
