@@ -16,7 +16,7 @@ from hunyuan.cli.progress import Progress
 from hunyuan.cli.session import Server, connect
 from hunyuan.client import Client
 from hunyuan.errors import MethodNotAllowedError, NotFoundError, RequestTooLargeError
-from hunyuan.images import NotAnImageError
+from hunyuan.images import NotAnImageError, local_image
 from hunyuan.models import AcceptedTask, CompletedStatus, FailedStatus, TaskStatus
 
 Prompt = Annotated[
@@ -138,7 +138,7 @@ def submit(client: Client, request: Mapping[str, object]) -> AcceptedTask:
     except (NotAnImageError, OSError) as exc:
         raise CommandError(f"--image: {exc}", ExitCode.USAGE) from exc
     except RequestTooLargeError as exc:
-        if "image" not in request:
+        if local_image(request.get("image")) is None:
             raise
         text = (
             f"the image {request['image']} is too large for this server: {exc}; pass a smaller file or an http(s) URL"

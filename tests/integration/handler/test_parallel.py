@@ -24,7 +24,7 @@ from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from handler.video_model.parallel import Parallel, token_counts
 from handler.video_model.ranks import FOLLOWER
-from tests.support.service import eventually, running_service
+from tests.support.service import Service, eventually, running_service
 from tests.support.small_rank import TOO_LARGE, load_rank
 
 BOAT = JobInput(prompt="A paper boat on a rainy street", duration=5, num_inference_steps=3)
@@ -180,22 +180,28 @@ def follower_of(worker: psutil.Process) -> psutil.Process:
     return eventually("the process of rank 1", look)
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory = tmp_path_factory.mktemp("service")
+    with running_service(directory, HUNYUAN_GPUS_PER_JOB="2", HUNYUAN_STALL_TIMEOUT="10") as running:
+        yield running
+
+
 @pytest.mark.parametrize("loses", ["rank 1", "rank 0", "rank 1 to a stop"])
-def test_a_task_survives_the_loss_of_a_process_and_no_process_is_left(tmp_path: Path, loses: str) -> None:
-    with running_service(tmp_path, HUNYUAN_GPUS_PER_JOB="2", HUNYUAN_STALL_TIMEOUT="10") as service:
-        task = service.generate()
-        worker = service.worker()
-        follower = follower_of(worker)
-        eventually("a step", lambda: service.status(task).get("progress", 0) > 10)
-        open_ports = [each for each in follower.net_connections() if each.status == psutil.CONN_LISTEN]
-        assert {each.laddr.ip for each in open_ports} == {"127.0.0.1"}, "others can't reach the ranks"
-        if loses == "rank 0":
-            worker.kill()
-        elif loses == "rank 1":
-            follower.kill()
-        else:
-            follower.suspend()
-        gone, alive = psutil.wait_procs([worker, follower], timeout=60)
-        assert (len(gone), alive) == (2, [])
-        assert service.finished(task)["status"] == "completed"
-        assert follower_of(service.worker()).pid != follower.pid
+def test_a_task_survives_the_loss_of_a_process_and_no_process_is_left(service: Service, loses: str) -> None:
+    task = service.generate()
+    worker = service.worker()
+    follower = follower_of(worker)
+    eventually("a step", lambda: service.status(task).get("progress", 0) > 10)
+    open_ports = [each for each in follower.net_connections() if each.status == psutil.CONN_LISTEN]
+    assert {each.laddr.ip for each in open_ports} == {"127.0.0.1"}, "others can't reach the ranks"
+    if loses == "rank 0":
+        worker.kill()
+    elif loses == "rank 1":
+        follower.kill()
+    else:
+        follower.suspend()
+    gone, alive = psutil.wait_procs([worker, follower], timeout=60)
+    assert (len(gone), alive) == (2, [])
+    assert service.finished(task)["status"] == "completed"
+    assert follower_of(service.worker()).pid != follower.pid

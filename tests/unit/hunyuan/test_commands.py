@@ -170,6 +170,8 @@ def test_an_image_on_this_machine_is_sent_with_the_request(api: ScriptedApi) -> 
     api.answer = lambda _: refusal(413, "REQUEST_TOO_LARGE", "the body is larger than 64 KiB")
     done = run("generate", PROMPT, "--image", "boat.jpg")
     assert (done.exit_code, "the image boat.jpg is too large for this server" in done.stderr) == (2, True)
+    done = run("generate", PROMPT, "--image", "https://example.com/boat.jpg")
+    assert (done.exit_code, "larger than 64 KiB" in done.stderr, "the image" in done.stderr) == (2, True, False)
     done = run("generate", PROMPT, "--image", "absent.jpg")
     assert (done.exit_code, "absent.jpg" in done.stderr) == (2, True)
 
