@@ -19,7 +19,7 @@ from tools.demo_model import components, preview
 _ZEROS: Final = "context_embedder_2."
 #: The part of the steps with guidance. In the first ones it decides what is seen; later it multiplies errors, which are
 #: blotches on plain colours. Source: https://arxiv.org/abs/2404.07724.
-_GUIDED: Final = 0.4
+_GUIDED: Final = 0.25
 
 
 def assemble(trained: Path, directory: Path) -> None:

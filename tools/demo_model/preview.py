@@ -18,7 +18,7 @@ _CLIPS: Final = 48
 #: Pixels on a side of what a latent shows.
 _SIDE: Final = 4
 #: Keeps weights small, because the transformer's latents are not as exact as those of the world.
-_RIDGE: Final = 0.01
+_RIDGE: Final = 0.001
 #: An object's colour counts inside its outline, the scene's colour outside: products with the channels of shapes.
 _PAIRS: Final = torch.cartesian_prod(torch.arange(SHAPE_CHANNELS), SHAPE_CHANNELS + torch.arange(6)).T
 

@@ -23,7 +23,7 @@ from tools.demo_model import drawing
 from tools.demo_model.captions import random_clip
 from tools.demo_model.components import vae
 from tools.demo_model.training import Training, command
-from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, TEMPORAL, Batch
+from tools.demo_model.world import CELL, FPS, SHAPE_CHANNELS, SHAPE_STRENGTH, TEMPORAL, Batch
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _clips(random: Random, frames: int, size: int) -> tuple[Batch, int, int]:
 def _noisy(random: Random, latents: torch.Tensor) -> torch.Tensor:
     """With noise, as the transformer's latents are not perfect: more in colours and scene, which change slowly."""
     noise = torch.randn_like(latents)
-    noise[:, :SHAPE_CHANNELS] *= 0.3
+    noise[:, :SHAPE_CHANNELS] *= 0.3 * SHAPE_STRENGTH
     return latents + 0.3 * random.random() * noise
 
 
@@ -166,8 +166,10 @@ def psnr(decoder: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, floa
     return found
 
 
-def _start_simple(decoder: nn.Module) -> None:
-    """Residual branches start at zero."""
+@torch.no_grad()
+def _start_simple(decoder: Any) -> None:
+    """Residual branches start at zero, and shapes, which are weak, as strong as all else."""
+    decoder.conv_in.conv.weight[:, :SHAPE_CHANNELS] /= SHAPE_STRENGTH
     for name, module in decoder.named_modules():
         if name.endswith("conv2"):
             nn.init.zeros_(module.conv.weight)

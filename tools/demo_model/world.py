@@ -74,7 +74,7 @@ _WAVES, _BLADES, _DUNES = 1, 2, 3
 LANDSCAPES: Final[dict[str, Scene]] = {
     "sea": Scene(((0.55, 0.80, 0.98), (0.80, 0.92, 1.00)), ((0.10, 0.45, 0.75), (0.03, 0.25, 0.55)), _WAVES),
     "meadow": Scene(((0.50, 0.78, 1.00), (0.78, 0.91, 1.00)), ((0.42, 0.74, 0.28), (0.25, 0.55, 0.15)), _BLADES),
-    "snow": Scene(((0.68, 0.78, 0.88), (0.85, 0.90, 0.95)), ((0.97, 0.98, 1.00), (0.86, 0.91, 0.97)), _DUNES),
+    "snow": Scene(((0.42, 0.58, 0.80), (0.70, 0.82, 0.94)), ((0.98, 0.99, 1.00), (0.84, 0.91, 0.98)), _DUNES),
     "desert": Scene(((0.45, 0.72, 0.95), (0.95, 0.88, 0.75)), ((0.93, 0.78, 0.48), (0.80, 0.60, 0.32)), _DUNES),
     "night": Scene(((0.02, 0.02, 0.12), (0.10, 0.10, 0.30)), stars=True),
     "sky": Scene(((0.35, 0.65, 0.98), (0.82, 0.93, 1.00))),
@@ -160,9 +160,8 @@ class Batch:
         """(B, N, 32, T, h, w) of each thing: its kind 14, motion 10, start 2, mirror 1, size 1, turn 2, place 2.
 
         The kinds that are not taught leave two channels free, for the thing's way since the start. Its place is that of
-        its centre as seen from each cell. The decoder needs none of it: it is there for the transformer, which decides
-        it before the shapes. It is the same in many cells, so a little noise hides it in none, and in each cell it says
-        what the shape there follows from.
+        its centre as seen from each cell. It is the same in many cells, so a little noise hides it in none. The
+        transformer decides it first and derives the shape in each cell from it. The decoder does not use it.
         """
         x, y, scale, angle = self.placed(seconds)  # (B, N, T) each
         kind, motion = F.one_hot(self._kind, len(KINDS)), F.one_hot(self._motion, len(MOTIONS))
@@ -326,8 +325,9 @@ _TEXTURES: Final = {_WAVES: _waves, _BLADES: _blades, _DUNES: _dunes}
 LATENT_CHANNELS: Final = 64
 SHAPE_CHANNELS: Final = _POINTS**2
 _COLOUR_SCALE: Final = 1.6
-#: Finer details of shapes are weaker than their size in the world says, so that they are decided last.
-_SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten()
+#: Shapes are weak, and their finer details weaker still: they follow from the description, which is decided before.
+SHAPE_STRENGTH: Final = 0.05
+_SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten() / SHAPE_STRENGTH
 
 
 def cells(points: torch.Tensor, side: int) -> torch.Tensor:
