@@ -63,8 +63,8 @@ bench-http: $(VENV)/.dev ## Measure GET /status and GET /health beside a bare Fa
 	$(BIN)/python -m benchmarks.http $(BENCH)
 
 .PHONY: picture
-picture: $(VENV)/.dev ## Take docs/page.png again: the page of a server with the demo model; needs chromium
-	$(BIN)/python -m tests.support.page_picture docs/page.png
+picture: $(VENV)/.dev ## Take docs/demo.png and docs/page.png again, of a server with the demo model; needs chromium
+	$(BIN)/python -m tests.support.page_picture docs
 
 .PHONY: eval-demo
 eval-demo: $(VENV)/.dev ## Score the demo model on 200 held-out prompts, by pixels, about half an hour (EVAL="--prompts 40 --sheet failures.png")

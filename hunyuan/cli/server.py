@@ -22,11 +22,11 @@ _UNITS: Final = {
     "w": timedelta(weeks=1),
 }
 #: A prompt for the demo model.
-_DEMO_PROMPT: Final = "A red fish swims to the right over the sea"
+_DEMO_PROMPT: Final = "A red heart moves to the right over the sea"
 _DEMO_FILE: Final = Path("demo.mp4")
 _ABOUT_THE_DEMO: Final = """
 This video is from the demo model, a tiny HunyuanVideo-1.5 that was trained on simple moving objects. Their colours and
-the scene behind them (sea, meadow, night and the like) follow the prompt; their shapes and motions often do.
+the scene behind them (sea, meadow, night and the like) follow the prompt; their shapes and motions mostly do.
 HunyuanVideo-1.5 itself needs an NVIDIA GPU and its weights, which have a licence of their own:
 
   {program} download-weights fast --to ~/models

@@ -1,4 +1,7 @@
-"""`make picture`: docs/page.png, the page of a server with the demo model, one video completed and one running."""
+"""`make picture`: docs/demo.png, frames of the demo model, and docs/page.png, the page of a server with it.
+
+The page has one video completed and one running.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,41 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from playwright.async_api import expect
 
 from tests.support.browser import CHROMIUM, HOW_TO_GET_IT, chromium
-from tests.support.service import RENDER_SECONDS, running_service
+from tests.support.mp4 import decoded
+from tests.support.service import RENDER_SECONDS, Service, running_service
 
 PROMPTS = (
-    "A red fish swims to the right over the sea",
-    "A yellow star spins in the starry night sky",
+    "A red heart moves to the right over the sea",
+    "A yellow star rises slowly in the night sky",
 )
 SIZE = (1280, 900)
+FRAMES = (
+    "A red heart moves to the right over the sea",
+    "A yellow star rises slowly in the night sky",
+    "A large blue ring moves to the left over the desert",
+)
+SEED = 3
+
+
+def take_frames(service: Service, to: Path) -> None:
+    """A frame of the middle of each of three videos, with its prompt below."""
+    width, height, text, gap = 426, 240, 30, 8
+    picture = Image.new("RGB", (3 * width + 2 * gap, height + text), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for index, prompt in enumerate(FRAMES):
+        task = service.generate(prompt=prompt, seed=SEED)
+        assert service.finished(task)["status"] == "completed"
+        video = service.directory / f"{index}.mp4"
+        video.write_bytes(service.http.get(f"/videos/{task}.mp4", follow_redirects=True).content)
+        frames = decoded(video, width, height)
+        left = index * (width + gap)
+        picture.paste(Image.fromarray(frames[len(frames) // 2]), (left, 0))
+        draw.text((left, height + 6), prompt, fill="black", font=font)
+    picture.save(to, optimize=True)
 
 
 async def take_picture(address: str, to: Path) -> None:
@@ -43,12 +70,13 @@ async def take_picture(address: str, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("to", type=Path)
-    to = parser.parse_args().to
+    parser.add_argument("directory", type=Path)
+    docs = parser.parse_args().directory
     if CHROMIUM is None:
         sys.exit(HOW_TO_GET_IT)
     with tempfile.TemporaryDirectory() as directory, running_service(Path(directory)) as service:
-        asyncio.run(take_picture(service.address, to))
+        take_frames(service, docs / "demo.png")
+        asyncio.run(take_picture(service.address, docs / "page.png"))
 
 
 if __name__ == "__main__":

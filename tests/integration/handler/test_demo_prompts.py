@@ -89,7 +89,7 @@ def test_every_video_is_whole(videos: list[Video]) -> None:
     assert {len(video.frames) for video in videos} == {num_frames(SECONDS)}
 
 
-LEARNED = ("object colour", "background")
+LEARNED = ("object colour", "background", "number of objects")
 
 
 @pytest.mark.parametrize("aspect", LEARNED)
