@@ -183,7 +183,7 @@ def follower_of(worker: psutil.Process) -> psutil.Process:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("service")
-    with running_service(directory, HUNYUAN_GPUS_PER_JOB="2", HUNYUAN_STALL_TIMEOUT="10") as running:
+    with running_service(directory, HUNYUAN_GPUS_PER_JOB="2", HUNYUAN_STALL_TIMEOUT="20") as running:
         yield running
 
 
@@ -192,7 +192,7 @@ def test_a_task_survives_the_loss_of_a_process_and_no_process_is_left(service: S
     task = service.generate()
     worker = service.worker()
     follower = follower_of(worker)
-    eventually("a step", lambda: service.status(task).get("progress", 0) > 10)
+    eventually("a step", lambda: service.status(task).get("progress", 0) > 10, seconds=90)
     open_ports = [each for each in follower.net_connections() if each.status == psutil.CONN_LISTEN]
     assert {each.laddr.ip for each in open_ports} == {"127.0.0.1"}, "others can't reach the ranks"
     if loses == "rank 0":
@@ -201,7 +201,7 @@ def test_a_task_survives_the_loss_of_a_process_and_no_process_is_left(service: S
         follower.kill()
     else:
         follower.suspend()
-    gone, alive = psutil.wait_procs([worker, follower], timeout=60)
+    gone, alive = psutil.wait_procs([worker, follower], timeout=90)
     assert (len(gone), alive) == (2, [])
     assert service.finished(task)["status"] == "completed"
     assert follower_of(service.worker()).pid != follower.pid

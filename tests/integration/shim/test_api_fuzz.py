@@ -88,7 +88,7 @@ async def test_the_server_keeps_what_its_openapi_document_promises(
     assert done.returncode == 0, output
     ran = json.loads(report.read_text())
     assert (ran["failures"], ran["errors"]) == ([], [])
-    assert ran["test_cases"]["generated"] > 50
+    assert ran["test_cases"]["generated"] > 20, "in so many seconds even a busy machine makes more"
     assert ran["warnings"]["unresolvable_reference"] == []
     if phases == "stateful":
         links = re.search(r"(\d+) covered / \d+ selected / (\d+) total \((\d+) inferred\)", output)
