@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
         model = load_rank(settings, parallel)
     except ModelError as exc:
         rank_0.send(Ended(str(exc)))
+        signal.pause()  # until rank 0, which may still load, has read why, and kills this process
         raise
     rank_0.send(Ended())
     inbox = _Inbox(rank_0, parallel)

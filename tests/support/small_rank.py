@@ -12,6 +12,7 @@ import torch
 from handler.settings import WorkerSettings
 from handler.video_model import follower, generate
 from handler.video_model.approximations import approximate
+from handler.video_model.base import ModelLoadError
 from handler.video_model.generate import PipelineModel
 from handler.video_model.parallel import Parallel
 from handler.video_model.progress import DenoisingProgress
@@ -29,6 +30,9 @@ def windowed_family() -> PipelineModel:
     return PipelineModel(replace(model.parts, routes=routes))
 
 
+#: The model path of a model that this rank can't load.
+MISSING: Final = "a model that rank 1 lacks"
+
 #: By the model path of the settings.
 MODELS: Final[Mapping[str, Callable[[], PipelineModel]]] = {
     "family": family,
@@ -39,6 +43,8 @@ MODELS: Final[Mapping[str, Callable[[], PipelineModel]]] = {
 
 def load_rank(settings: WorkerSettings, parallel: Parallel | None) -> PipelineModel:
     """What `handler.video_model.loader` does, for a small model."""
+    if settings.model_path == MISSING and parallel is not None and parallel.rank == 1:
+        raise ModelLoadError("it is not on this disk")
     model = MODELS[settings.model_path]()
     base = next(iter(model.parts.bases.values())).pipeline.transformer
     approximate(

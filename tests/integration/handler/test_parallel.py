@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -25,9 +26,20 @@ from handler.video_model.loader import load_model
 from handler.video_model.parallel import Parallel, token_counts
 from handler.video_model.ranks import FOLLOWER
 from tests.support.service import Service, eventually, running_service
-from tests.support.small_rank import TOO_LARGE, load_rank
+from tests.support.small_rank import MISSING, TOO_LARGE, load_rank
 
 BOAT = JobInput(prompt="A paper boat on a rainy street", duration=5, num_inference_steps=3)
+
+
+@contextlib.contextmanager
+def others_of(settings: WorkerSettings) -> Iterator[ranks.OtherRanks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "FOLLOWER", "tests.support.small_rank")
+        others = ranks.OtherRanks(settings, backend="gloo")
+    try:
+        yield others
+    finally:
+        others.close()
 
 
 @contextlib.contextmanager
@@ -37,16 +49,11 @@ def loaded(model_path: str, gpus: int, **options: Any) -> Iterator[PipelineModel
     if gpus == 1:
         yield load_rank(settings, None)
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "FOLLOWER", "tests.support.small_rank")
-        others = ranks.OtherRanks(settings, backend="gloo")
-    try:
+    with others_of(settings) as others:
         model = load_rank(settings, others.parallel)
         model._ranks = others
         others.wait_until_loaded()
         yield model
-    finally:
-        others.close()
 
 
 @pytest.fixture(scope="module", params=["family", "windowed family"])
@@ -149,6 +156,17 @@ def test_an_error_of_another_process_is_logged(together: PipelineModel, caplog: 
     with pytest.raises(RuntimeError, match="a bug"):
         list(together.render(BOAT, seed=1, on_progress=fail, cancelled=Event()))
     assert "rank 1: " in caplog.text
+
+
+def test_a_model_that_another_process_can_not_load_is_an_error_of_loading() -> None:
+    """Rank 0 still loads when it reads of it: the other one must not end before, which would end the worker."""
+    with others_of(WorkerSettings(model_path=MISSING, gpus_per_job=2)) as others:
+        (other,) = others._ranks
+        eventually("the report", lambda: not other._reports.empty(), seconds=90)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.process.wait(3)
+        with pytest.raises(ModelLoadError, match="rank 1: it is not on this disk"):
+            others.wait_until_loaded()
 
 
 def test_heads_that_the_ranks_cannot_share_are_said(tmp_path: Path) -> None:
