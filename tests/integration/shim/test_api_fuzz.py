@@ -23,7 +23,7 @@ from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
 from tests.support.s3_servers import new_bucket
 
-SECONDS = 12
+SECONDS = 20  # a busy machine made 47 cases in 12
 KEY = "key-of-the-fuzzer-0123456789"
 VIDEO = bytes(range(256)) * 40
 
@@ -88,7 +88,7 @@ async def test_the_server_keeps_what_its_openapi_document_promises(
     assert done.returncode == 0, output
     ran = json.loads(report.read_text())
     assert (ran["failures"], ran["errors"]) == ([], [])
-    assert ran["test_cases"]["generated"] > 20, "in so many seconds even a busy machine makes more"
+    assert ran["test_cases"]["generated"] > 50
     assert ran["warnings"]["unresolvable_reference"] == []
     if phases == "stateful":
         links = re.search(r"(\d+) covered / \d+ selected / (\d+) total \((\d+) inferred\)", output)
