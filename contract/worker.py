@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from enum import IntEnum, StrEnum
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from contract.job import Resolution
 from contract.offer import SamplingLimits
+
+#: How many GPUs may render one video together: halves of them share its passes, and its attention heads divide evenly.
+GPUS_PER_JOB: Final = (1, 2, 4, 8)
 
 
 class WorkerExit(IntEnum):

@@ -14,6 +14,7 @@ from contract.job import Profile
 from contract.log_fields import LogOptions
 from contract.settings import split_commas
 from contract.tracing import TraceOptions
+from contract.worker import GPUS_PER_JOB
 
 
 class Approximation(StrEnum):
@@ -41,7 +42,7 @@ _ONE_GPU: Final = (Approximation.FIRST_BLOCK_CACHE, Approximation.TEACACHE)
 
 
 def _gpus(value: int, info: ValidationInfo) -> int:
-    if value not in (1, 2, 4, 8):
+    if value not in GPUS_PER_JOB:
         raise ValueError("must be 1, 2, 4 or 8")
     named = [each for each in _ONE_GPU if each in info.data.get("approximations", ())]
     if value > 1 and named:

@@ -44,10 +44,11 @@ class Group:
     rank: int
 
     @classmethod
-    def of(cls, ranks: Sequence[int], own: int) -> Group | None:
-        """A new group; None if rank `own` is not in it. Every rank must call it for every group, in the same order."""
-        group = dist.new_group(list(ranks), timeout=_TIMEOUT)
-        return cls(group, tuple(ranks), ranks.index(own)) if own in ranks else None
+    def among(cls, parts: Sequence[Sequence[int]], own: int) -> Group:
+        """Makes a group of each part, as every rank must in the same order. Returns the one that has rank `own`."""
+        made = {tuple(ranks): dist.new_group(list(ranks), timeout=_TIMEOUT) for ranks in parts}
+        ranks = next(ranks for ranks in made if own in ranks)
+        return cls(made[ranks], ranks, ranks.index(own))
 
     @property
     def size(self) -> int:
@@ -92,9 +93,8 @@ class Parallel:
         store = FileStore(str(self._directory / f"ranks-{attempt}"), self.size)
         dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
         everyone, half = range(self.size), self.size // _PASSES
-        groups = [Group.of(ranks, self.rank) for ranks in (everyone, everyone[:half], everyone[half:])]
-        pairs = [Group.of((first, first + half), self.rank) for first in range(half)]
-        self._groups = Groups(*(next(filter(None, each)) for each in (groups[:1], groups[1:], pairs)))
+        parts = [everyone], [everyone[:half], everyone[half:]], [everyone[first::half] for first in range(half)]
+        self._groups = Groups(*(Group.among(each, self.rank) for each in parts))
         self.share_with(self._groups.everyone)
 
     def leave(self) -> None:
@@ -194,16 +194,16 @@ class _GuidedStep:
         self._parallel, self._groups, self._pipeline, self._compute = parallel, groups, pipeline, compute
         self._velocities: list[torch.Tensor] = []
 
-    def __call__(self, *arguments: Any, hidden_states: torch.Tensor, **named: Any) -> tuple[torch.Tensor, ...]:
+    def __call__(self, *, hidden_states: torch.Tensor, **named: Any) -> tuple[torch.Tensor, ...]:
         """The velocity, (1, C, T, H, W). That of a pass which the other half computes is filled in after the last."""
         groups = self._groups
         if self._pipeline.guider.num_conditions < _PASSES:
             self._parallel.share_with(groups.everyone)
-            velocities: tuple[torch.Tensor, ...] = self._compute(*arguments, hidden_states=hidden_states, **named)
+            velocities: tuple[torch.Tensor, ...] = self._compute(hidden_states=hidden_states, **named)
             return velocities
         self._parallel.share_with(groups.half)
         if len(self._velocities) == groups.pair.rank:
-            velocity = self._compute(*arguments, hidden_states=hidden_states, **named)[0].contiguous()
+            velocity = self._compute(hidden_states=hidden_states, **named)[0].contiguous()
         else:
             velocity = torch.empty_like(hidden_states[:, : self._pipeline.transformer.config.out_channels])
         self._velocities.append(velocity)

@@ -85,11 +85,7 @@ class Ended:
     is_out_of_memory: bool = False
 
 
-#: Called when the process of another rank has ended, with the text for the log, from a thread.
-OnLost = Callable[[str], None]
-
-
-def exit_worker(text: str) -> None:
+def _exit_worker(text: str) -> None:
     """Ends the process with WorkerExit.RANK_LOST, from any thread."""
     log.critical("%s; the worker exits with code %d, and its task is queued again", text, WorkerExit.RANK_LOST)
     os._exit(WorkerExit.RANK_LOST)
@@ -98,10 +94,9 @@ def exit_worker(text: str) -> None:
 class _OtherRank:
     """A process, and what it says."""
 
-    def __init__(self, beginning: Beginning, on_failure: Callable[[], None], on_lost: OnLost) -> None:
+    def __init__(self, beginning: Beginning, on_failure: Callable[[], None]) -> None:
         self.rank = beginning.rank
         self._on_failure = on_failure
-        self._on_lost = on_lost
         self._reports: SimpleQueue[Ended] = SimpleQueue()
         self._is_closing = False
         ours, theirs = socket.socketpair()
@@ -135,10 +130,9 @@ class _OtherRank:
                     self._on_failure()
                 self._reports.put(report)
         except (EOFError, OSError):
-            text = f"the process of rank {self.rank} has ended with code {self.process.wait()}"
+            code = self.process.wait()
             if not self._is_closing:
-                self._on_lost(text)
-            self._reports.put(Ended(text))  # for who waits for a report
+                _exit_worker(f"the process of rank {self.rank} has ended with code {code}")
 
     def kill(self) -> None:
         """Ends the process."""
@@ -149,7 +143,7 @@ class _OtherRank:
 class OtherRanks:
     """Ranks 1 to `settings.gpus_per_job` - 1, from the point of view of rank 0."""
 
-    def __init__(self, settings: WorkerSettings, *, backend: str, on_lost: OnLost = exit_worker) -> None:
+    def __init__(self, settings: WorkerSettings, *, backend: str) -> None:
         """Starts their processes, which load the model."""
         self._closing = ExitStack()
         try:
@@ -159,7 +153,7 @@ class OtherRanks:
         self.parallel = Parallel(0, settings.gpus_per_job, directory, backend=backend)
         self._attempt = 0
         self._ranks = [
-            _OtherRank(Beginning(settings, rank, directory, backend), self.parallel.abort, on_lost)
+            _OtherRank(Beginning(settings, rank, directory, backend), self.parallel.abort)
             for rank in range(1, settings.gpus_per_job)
         ]
 

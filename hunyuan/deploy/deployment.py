@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from contract.job import Profile
+from contract.worker import GPUS_PER_JOB
 from hunyuan.deploy.pools import execution_timeout, pool_warnings
 from hunyuan.deploy.runpod_api import Kind, Resource, RunPodApi, RunPodError
 from hunyuan.settings import BUCKET_SECRET, INIT_TIMEOUT, REQUIRED_BUCKET_VARIABLES
@@ -124,7 +125,7 @@ class Deployment:
     @property
     def _gpus_per_worker(self) -> int:
         value = self.env.get("HUNYUAN_GPUS_PER_JOB") or "1"
-        if value not in ("1", "2", "4", "8"):
+        if value not in map(str, GPUS_PER_JOB):
             raise IncompleteError("HUNYUAN_GPUS_PER_JOB takes 1, 2, 4 or 8")
         return int(value)
 

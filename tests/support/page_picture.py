@@ -24,11 +24,7 @@ PROMPTS = (
     "A yellow star rises slowly in the night sky",
 )
 SIZE = (1280, 900)
-FRAMES = (
-    "A red heart moves to the right over the sea",
-    "A yellow star rises slowly in the night sky",
-    "A large blue ring moves to the left over the desert",
-)
+FRAMES = (*PROMPTS, "A large blue ring moves to the left over the desert")
 SEED = 3
 
 
