@@ -42,7 +42,7 @@ class _Stage:
 _STAGES: Final = (
     _Stage(0.42, {1: 0.75, 6: 0.15, 16: 0.1}),
     _Stage(0.42, {1: 0.15, 6: 0.2, 16: 0.55, 31: 0.1}),
-    _Stage(0.16, {1: 0.45, 6: 0.2, 16: 0.3, 31: 0.05}, late=0.65),
+    _Stage(0.16, {1: 0.3, 6: 0.2, 16: 0.35, 31: 0.15}, late=0.65),
 )
 #: The least and the most noise of a late batch: shapes are decided there, because they are weak. In its loss they count
 #: so many times.
