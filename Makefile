@@ -35,7 +35,7 @@ test: lint ## Lint, type-check and run every test that is not marked `full`
 	$(PYTEST) -m 'not full'
 
 .PHONY: test-full
-test-full: lint ## As `make test`, with the tests marked `full` as well: slow installations and long renders
+test-full: lint ## As `make test`, with the tests marked `full` as well: whole services, faults, sizes and backends
 	$(PYTEST)
 
 .PHONY: unit

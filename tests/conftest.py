@@ -12,6 +12,7 @@ from storage.settings import BucketSettings
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.s3_servers import juicefs
 from tests.support.shared_files import read_once
+from tests.support.small_videos import make_videos_small
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each xdist process has a core of its own; one torch thread per core in every process would slow all of them down.
@@ -85,10 +86,25 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettin
         yield server
 
 
+@pytest.fixture
+def small_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the workers of this process encode small videos."""
+    make_videos_small(monkeypatch)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database, of each kind in turn."""
+    """The URL of a database without jobs, of each kind in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/queue.sqlite3"
     server: Postgres = request.getfixturevalue("postgres")
     return server.create_database()
+
+
+@pytest.fixture
+def empty_database_url(request: pytest.FixtureRequest, database_url: str) -> str:
+    """The URL of a database without tables, of each kind in turn."""
+    if database_url.startswith("sqlite"):
+        return database_url
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_empty_database()

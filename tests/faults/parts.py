@@ -166,7 +166,7 @@ class WorkerPart:
         self._started.starts += 1
         if not self._keeps_id:
             self.worker.worker_id = f"{self.name}-{secrets.token_hex(4)}"
-        self.worker.start("--step-seconds", str(self._step_seconds))
+        self.worker.start("--full-size", "--step-seconds", str(self._step_seconds))
 
     def is_up(self) -> bool:
         return self._started.is_up()

@@ -1,6 +1,6 @@
 """Processes are killed and connections break at any moment: every accepted task ends once, with a true status.
 
-`make test` runs a short form with a fixed seed, `make test-faults` the full one.
+`make test-full` runs a short form with a fixed seed, `make test-faults` the full one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ END_SECONDS = 180.0
 #: The longest time that faults are injected, in seconds.
 MAX_FAULT_SECONDS = 1500.0
 
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = [pytest.mark.timeout(2400), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,6 @@ def report(record_property: Callable[[str, object], None]) -> Report:
     return lambda text: record_property("faults", text)
 
 
-@pytest.mark.full
 def test_each_server_is_killed_once_and_every_task_is_completed(
     system: System, form: Form, seed: str, report: Report
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu import main
 
 
+@pytest.mark.full
 def test_the_benchmark_measures_passes_stages_and_the_stock_pipeline(tmp_path: Path) -> None:
     wanted = ("--profiles", "fast", "--resolutions", "1080p", "--durations", "5", "--steps", "1")
     main(["--tiny", "--stock", *wanted, "--output", str(tmp_path)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import secrets
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import httpx
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
+import requests
 from PIL import Image
 
 from contract.result import MAX_PREVIEW_BYTES
@@ -25,14 +26,25 @@ from tests.support.service import RENDER_SECONDS, Service, eventually, running_s
 
 pytestmark = pytest.mark.timeout(600)
 
+KEY = f"api-key-{secrets.token_hex(8)}"
+WRONG_KEY = f"wrong-key-{secrets.token_hex(8)}"
+TOKEN = f"platform-token-{secrets.token_hex(8)}"
+S3_SECRET = f"s3-secret-{secrets.token_hex(8)}"
+S3_ID = f"s3-id-{secrets.token_hex(8)}"
+WORD = secrets.token_hex(8)
+PROMPT = f"A paper boat named {WORD} on a rainy street"
+IMAGE = f"https://user:{S3_SECRET}@images.example/{WORD}.png"
 #: A request whose video is rendered in the shortest time.
 QUICK = {"duration": 5, "resolution": "720p", "num_inference_steps": 1}
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One server for every test here; the last one kills and stops it, and starts it again."""
-    with running_service(tmp_path_factory.mktemp("service")) as running:
+    """One server for every test here."""
+    settings = {"HUNYUAN_API_KEYS": f"alice:{KEY}", "HUNYUAN_PLATFORM_TOKEN": TOKEN}
+    log = {"HUNYUAN_LOG_FORMAT": "json", "HUNYUAN_LOG_LEVEL": "debug"}
+    with running_service(tmp_path_factory.mktemp("service"), **settings, **log) as running:
+        running.http.headers["X-API-Key"] = KEY
         yield running
 
 
@@ -45,7 +57,7 @@ def previews() -> dict[str, httpx.Response]:
 @pytest.fixture(scope="module")
 def statuses(service: Service, previews: dict[str, httpx.Response]) -> list[dict[str, Any]]:
     """Every status of a task, from its start to its completion."""
-    task_id = service.generate(duration=5, resolution="720p")
+    task_id = service.generate(prompt=PROMPT)
     seen: list[dict[str, Any]] = []
 
     def look() -> bool:
@@ -99,7 +111,7 @@ def test_a_prompt_becomes_a_video(service: Service, statuses: list[dict[str, Any
     assert (video.width, video.height, video.fps, video.num_frames) == (1280, 720, 24.0, 121)
     assert "bt709" in video.color
     for frame in (0, 60, 120):
-        assert shows_caption(picture(path, frame), "demo model: A paper boat on a rainy street")
+        assert shows_caption(picture(path, frame), f"demo model: {PROMPT}")
     assert video.is_faststart
     assert response.headers["etag"] == f'"{hashlib.sha256(response.content).hexdigest()}"'
 
@@ -125,7 +137,6 @@ def picture_of(jpeg: bytes) -> npt.NDArray[np.float64]:
 
 def test_runpods_own_client_drives_a_job(service: Service) -> None:
     """`runpod.Endpoint(...).run()` against our /v2, in a separate process because the SDK has global state."""
-    token = (service.directory / "data" / "platform-token").read_text()
     script = f"""
 import json, sys, time, runpod
 runpod.endpoint_url_base = "{service.address}/v2"
@@ -139,7 +150,7 @@ while not states or states[-1] in ("IN_QUEUE", "IN_PROGRESS"):
 print(json.dumps({{"id": job.job_id, "states": states, "output": job.output()}}))
 """
     run = subprocess.run(
-        [sys.executable, "-c", script, token], capture_output=True, text=True, timeout=RENDER_SECONDS, check=False
+        [sys.executable, "-c", script, TOKEN], capture_output=True, text=True, timeout=RENDER_SECONDS, check=False
     )
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
@@ -161,8 +172,7 @@ def test_the_platform_refuses_requests_without_its_key(service: Service) -> None
 
 
 def test_an_invalid_job_submitted_under_v2_fails_with_the_documented_code(service: Service) -> None:
-    token = (service.directory / "data" / "platform-token").read_text()
-    headers = {"Authorization": f"Bearer {token}"}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
     task_id = service.http.post("/v2/local/run", headers=headers, json={"input": {"prompt": "short"}}).json()["id"]
     failed = service.finished(task_id)
     assert failed["status"] == "failed"
@@ -170,118 +180,234 @@ def test_an_invalid_job_submitted_under_v2_fails_with_the_documented_code(servic
     assert "10-500" in failed["error"]
 
 
-def test_a_server_in_front_of_a_runpod_endpoint_has_no_queue_and_no_worker_of_its_own(
-    service: Service, tmp_path: Path
-) -> None:
-    """As in front of RunPod's cloud; here the endpoint is the other server's, which has the same API."""
-    kept = service.directory / "data"
-    environment = {
-        "RUNPOD_ENDPOINT_ID": "local",
-        "RUNPOD_API_KEY": (kept / "platform-token").read_text(),
-        "RUNPOD_ENDPOINT_BASE_URL": f"{service.address}/v2",
-        "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{(kept / 'bucket' / 'port').read_text()}",
-        "BUCKET_ACCESS_KEY_ID": (kept / "bucket" / "access-key").read_text(),
-        "BUCKET_SECRET_ACCESS_KEY": (kept / "bucket" / "secret-key").read_text(),
+# The log: one search finds all lines of a task, and no line contains a prompt or a secret
+
+
+def drive(service: Service) -> list[str]:
+    """Sends valid and invalid requests of every kind; the ids of the tasks."""
+    http = httpx.Client(base_url=service.address, timeout=30)
+    good = {"prompt": PROMPT, "duration": 5, "resolution": "720p", "num_inference_steps": 1}
+    with_key = {"Authorization": f"Bearer {KEY}"}
+    task_ids = []
+    for body in (
+        {"prompt": WORD[:9]},
+        {**good, WORD: 1},
+        {**good, "image": IMAGE},
+        {**good, "negative_prompt": [WORD]},
+    ):
+        assert http.post("/generate", json=body, headers=with_key).status_code == 400
+    assert http.post("/generate", content=f"{{{WORD}".encode(), headers=with_key).status_code == 400
+    for headers in ({"Authorization": f"Bearer {WRONG_KEY}"}, {"X-API-Key": WRONG_KEY}, {"Authorization": WRONG_KEY}):
+        assert http.post("/generate", json=good, headers=headers).status_code == 401
+        assert http.post("/v2/local/run", json={"input": good}, headers=headers).status_code == 401
+    assert http.get(f"/status/none?key={KEY}&prompt={WORD}", headers=with_key).status_code == 404
+    s3_config = {
+        "endpointUrl": "http://127.0.0.1:9",
+        "bucketName": "films",
+        "accessId": S3_ID,
+        "accessSecret": S3_SECRET,
     }
-    with running_service(tmp_path, **environment) as front:
-        assert front.descendants() == []
-        assert front.http.get("/health").json()["model_loaded"] is True
-        task_id = front.generate(**QUICK)
-        completed = front.finished(task_id)
-        assert completed["video_url"] == f"{front.address}/videos/{task_id}.mp4"
-        assert len(front.http.get(completed["video_url"]).content) == completed["file_size"]
-        assert service.status(task_id)["status"] == "completed", "the endpoint knows the same job"
-        assert front.http.get("/status/no-such-task").status_code == 404
-    with running_service(tmp_path, **environment) as front:
-        assert front.status(task_id)["status"] == "completed", "the server keeps no state, and nothing is missing"
+    for extras in (
+        {"s3Config": s3_config},
+        {"s3Config": {**s3_config, "endpointUrl": S3_SECRET}},
+        {"s3Config": S3_SECRET},
+    ):
+        answer = http.post("/v2/local/run", json={"input": good, **extras}, headers={"Authorization": TOKEN})
+        task_ids.append(answer.json()["id"])
+    bad = {"input": {"prompt": WORD, "image": IMAGE}, "s3Config": s3_config}
+    task_ids.append(http.post("/v2/local/run", json=bad, headers={"Authorization": TOKEN}).json()["id"])
+    http.close()
+    return task_ids
 
 
-def test_hunyuan_generate_saves_a_video(service: Service, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "hunyuan",
-                "generate",
-                "A paper boat on a rainy street",
-                "--server",
-                service.address,
-            ),
-            *("--duration", "5", "--resolution", "720p", "--output", str(tmp_path / "boat.mp4"), "--json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=RENDER_SECONDS,
-        check=False,
+def lines(service: Service) -> list[dict[str, Any]]:
+    """Every log line of the server and its worker. Fails if a line is not a JSON object."""
+    parsed = [json.loads(line) for line in service.log.read_text().splitlines()]
+    assert all(isinstance(line, dict) for line in parsed)
+    return parsed
+
+
+def lines_of_task(service: Service, task_id: str) -> list[dict[str, Any]]:
+    return [line for line in lines(service) if line.get("task_id") == task_id]
+
+
+def lines_with(service: Service, task_id: str, words: str) -> list[dict[str, Any]]:
+    """The task's lines that contain these words. Waits until there is one."""
+    return eventually(
+        f"a line with {words!r}", lambda: [line for line in lines_of_task(service, task_id) if words in line["message"]]
     )
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["file_size"] == (tmp_path / "boat.mp4").stat().st_size
-    assert "denoising" in run.stderr, "a progress bar with the stage"
-    assert probe(tmp_path / "boat.mp4").num_frames == 121
 
 
-def test_a_cancelled_job_stops_and_the_next_one_runs(service: Service) -> None:
-    token = (service.directory / "data" / "platform-token").read_text()
-    headers = {"Authorization": f"Bearer {token}"}
-    task_id = service.generate(duration=10, resolution="1080p")
-    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
-    worker = service.worker()
-    service.http.post(f"/v2/local/cancel/{task_id}", headers=headers).raise_for_status()
-    status = service.status(task_id)
-    assert (status["status"], status["error_code"]) == ("failed", "CANCELLED")
-    following = service.generate(**QUICK)
-    assert service.finished(following)["status"] == "completed"
-    assert service.worker().pid == worker.pid, "the same process continues"
-    assert service.http.get(f"/videos/{task_id}.mp4").status_code == 404
+def request_lines(service: Service, *request_ids: str) -> list[dict[str, Any]]:
+    """The lines about these requests. Waits for one of each: it is written after the response."""
+
+    def found() -> list[dict[str, Any]] | None:
+        about = [line for line in lines(service) if "route" in line and line.get("request_id") in request_ids]
+        return about if {line["request_id"] for line in about} == set(request_ids) else None
+
+    return eventually(f"lines of the requests {request_ids}", found)
 
 
-def test_a_worker_killed_during_a_render_loses_no_task(service: Service) -> None:
-    task_id = service.generate(**QUICK)
-    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
-    victim = service.worker()
-    family = [victim, *victim.children(recursive=True)]
-    victim.kill()
-    assert service.finished(task_id)["status"] == "completed"
-    assert service.worker().pid != victim.pid
-    gone, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive, "the dead worker left no process behind"
-    assert gone
+def platform(service: Service) -> httpx.Client:
+    return httpx.Client(base_url=f"{service.address}/v2/local", headers={"Authorization": TOKEN})
 
 
-def test_a_killed_bucket_is_restarted_and_loses_no_task(service: Service) -> None:
-    task_id = service.generate(**QUICK)
-    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, RENDER_SECONDS)
-    (gateway,) = [process for process in service.descendants() if "juicefs" in process.name()]
-    gateway.kill()
-    completed = service.finished(task_id)
-    assert completed["status"] == "completed"
-    assert len(service.http.get(completed["video_url"]).content) == completed["file_size"]
-
-
-def test_a_killed_server_and_a_stopped_one_lose_no_task_and_leave_no_orphan(
-    service: Service, statuses: list[dict[str, Any]]
-) -> None:
+@pytest.fixture(scope="module")
+def finished_task(service: Service, statuses: list[dict[str, Any]]) -> str:
+    """The id of a task that is completed and whose video was downloaded."""
     completed = statuses[-1]
-    running, waiting = [service.generate(**{**QUICK, "num_inference_steps": 4}) for _ in range(2)]
-    eventually("the render's start", lambda: service.status(running)["progress"] > 0, RENDER_SECONDS)
-    children = service.descendants()
-    service.kill()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive, "the server's children died with it"
+    service.http.get(completed["video_url"]).raise_for_status()
+    task_id: str = completed["task_id"]
+    lines_with(service, task_id, "Finished.")
+    return task_id
 
-    service.start()
-    assert service.status(completed["task_id"]) == completed
-    assert service.http.get(completed["video_url"]).status_code == 200
-    assert service.finished(running)["status"] == "completed"
 
-    eventually("the next render's start", lambda: service.status(waiting)["progress"] > 0, RENDER_SECONDS)
-    children = service.descendants()
-    started = time.monotonic()
-    assert service.stop() == 0
-    assert time.monotonic() - started < 20
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not alive
-    service.start(until_ready=False)
-    assert service.status(waiting)["status"] == "processing", "the render was not finished"
-    assert service.finished(waiting)["status"] == "completed"
+@pytest.fixture(scope="module")
+def refused_tasks(service: Service) -> list[str]:
+    """The ended tasks of `drive`."""
+    driven = drive(service)
+    # The worker retries the upload to an unavailable bucket for minutes, so cancel that task.
+    service.http.delete(f"/tasks/{driven[0]}")
+    for task_id in driven[1:]:
+        assert service.finished(task_id)["status"] == "failed"
+    eventually("a line for the last job", lambda: driven[-1] in service.log.read_text())
+    return driven
+
+
+def test_one_search_finds_every_step_of_a_task(service: Service, finished_task: str) -> None:
+    found = lines_of_task(service, finished_task)
+    steps = (
+        ("shim.tasks", "accepted"),
+        ("shim.queue.dispatch", "taken by worker"),
+        ("runpod", "Started."),
+        ("handler.worker", "begins"),
+        ("handler.meter", "encoding_prompt took"),
+        ("handler.meter", "denoising took"),
+        ("handler.meter", "next is storing"),
+        ("handler.worker", "done in"),
+        ("shim.queue.dispatch", "completed by worker"),
+    )
+    places = [
+        next(i for i, line in enumerate(found) if line["logger"] == logger and words in line["message"])
+        for logger, words in steps
+    ]
+    assert places == sorted(places), found
+    (worker_id,) = {line["worker_id"] for line in found if line["logger"].startswith(("handler.", "runpod"))}
+    assert lines_with(service, finished_task, "taken by")[0]["worker_id"] == worker_id
+
+
+def test_every_line_about_a_task_has_its_id(service: Service, finished_task: str) -> None:
+    # RunPod's SDK sends the id of its last job as X-Request-ID of its next requests.
+    about = [line for line in lines(service) if finished_task in json.dumps({**line, "request_id": None})]
+    assert len(about) > 10
+    assert [line for line in about if line.get("task_id") != finished_task] == []
+    assert {line["level"] for line in about if line["logger"] != "shim.http.access_log"} == {"INFO"}  # polls are DEBUG
+
+
+def test_server_and_worker_both_log_a_failed_task_with_its_error_code(service: Service) -> None:
+    with platform(service) as http:
+        task_id = http.post("/run", json={"input": {"prompt": "short"}}).json()["id"]
+    loggers = {line["logger"] for line in lines_with(service, task_id, "failed with INVALID_PROMPT")}
+    eventually(
+        "a line of both", lambda: len({line["logger"] for line in lines_with(service, task_id, "failed with")}) == 2
+    )
+    assert loggers <= {"handler.serverless", "shim.queue.dispatch"}
+
+
+def test_server_and_worker_both_log_a_cancelled_task(service: Service) -> None:
+    task_id = service.generate(prompt=PROMPT, duration=10, resolution="1080p")
+    eventually("the render's start", lambda: service.status(task_id)["progress"] > 0, 60)
+    with platform(service) as http:
+        http.post(f"/cancel/{task_id}").raise_for_status()
+    assert {line["logger"] for line in lines_with(service, task_id, "cancelled")} >= {"shim.queue.sql"}
+    eventually(
+        "a line of the worker",
+        lambda: "handler.serverless" in {line["logger"] for line in lines_with(service, task_id, "cancelled")},
+        90,
+    )
+
+
+def test_requests_are_logged_by_route_with_their_id_and_no_query(service: Service) -> None:
+    service.http.get("/status/no-such-task?secret=hush", headers={"X-Request-ID": "status"})
+    service.http.get("/nowhere/at/all?secret=hush", headers={"X-Request-ID": "nowhere"})
+    found = request_lines(service, "status", "nowhere")
+    assert [(line["route"], line["method"], line["status"]) for line in found] == [
+        ("/status/{task_id}", "GET", 404),
+        ("other", "GET", 404),
+    ]
+    assert found[0]["task_id"] == "no-such-task"
+    assert found[0]["duration_ms"] >= 0
+    assert "hush" not in service.log.read_text()
+
+
+def test_a_pipelined_request_inherits_nothing_from_the_one_before_it(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        for path, request_id in (("/status/no-such-task", "first"), ("/nowhere", "second"), ("/ready", "last")):
+            close = "Connection: close\r\n" if request_id == "last" else ""
+            connection.sendall(
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\n"
+                f"X-Request-ID: {request_id}\r\n{close}\r\n".encode()
+            )
+        while connection.recv(65536):
+            pass
+    by_id = {line["request_id"]: line for line in request_lines(service, "first", "second")}
+    assert by_id["first"]["task_id"] == "no-such-task"
+    assert "task_id" not in by_id["second"]
+
+
+def test_requests_of_programs_are_logged_at_debug_and_those_of_people_at_info(service: Service) -> None:
+    service.http.get("/health", headers={"X-Request-ID": "of-a-program"})
+    service.http.get("/status/no-such-task", headers={"X-Request-ID": "of-a-person"})
+    levels = {line["route"]: line["level"] for line in request_lines(service, "of-a-program", "of-a-person")}
+    assert levels == {"/health": "DEBUG", "/status/{task_id}": "INFO"}
+    reports = [line for line in lines(service) if line.get("route") == "/v2/local/worker-report/{worker_id}"]
+    assert {line["level"] for line in reports} == {"DEBUG"}
+
+
+def test_no_log_contains_a_key_a_token_a_signature_or_a_prompt(
+    service: Service, finished_task: str, refused_tasks: list[str]
+) -> None:
+    assert refused_tasks
+    assert len(lines_with(service, finished_task, "accepted from alice")) == 1
+    made = (service.directory / "data" / "bucket" / "secret-key").read_text().strip()
+    logs = [path for path in service.directory.rglob("*") if path.suffix == ".log"]
+    assert service.log in logs
+    for path in logs:
+        text = path.read_text(errors="replace")
+        # A presigned URL gives access to its object.
+        for secret in (KEY, WRONG_KEY, TOKEN, S3_SECRET, S3_ID, made, WORD, "X-Amz-Signature"):
+            assert secret not in text, f"{path.name} contains {secret}"
+
+
+def test_the_documented_clients_work_with_a_key(service: Service, finished_task: str, tmp_path: Path) -> None:
+    """As in the README: curl with a header, requests with a session's header. The video is that of an earlier task."""
+    session = requests.Session()
+    session.headers["X-API-Key"] = KEY
+    answer = session.post(f"{service.address}/generate", json={"prompt": PROMPT, "duration": 5, "resolution": "720p"})
+    assert answer.status_code == 202
+    service.http.delete(f"/tasks/{answer.json()['task_id']}").raise_for_status()
+    video_url = service.status(finished_task)["video_url"]
+    by_requests = session.get(video_url)
+    assert by_requests.status_code == 200
+    assert requests.get(video_url, timeout=30).status_code == 401
+    path = tmp_path / "video.mp4"
+    bearer = f"Authorization: Bearer {KEY}"
+    subprocess.run(["curl", "-sSf", "-H", bearer, "-o", str(path), video_url], check=True, timeout=60)
+    assert path.read_bytes() == by_requests.content
+    refused = subprocess.run(["curl", "-sf", "-o", str(path), video_url], check=False, timeout=60)
+    assert refused.returncode == 22
+    session.close()
+
+
+@pytest.mark.full
+def test_prompts_are_in_the_log_if_the_setting_asks_for_them(tmp_path: Path) -> None:
+    with running_service(tmp_path, HUNYUAN_LOG_PROMPTS="true") as service:
+        task_id = service.generate(prompt=f"{PROMPT}\nand a second line")
+        service.finished(task_id)
+        shown = [line for line in service.log.read_text().splitlines() if WORD in line]
+        token = (service.directory / "data" / "platform-token").read_text().strip()
+        assert token not in service.log.read_text()
+    assert len(shown) == 2, "one when the server accepts the task, one when the render begins"
+    for line in shown:
+        assert task_id in line
+        assert rf'prompt="A paper boat named {WORD} on a rainy street\nand a second line"' in line

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import http
 
 
+@pytest.mark.full
 def test_the_benchmark_compares_polls_with_a_bare_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     http.main(["--seconds", "0.2", "--rounds", "1", "--connections", "1", "4", "--output", str(tmp_path)])
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]

@@ -25,6 +25,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.full import full
 from tests.support.mp4 import probe
 from tests.support.queues import JOB, TOKEN, Bench, platform_bench
 from tests.support.s3_servers import behind, juicefs, moto
@@ -38,7 +39,7 @@ HISTORY = 8 * 24 * 3600.0
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(scope="module", params=["juicefs", pytest.param("moto", marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=["juicefs", full("moto")])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
     server = {"juicefs": juicefs, "moto": moto}[request.param]
     with server(tmp_path_factory.mktemp("store")) as settings:
@@ -224,7 +225,8 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
     assert Videos(Bucket(scene.store)).find(task_id) == result
 
 
-@pytest.mark.parametrize("store", ["juicefs", "moto"], indirect=True)
+@pytest.mark.full
+@pytest.mark.parametrize("store", ["juicefs", full("moto")], indirect=True)
 async def test_a_manifest_that_is_written_although_another_worker_completed_the_task_is_replaced(
     scene: Scene,
 ) -> None:

@@ -110,6 +110,7 @@ def test_seaweedfs_runs_with_the_options_that_the_conformance_suite_tests() -> N
     assert set(SEAWEEDFS_OPTIONS) <= set(block("SeaweedFS").split())
 
 
+@pytest.mark.full
 def test_the_page_leads_to_a_video(host: Path) -> None:
     typed = block("Settings, the same on each host")
     type_in(host, typed.replace("STORE=10.0.0.1", f"STORE={STORE}").replace("SHIM=10.0.0.2", f"SHIM={SHIM}"))

@@ -162,6 +162,7 @@ def stores(tmp_path: Path, stack: ExitStack) -> tuple[BucketSettings, BucketSett
     return stack.enter_context(juicefs(tmp_path / "juicefs")), stack.enter_context(rclone(tmp_path / "rclone"))
 
 
+@pytest.mark.full
 def test_one_machine_is_restored_on_another_from_a_backup_made_while_the_server_ran(tmp_path: Path) -> None:
     old, new = Machine(tmp_path / "old"), Machine(tmp_path / "new")
     with old.serving():
@@ -177,6 +178,7 @@ def test_one_machine_is_restored_on_another_from_a_backup_made_while_the_server_
         new.check(*tasks)
 
 
+@pytest.mark.full
 def test_a_queue_in_postgresql_and_a_lost_bucket_are_restored(
     tmp_path: Path, postgres: Postgres, stores: tuple[BucketSettings, BucketSettings]
 ) -> None:
@@ -195,6 +197,7 @@ def test_a_queue_in_postgresql_and_a_lost_bucket_are_restored(
         new.check(*tasks)
 
 
+@pytest.mark.full
 def test_videos_move_from_the_embedded_bucket_to_a_named_one(
     tmp_path: Path, stores: tuple[BucketSettings, BucketSettings]
 ) -> None:
@@ -231,6 +234,7 @@ def migrated(tmp_path: Path, stores: tuple[BucketSettings, BucketSettings], data
     return Machine(tmp_path / "host", stores[0], HUNYUAN_DATABASE_URL=database_url)
 
 
+@pytest.mark.full
 def test_a_downgrade_and_an_upgrade_keep_every_task(migrated: Machine) -> None:
     """The older release is this one, which upgrades the older tables again."""
     with migrated.serving():
@@ -242,6 +246,7 @@ def test_a_downgrade_and_an_upgrade_keep_every_task(migrated: Machine) -> None:
         migrated.check(*tasks)
 
 
+@pytest.mark.full
 def test_a_database_of_a_newer_release_stops_the_start_and_the_error_says_what_to_do(migrated: Machine) -> None:
     with migrated.serving():
         newest = revision(migrated)
@@ -251,6 +256,7 @@ def test_a_database_of_a_newer_release_stops_the_start_and_the_error_says_what_t
     assert f"run `hunyuan downgrade-queue {newest}` with that release" in done.stdout
 
 
+@pytest.mark.full
 def test_a_running_server_and_an_unknown_revision_stop_a_downgrade(tmp_path: Path) -> None:
     machine = Machine(tmp_path / "host")
     with machine.serving():

@@ -42,7 +42,7 @@ def example(heading: str, language: str) -> str:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with scripted_service(tmp_path_factory.mktemp("service")) as (running, _):
+    with scripted_service(tmp_path_factory.mktemp("service"), "--full-size") as (running, _):
         yield running
 
 

@@ -47,6 +47,7 @@ def render_the_demo(directory: Path) -> None:
     assert (video.width, video.height) == (1280, 720)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_wheel_renders_the_demo_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """A path file lends the installed dependencies to the environment; it lends no editable install."""

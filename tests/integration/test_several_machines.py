@@ -76,6 +76,7 @@ def servers(
         assert service.stop() == 0
 
 
+@pytest.mark.full
 def test_a_task_given_to_one_server_is_rendered_by_a_worker_of_the_other(
     servers: tuple[Service, Service], bucket: BucketSettings, tmp_path: Path
 ) -> None:

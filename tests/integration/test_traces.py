@@ -53,6 +53,7 @@ def child_of(parent: Received, spans: list[Received], name: str) -> Received:
     return found
 
 
+@pytest.mark.full
 def test_the_trace_of_a_task_leads_from_its_request_to_the_workers_stages(
     service: Service, receiver: OtlpReceiver
 ) -> None:

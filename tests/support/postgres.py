@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+import sqlalchemy
 from psycopg import sql
 
+from shim.queue.engine import database_url, migrate
 from tests.support.service import eventually, free_port
 
 START_SECONDS = 30.0
@@ -24,6 +26,8 @@ START_SECONDS = 30.0
 _ROOM = 8 * 1024**3
 #: PostgreSQL refuses to run as root.
 _USER = "nobody" if os.geteuid() == 0 else None
+#: The database of each server that has the queue's tables. Copying it takes a third of the time of creating them.
+_MIGRATED = "migrated"
 
 
 def _programs() -> Path:
@@ -47,6 +51,7 @@ class Postgres:
         self._directory = directory
         self.log = directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._has_migrated = False
         self.programs = _programs()
         if _USER is not None:
             shutil.chown(directory, _USER)
@@ -110,10 +115,21 @@ class Postgres:
         return f"postgresql://postgres@{self.host}:{self.port}/{database}"
 
     def create_database(self) -> str:
-        """Creates an empty database and returns its URL."""
-        name = f"test_{uuid.uuid4().hex}"
+        """Creates a database with the queue's tables and returns its URL."""
+        if not self._has_migrated:
+            engine = sqlalchemy.create_engine(database_url(self.create_empty_database(_MIGRATED)))
+            with engine.begin() as connection:
+                migrate(connection)
+            engine.dispose()
+            self._has_migrated = True
+        return self.create_empty_database(template=_MIGRATED)
+
+    def create_empty_database(self, name: str | None = None, template: str = "template1") -> str:
+        """Creates a database, as PostgreSQL's own program does, and returns its URL."""
+        name = name or f"test_{uuid.uuid4().hex}"
+        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            connection.execute(create)
         return self.url(name)
 
     def drop_database(self, url: str) -> None:

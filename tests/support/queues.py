@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy
 from pydantic import HttpUrl, SecretStr
 from sqlalchemy import text
 
@@ -23,6 +25,7 @@ from shim.metrics import Metrics
 from shim.queue.base import FindResult, JobQueue
 from shim.queue.database import Database
 from shim.queue.dispatch import Dispatcher
+from shim.queue.engine import migrate
 from shim.queue.outbox import Outbox
 from shim.queue.runpod import RunPodQueue
 from shim.queue.schema import jobs, outcomes, render_times, workers
@@ -113,6 +116,7 @@ async def sql_bench(
 ) -> AsyncIterator[Bench]:
     """The SQL queue in the database at `url`."""
     clock = Clock()
+    _copy_tables(url)
     database = await Database.open(url, clock=clock)
     try:
         metrics = Metrics(data_directory=Path(tempfile.gettempdir()))
@@ -122,6 +126,26 @@ async def sql_bench(
         yield Bench(queue, database, dispatcher, outbox, clock, metrics)
     finally:
         await database.close()
+
+
+def _copy_tables(url: str) -> None:
+    """Puts a file with the queue's tables where SQLite would create one, which takes a third of the time."""
+    file = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not file.exists():
+        file.touch(0o600)
+        file.write_bytes(_migrated())
+
+
+@functools.cache
+def _migrated() -> bytes:
+    """A SQLite file with the queue's tables."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "queue.sqlite3"
+        engine = sqlalchemy.create_engine(f"sqlite:///{file}")
+        with engine.begin() as connection:
+            migrate(connection)
+        engine.dispose()
+        return file.read_bytes()
 
 
 @asynccontextmanager

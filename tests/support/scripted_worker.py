@@ -18,6 +18,8 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pytest
+
 from contract import tracing
 from handler.__main__ import exit_on_sigterm
 from handler.report import Reporter
@@ -28,6 +30,7 @@ from handler.worker import Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings, bucket_settings
 from tests.support.scripted_model import ScriptedModel
+from tests.support.small_videos import make_videos_small
 from tests.support.stepped_clock import follow
 
 
@@ -84,11 +87,14 @@ def main() -> None:
     parser.add_argument("--hang", type=Path, help="the first step does not end while this file exists")
     parser.add_argument("--hold-gil", action="store_true", help="the first step blocks the interpreter for 10 minutes")
     parser.add_argument("--clock", type=Path, help="both clocks of Python are ahead by the seconds in this file")
+    parser.add_argument("--full-size", action="store_true", help="encode as many pixels as were asked for")
     parser.add_argument("--silent", action="store_true", help="send no progress")
     arguments = parser.parse_args()
     sys.argv[1:] = []  # the SDK parses them, too
     if arguments.clock is not None:
         follow(arguments.clock, monotonic=True)
+    if not arguments.full_size:
+        make_videos_small(pytest.MonkeyPatch())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     exit_on_sigterm()

@@ -29,6 +29,7 @@ def configured(**environment: str) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.full
 def test_pytorch_accepts_the_configuration_and_the_operators_own_stays() -> None:
     assert configured() == CONFIGURATION
     assert configured(PYTORCH_ALLOC_CONF="expandable_segments:False") == "expandable_segments:False"

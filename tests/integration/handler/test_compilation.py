@@ -68,8 +68,9 @@ def _nothing_compiled_before() -> None:
     counters.clear()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use of it
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_compute_the_same_at_every_size_and_are_kept_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, backend: str
 ) -> None:
@@ -89,6 +90,7 @@ def test_compiled_blocks_compute_the_same_at_every_size_and_are_kept_in_the_cach
     assert counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("approximation", Approximation)
 def test_compilation_works_with_each_approximation(approximation: Approximation) -> None:
     results = []
@@ -105,6 +107,7 @@ def test_compilation_works_with_each_approximation(approximation: Approximation)
         assert torch.allclose(plain, compiled_one, atol=1e-5)
 
 
+@pytest.mark.full
 def test_compilation_works_with_streamed_blocks() -> None:
     (base, _), (plain, _) = transformers(), transformers()
     place(base, Placement.STREAMED, "block_level", torch.device("cpu"))
@@ -136,6 +139,7 @@ print(json.dumps({{"frames": sum(len(chunk) for chunk in chunks), "seconds": dic
 """
 
 
+@pytest.mark.full
 def test_without_a_compiler_the_worker_warns_once_and_renders(tmp_path: Path) -> None:
     job = JobInput(prompt="A paper boat", duration=5, num_inference_steps=1).model_dump_json()
     own = {"HUNYUAN_COMPILE": "true", "HUNYUAN_CACHE_DIR": str(tmp_path), "CXX": "/no/such/compiler"}

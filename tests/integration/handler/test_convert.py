@@ -273,6 +273,7 @@ def started(*arguments: str | Path, env: dict[str, str] | None = None) -> subpro
     )
 
 
+@pytest.mark.full
 def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_clears_up(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     save_file(original(small().state_dict()), tmp_path / "source" / "one.safetensors")
@@ -290,6 +291,7 @@ def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_clea
     assert sorted(path.name for path in tmp_path.iterdir()) == ["480p_t2v", "source"]
 
 
+@pytest.mark.full
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     save_file(original(small().state_dict()), tmp_path / "one.safetensors")
     with subprocess.Popen(
@@ -544,6 +546,7 @@ def hub_server(hub_root: Path) -> Iterator[HubServer]:
         thread.join()
 
 
+@pytest.mark.full
 def test_the_hubs_own_client_fetches_what_is_needed_and_no_more(tmp_path: Path, hub_server: HubServer) -> None:
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_server.server_port}", "HF_HOME": str(tmp_path / "home")}
     with started("download-weights", "fast", "--to", tmp_path / "weights", "--accept-licence", env=env) as process:

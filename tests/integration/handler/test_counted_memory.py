@@ -18,6 +18,7 @@ from handler.video_model.memory import PLANS, PlacementPlan, peaks
 from handler.video_model.placement import weights_of
 from handler.video_model.planning import kind_of_video
 from handler.video_model.workload import kind_of_job
+from tests.support.full import full
 
 MOST = 1.15
 
@@ -55,11 +56,10 @@ def counted_decode(latents: tuple[int, int, int], tile: int) -> int:
     return count.peak
 
 
-#: The two videos of each pair of a profile and a resolution that `make test` counts: both durations, with and without
-#: an image.
-SHORT = [(5, False), (10, True)]
+#: The video that `make test` counts.
+SHORT = (Profile.QUALITY, Resolution.P720, 10, True)
 KINDS = [
-    pytest.param(*kind, duration, from_image, marks=() if (duration, from_image) in SHORT else pytest.mark.full)
+    case if (case := (*kind, duration, from_image)) == SHORT else full(*case)
     for kind in ((Profile.FAST, Resolution.P1080), (Profile.QUALITY, Resolution.P720))
     for duration in (5, 10)
     for from_image in (False, True)
@@ -82,7 +82,8 @@ def test_every_plan_is_at_least_what_is_counted_and_at_most_15_percent_more(
         assert alive <= planned <= MOST * alive, (plan, planned / alive)
 
 
-@pytest.mark.parametrize("tile", [0, pytest.param(256, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("tile", [0, 256])
 @pytest.mark.parametrize(("profile", "resolution"), [(Profile.FAST, Resolution.P720), (Profile.FAST, Resolution.P1080)])
 def test_the_planned_decode_is_at_least_what_is_counted_and_at_most_15_percent_more(
     profile: Profile, resolution: Resolution, tile: int
@@ -100,6 +101,7 @@ def decoding_plans(tile: int) -> Iterator[PlacementPlan]:
     return (plan for plan in PLANS if plan.tile == tile)
 
 
+@pytest.mark.full
 def test_more_blocks_change_no_peak() -> None:
     short = job(Resolution.P720, 5, from_image=False)
     one, three = (count_latents(short, meta_parts(Profile.QUALITY, layers))[0] for layers in (1, 3))

@@ -19,6 +19,7 @@ from handler.video_model.base import Frames
 from handler.video_model.causal_decoder import CausalDecoder, History, use_frame_causal_attention
 from handler.video_model.decode import decode
 from handler.video_model.memory import BAND
+from tests.support.full import full
 
 #: A band of a single row.
 ROW = 1
@@ -68,9 +69,9 @@ def random_latents(vae: Any, frames: int, height: int, width: int) -> torch.Tens
     return torch.randn(1, vae.config.latent_channels, frames, height, width, generator=generator)
 
 
-@pytest.mark.parametrize("build", [small_vae, narrow_vae])
+@pytest.mark.parametrize("build", [small_vae, full(narrow_vae)])
 @pytest.mark.parametrize("band", [BAND, ROW])
-@pytest.mark.parametrize(("frames", "size"), [(1, (3, 4)), (2, (5, 7)), (3, (4, 4)), (7, (3, 5)), (7, (1, 1))])
+@pytest.mark.parametrize(("frames", "size"), [(1, (3, 4)), (2, (5, 7)), (3, (4, 4)), full(7, (3, 5)), full(7, (1, 1))])
 @torch.no_grad()
 def test_one_latent_frame_after_another_decodes_to_what_the_whole_does(
     build: Callable[[], Any], band: int, frames: int, size: tuple[int, int]
@@ -101,9 +102,9 @@ def test_attention_without_a_mask_is_that_with_the_stock_mask() -> None:
     assert torch.allclose(vae.encode(image).latent_dist.mean, stock.encode(image).latent_dist.mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile", [None, 32, 64])
+@pytest.mark.parametrize("tile", [None, 32, full(64)])
 @pytest.mark.parametrize(
-    ("frames", "size"), [(3, (9, 16)), (3, (4, 4)), (1, (4, 15)), (3, (13, 6)), (2, (5, 7)), (11, (5, 6))]
+    ("frames", "size"), [full(3, (9, 16)), (3, (4, 4)), (1, (4, 15)), full(3, (13, 6)), (2, (5, 7)), (11, (5, 6))]
 )
 def test_each_pixel_is_the_stock_decoders(frames: int, size: tuple[int, int], tile: int | None) -> None:
     """Untiled, and with the tiles of `tiled_decode`. 11 latent frames take three turns of each tile."""
@@ -136,7 +137,9 @@ def test_frames_come_while_the_rest_is_decoded_and_progress_is_what_is_done() ->
     assert done == pytest.approx([frame / 31 for frame in range(31)])
 
 
-@pytest.mark.parametrize(("frames", "size"), [(31, (45, 80)), (61, (45, 80)), (31, (67, 119)), (61, (67, 119))])
+@pytest.mark.parametrize(
+    ("frames", "size"), [(31, (45, 80)), full(61, (45, 80)), full(31, (67, 119)), full(61, (67, 119))]
+)
 @torch.no_grad()
 def test_the_first_frame_takes_at_most_5_percent_of_the_work(frames: int, size: tuple[int, int]) -> None:
     """Counted in operations, with the published dimensions, at 720p and 1080p, for 5 and 10 s."""
@@ -197,9 +200,10 @@ def peak(frames: int, height: int, width: int, *, tile: int | None = None) -> in
     return most
 
 
-@pytest.mark.parametrize("latents", [(7, 13), pytest.param((31, 61), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("latents", [(7, 13), (31, 61)])
 def test_live_bytes_do_not_grow_with_the_number_of_frames(latents: tuple[int, int]) -> None:
-    """Of 25 and 49 frames; in full of 121 and 241, those of the shortest and the longest video."""
+    """Of 25 and 49 frames, and of 121 and 241, those of the shortest and the longest video."""
     short, long = (peak(frames, 8, 8) for frames in latents)
     assert long < 1.02 * short
 
@@ -211,6 +215,7 @@ def test_with_tiles_the_peak_does_not_grow_with_the_duration_either() -> None:
     assert long < 1.02 * short
 
 
+@pytest.mark.full
 def test_with_tiles_the_peak_does_not_grow_with_the_picture() -> None:
     """What the tiles remember waits in host memory."""
     small, large = (peak(3, height, 8, tile=128) for height in (14, 26))

@@ -29,6 +29,7 @@ from handler.video_model.decode import decode
 from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from handler.video_model.memory import CHUNK
+from tests.support.full import full
 from tests.support.small_models import single
 
 PROMPT = "A paper boat on a rainy street"
@@ -52,6 +53,7 @@ def model() -> VideoModel:
     return load_model(WorkerSettings(model_path="demo"))
 
 
+@pytest.mark.full
 def test_it_shows_the_colours_that_were_asked_for_in_the_promised_frames_and_reports_each_stage(
     model: VideoModel,
 ) -> None:
@@ -186,11 +188,11 @@ def held_by_tensors() -> int:
     ("part", "error"),
     [
         ("transformer", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")),
-        (
+        full(
             "vae.decoder.up_blocks.3.resnets.0.conv_shortcut",
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
         ),
-        ("text_encoder", MemoryError()),
+        full("text_encoder", MemoryError()),
     ],
 )
 def test_out_of_memory_is_distinguished_from_other_errors_and_the_next_render_works(
@@ -231,7 +233,7 @@ def test_another_error_is_left_as_it_is() -> None:
     "prompt",
     [PROMPT, 'A shop sign that says "OPEN" and “closed” in the rain', "word " * 99, "雨の通りの紙の船です、とても静か"],
 )
-@pytest.mark.parametrize(("guidance_scale", "chunk"), [(6.0, CHUNK), (1.0, CHUNK), (6.0, 100)])
+@pytest.mark.parametrize(("guidance_scale", "chunk"), [full(6.0, CHUNK), (1.0, CHUNK), full(6.0, 100)])
 def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk: int) -> None:
     """Compares the stock pipeline with its dense masks with ours, from the same noise."""
     latents = []
@@ -259,8 +261,10 @@ def test_mask_free_attention_is_exact(prompt: str, guidance_scale: float, chunk:
     assert stock.std() > 0.1
 
 
-@pytest.mark.parametrize("guidance_scale", [None, 1.0])
-@pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN" in the rain', "a word " * 70 + "at its end"])
+@pytest.mark.parametrize("guidance_scale", [None, full(1.0)])
+@pytest.mark.parametrize(
+    "prompt", [full(PROMPT), 'A shop sign that says "OPEN" in the rain', full("a word " * 70 + "at its end")]
+)
 def test_our_latents_for_a_prompt_equal_those_of_the_stock_pipeline(prompt: str, guidance_scale: float | None) -> None:
     """Compares `PipelineModel` with diffusers, called as its documentation says."""
     stock = random_model.build_pipeline()
@@ -367,6 +371,7 @@ def test_a_checkpoint_is_loaded_from_its_directory_or_the_one_above(checkpoints:
         assert isinstance(block.forward, ChunkedBlock)
 
 
+@pytest.mark.full
 def test_a_loaded_checkpoint_renders_what_the_saved_one_does(checkpoints: Path) -> None:
     loaded = HunyuanVideo15Pipeline.from_pretrained(checkpoints / "Tiny-480p_t2v")
     built = random_model.build_pipeline()

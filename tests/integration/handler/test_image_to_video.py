@@ -26,6 +26,7 @@ from storage.bucket import Bucket
 from storage.images import Images
 from storage.layout import image_key
 from storage.settings import BucketSettings
+from tests.support.full import full
 from tests.support.queues import NOWHERE
 from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
@@ -40,7 +41,7 @@ def picture(color: tuple[int, int, int] = (200, 40, 40), size: tuple[int, int] =
     return image
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN" in the rain', "word " * 99])
+@pytest.mark.parametrize("prompt", [full(PROMPT), 'A shop sign that says "OPEN" in the rain', full("word " * 99)])
 @pytest.mark.parametrize(("guidance_scale", "chunk"), [(6.0, CHUNK), (1.0, 100)])
 def test_mask_free_attention_is_exact_from_an_image(prompt: str, guidance_scale: float, chunk: int) -> None:
     latents = []
@@ -101,6 +102,7 @@ def render(image: Image.Image) -> Frames:
     return frames
 
 
+@pytest.mark.full
 def test_the_image_goes_through_base_and_super_resolution_and_decides_what_is_seen() -> None:
     red = render(picture())
     assert red.shape == (121, 48, 88, 3)
@@ -108,11 +110,12 @@ def test_the_image_goes_through_base_and_super_resolution_and_decides_what_is_se
     assert not np.array_equal(red, render(picture((40, 200, 40))))
 
 
+@pytest.mark.full
 def test_an_image_of_another_shape_is_cropped() -> None:
     assert render(picture(size=(300, 100))).shape == (121, 48, 88, 3)
 
 
-@pytest.mark.parametrize("aspect_ratio", AspectRatio)
+@pytest.mark.parametrize("aspect_ratio", [each if each is AspectRatio.TALL else full(each) for each in AspectRatio])
 def test_each_stage_gets_the_image_resampled_once_from_the_original(
     monkeypatch: pytest.MonkeyPatch, aspect_ratio: AspectRatio
 ) -> None:

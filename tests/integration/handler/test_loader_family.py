@@ -211,6 +211,7 @@ def test_a_checkpoint_that_is_cut_short_is_named(weights: Path, tmp_path: Path) 
         load(tmp_path / "weights")
 
 
+@pytest.mark.full
 def test_a_streamed_model_renders_what_a_resident_one_does() -> None:
     """A CPU has no device to stream to, but every hook runs."""
     job = JobInput(prompt="A paper boat on a rainy street", duration=5, resolution=Resolution.P720)
@@ -304,6 +305,7 @@ def exact() -> Frames:
     return video(single(steps=4))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "approximation", [Approximation.FP8_WEIGHTS, Approximation.FIRST_BLOCK_CACHE, Approximation.TAYLORSEER]
 )

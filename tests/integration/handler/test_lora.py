@@ -167,7 +167,8 @@ def test_two_adapters_add_up_each_with_its_scale(
     assert largest_difference(found, passed(reference)) > 1e-2
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_blocks_compute_as_peft_does_and_no_set_of_adapters_compiles_them_again(
     backend: str, tmp_path: Path
 ) -> None:

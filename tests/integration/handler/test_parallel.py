@@ -25,6 +25,7 @@ from handler.video_model.generate import PipelineModel
 from handler.video_model.loader import load_model
 from handler.video_model.parallel import Parallel, token_counts
 from handler.video_model.ranks import FOLLOWER
+from tests.support.full import full
 from tests.support.service import Service, eventually, running_service
 from tests.support.small_rank import MISSING, TOO_LARGE, load_rank
 
@@ -56,7 +57,7 @@ def loaded(model_path: str, gpus: int, **options: Any) -> Iterator[PipelineModel
         yield model
 
 
-@pytest.fixture(scope="module", params=["family", "windowed family"])
+@pytest.fixture(scope="module", params=["family", full("windowed family")])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[PipelineModel, PipelineModel]]:
     """The same model in one and in two processes."""
     with loaded(request.param, 1) as alone, loaded(request.param, 2) as together:
@@ -64,9 +65,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[PipelineModel, Pipeli
 
 
 @pytest.fixture(scope="module")
-def together() -> Iterator[PipelineModel]:
-    with loaded("family", 2) as model:
-        yield model
+def together(pair: tuple[PipelineModel, PipelineModel]) -> PipelineModel:
+    return pair[1]
 
 
 def latents(model: PipelineModel, job: JobInput = BOAT, image: Image.Image | None = None) -> torch.Tensor:
@@ -90,6 +90,7 @@ def test_two_processes_have_the_latents_of_one(
     assert (latents(together, job) - latents(alone, job)).abs().max() < 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("approximation", [None, Approximation.MAGCACHE, Approximation.TAYLORSEER])
 def test_so_do_they_from_an_image_and_with_skipped_steps(approximation: Approximation | None) -> None:
     job = BOAT.model_copy(update={"image": "data:,", "guidance_scale": 6.0, "num_inference_steps": 6})
@@ -99,6 +100,7 @@ def test_so_do_they_from_an_image_and_with_skipped_steps(approximation: Approxim
         assert (latents(two, job, picture()) - latents(one, job, picture())).abs().max() < 1e-5
 
 
+@pytest.mark.full
 def test_four_processes_share_passes_and_tokens_of_the_demo_model() -> None:
     """It guides its first steps only: then the halves share one pass."""
     job = BOAT.model_copy(update={"num_inference_steps": 6})
@@ -158,6 +160,7 @@ def test_an_error_of_another_process_is_logged(together: PipelineModel, caplog: 
     assert "rank 1: " in caplog.text
 
 
+@pytest.mark.full
 def test_a_model_that_another_process_can_not_load_is_an_error_of_loading() -> None:
     """Rank 0 still loads when it reads of it: the other one must not end before, which would end the worker."""
     with others_of(WorkerSettings(model_path=MISSING, gpus_per_job=2)) as others:
@@ -205,6 +208,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield running
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("loses", ["rank 1", "rank 0", "rank 1 to a stop"])
 def test_a_task_survives_the_loss_of_a_process_and_no_process_is_left(service: Service, loses: str) -> None:
     task = service.generate()

@@ -54,6 +54,7 @@ def test_the_vae_has_the_stated_parameters() -> None:
     assert parameters(vae().encoder) == VAE.encoder_parameters
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("profile", [Profile.FAST, Profile.QUALITY])
 def test_the_published_weights_are_those_of_the_modules(profile: Profile) -> None:
     found, stated = weights_of(meta_parts(profile, TRANSFORMER.layers)), published_weights(profile, images=True)

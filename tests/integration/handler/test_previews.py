@@ -87,6 +87,7 @@ def render(model: VideoModel, prompt: str) -> Rendered:
     return Rendered(previews, pixels(Image.fromarray(frames[60])), time.process_time() - started, spent)
 
 
+@pytest.mark.full
 def test_the_picture_forms_from_step_to_step(rendered: list[Rendered]) -> None:
     for one in rendered:
         assert len(one.previews) == demo.CHECKPOINT.sampling.num_inference_steps
@@ -94,6 +95,7 @@ def test_the_picture_forms_from_step_to_step(rendered: list[Rendered]) -> None:
         assert likeness[-1] > likeness[0] + 3, likeness
 
 
+@pytest.mark.full
 def test_the_last_preview_resembles_the_frame_of_its_own_video(rendered: list[Rendered]) -> None:
     first, second = rendered
     for own, other in ((first, second), (second, first)):
@@ -102,6 +104,7 @@ def test_the_last_preview_resembles_the_frame_of_its_own_video(rendered: list[Re
         assert psnr(last, own.frame) > psnr(last, other.frame) + 6
 
 
+@pytest.mark.full
 def test_a_preview_of_every_step_costs_less_than_two_percent(rendered: list[Rendered]) -> None:
     """A worker makes one a second at most. The render here ends at its middle frame, so a whole one takes longer."""
     assert sum(one.preview_seconds for one in rendered) < 0.02 * sum(one.seconds for one in rendered)

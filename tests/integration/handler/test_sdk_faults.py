@@ -22,6 +22,7 @@ from contract.worker import WorkerState
 from contract.worker_environment import worker_environment
 from storage.settings import BucketSettings
 from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.full import full
 from tests.support.s3_servers import new_bucket
 from tests.support.service import Service, eventually, free_port, running_without_workers
 from tests.support.stand_in_platform import NO_ANSWER, StandInPlatform, stand_in_platform
@@ -71,6 +72,7 @@ def start_worker(network: FaultProxy, bucket: BucketSettings, tmp_path: Path) ->
             worker.kill()
 
 
+@pytest.mark.full
 def test_a_result_is_delivered_when_the_platform_is_back(
     platform: StandInPlatform, network: FaultProxy, start_worker: StartWorker
 ) -> None:
@@ -86,7 +88,7 @@ def test_a_result_is_delivered_when_the_platform_is_back(
     eventually("the next result", lambda: platform.delivered() == [first, second], DEADLINE)
 
 
-@pytest.mark.parametrize("statuses", [[503] * 4, [429] * 2], ids=str)
+@pytest.mark.parametrize("statuses", [full([503] * 4), [429] * 2], ids=str)
 def test_a_result_that_the_platform_defers_is_delivered_again(
     platform: StandInPlatform, start_worker: StartWorker, statuses: list[int]
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_result_that_the_platform_refuses_is_not_retried(
     eventually("the next result", lambda: platform.delivered() == submitted, DEADLINE)
 
 
+@pytest.mark.full
 def test_a_result_without_an_answer_is_delivered_again(platform: StandInPlatform, start_worker: StartWorker) -> None:
     """The SDK waits ten minutes for the answer and takes no job meanwhile."""
     platform.answers.append(NO_ANSWER)
@@ -118,6 +121,7 @@ def test_a_result_without_an_answer_is_delivered_again(platform: StandInPlatform
     eventually("the next result", lambda: platform.delivered()[2:] == [following], DEADLINE)
 
 
+@pytest.mark.full
 def test_an_unavailable_platform_is_asked_every_few_seconds_until_it_is_back(
     platform: StandInPlatform, network: FaultProxy, start_worker: StartWorker
 ) -> None:
@@ -146,6 +150,7 @@ def test_an_idle_worker_stops_at_once(platform: StandInPlatform, start_worker: S
     assert platform.reports[-2:] == [WorkerState.STOPPING, WorkerState.STOPPED]
 
 
+@pytest.mark.full
 def test_a_job_that_arrives_after_the_signal_is_followed_by_a_stopped_report(
     platform: StandInPlatform, start_worker: StartWorker
 ) -> None:
@@ -188,6 +193,7 @@ def run_script(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
+@pytest.mark.full
 def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
     platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
 ) -> None:
@@ -203,6 +209,7 @@ def test_a_signal_while_the_sdk_forks_its_ping_process_is_followed(
     assert platform.held == 0, "the worker exited before it asked for a job"
 
 
+@pytest.mark.full
 def test_the_ping_process_of_a_worker_that_ends_at_the_fork_ends_too(
     platform: StandInPlatform, bucket: BucketSettings, tmp_path: Path
 ) -> None:
@@ -304,6 +311,7 @@ def test_a_result_that_was_lost_is_found_in_the_bucket_and_not_rendered_again(se
             assert worker.renders() == [task_id]
 
 
+@pytest.mark.full
 def test_a_job_that_arrives_after_the_signal_goes_to_another_worker_at_once(service: Service, tmp_path: Path) -> None:
     with FaultProxy(("127.0.0.1", service.port)) as network, worker_of(service, tmp_path, network.url, "slow") as slow:
         with network.broken(latency=1.5):

@@ -31,6 +31,8 @@ from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
 from tests.support.service import eventually
 
+pytestmark = pytest.mark.usefixtures("small_videos")
+
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 
 
@@ -272,6 +274,7 @@ def test_a_bucket_that_denies_access_ends_the_start_and_is_reported(
     assert variable in platform.reports[-1]["error"]
 
 
+@pytest.mark.full
 def test_an_unavailable_bucket_does_not_end_the_start(settings: BucketSettings) -> None:
     environment = bucket_environment(settings, BUCKET_ENDPOINT_URL="http://127.0.0.1:9", HUNYUAN_STORE_PATIENCE="0")
     run = run_worker("--test_input", json.dumps({"input": {**INPUT, "num_inference_steps": 1}}), **environment)
@@ -280,6 +283,7 @@ def test_an_unavailable_bucket_does_not_end_the_start(settings: BucketSettings) 
     assert "STORAGE_UNAVAILABLE" in run.stdout + run.stderr
 
 
+@pytest.mark.full
 def test_a_model_that_can_not_be_loaded_is_named_and_reported(platform: Platform, tmp_path: Path) -> None:
     directory = str(tmp_path)
     run = run_worker(HUNYUAN_MODEL_PATH=directory, HUNYUAN_WORK_DIR=directory, HUNYUAN_WORKER_REPORT_URL=platform.url)

@@ -25,9 +25,12 @@ from storage.settings import BucketSettings
 from storage.videos import Videos
 from tests.support.disks import disk, fill
 from tests.support.fault_proxy import FaultProxy, Faults
+from tests.support.full import full
 from tests.support.s3_servers import behind, juicefs, new_bucket
 from tests.support.scripted_model import STEPS, ScriptedModel
 from tests.support.service import eventually
+
+pytestmark = pytest.mark.usefixtures("small_videos")
 
 TASK = "task-1"
 MANIFEST = layout.manifest_key(TASK)
@@ -282,7 +285,7 @@ def test_a_jobs_own_bucket_is_named_and_a_denial_is_not_retried(bench: Bench, di
     assert bench.proxy.hits["AccessDenied"] == 1
 
 
-@pytest.mark.parametrize("extension", ["jpg", "json"])
+@pytest.mark.parametrize("extension", [full("jpg"), "json"])
 def test_after_the_last_attempt_uploaded_objects_are_deleted(bench: Bench, direct: Bucket, extension: str) -> None:
     bench.policy = RetryPolicy(total=0.3, first=0.1)
     bench.proxy.answer(503, "SlowDown", times=1000, method="PUT", target=f".{extension}")

@@ -31,6 +31,7 @@ from handler.video_model.upsamplers import SRTo720pUpsampler, SRTo1080pUpsampler
 from handler.worker import Job, Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
+from tests.support.full import full
 from tests.support.mp4 import probe
 from tests.support.s3_servers import new_bucket
 from tests.support.small_models import LATENTS, family, sr_transformer, stage, upsampler_720p, upsampler_1080p
@@ -144,7 +145,7 @@ def test_an_upsampler_is_built_from_its_configuration_and_not_from_constants(tmp
 
 
 @pytest.mark.parametrize("steps", [6, 8])
-@pytest.mark.parametrize("prompt", [PROMPT, 'A shop sign that says "OPEN"'])
+@pytest.mark.parametrize("prompt", [full(PROMPT), 'A shop sign that says "OPEN"'])
 def test_the_stage_computes_what_the_source_computes(steps: int, prompt: str) -> None:
     """Repeats the source step by step, with the stock attention and its masks."""
     pipeline = random_model.build_pipeline()
@@ -294,8 +295,8 @@ def test_sizes_are_those_that_the_models_were_trained_on(
     assert size in generate_crop_size_list(base_size, 16)
 
 
-@pytest.mark.parametrize("resolution", Resolution)
-@pytest.mark.parametrize("aspect_ratio", [AspectRatio.WIDE, AspectRatio.TALL])
+@pytest.mark.parametrize("resolution", [full(Resolution.P720), Resolution.P1080])
+@pytest.mark.parametrize("aspect_ratio", [full(AspectRatio.WIDE), AspectRatio.TALL])
 def test_a_family_renders_through_its_stages_with_one_rising_progress(
     resolution: Resolution, aspect_ratio: AspectRatio
 ) -> None:
@@ -342,7 +343,8 @@ def small_family() -> PipelineModel:
     return family()
 
 
-@pytest.mark.parametrize("duration", [5, *(pytest.param(each, marks=pytest.mark.full) for each in range(6, 11))])
+@pytest.mark.full
+@pytest.mark.parametrize("duration", range(5, 11))
 @pytest.mark.parametrize("resolution", Resolution)
 def test_each_length_and_resolution_comes_out_exactly(
     bucket: Bucket, small_family: PipelineModel, tmp_path: Path, resolution: Resolution, duration: int

@@ -200,6 +200,7 @@ def test_16_bits_are_only_inside_the_transformer(guidance_scale: float) -> None:
     assert (found - expected).abs().max() < 1e-5
 
 
+@pytest.mark.full
 def test_16_bits_cost_less_than_in_the_stock_loop() -> None:
     """The distance to latents of a float32 model, from the same noise. diffusers rounds latents and timesteps."""
 
@@ -217,6 +218,7 @@ def test_16_bits_cost_less_than_in_the_stock_loop() -> None:
     assert (ours - exact).norm() < 0.5 * (rounded - exact).norm()
 
 
+@pytest.mark.full
 def test_no_two_of_fifty_steps_share_a_timestep() -> None:
     """In bfloat16, four of the 50 timesteps of 720p_t2v equal another one."""
     pipeline = in_16_bits()
@@ -229,6 +231,7 @@ def test_no_two_of_fifty_steps_share_a_timestep() -> None:
     assert len(set(torch.tensor(seen, dtype=torch.bfloat16).tolist())) < len(set(seen)) == 50
 
 
+@pytest.mark.full
 def test_a_step_distilled_base_gets_each_timestep_with_the_next_one_exactly() -> None:
     """The step-distilled image base is a meanflow model: it takes the timestep that a step leads to, too."""
     pipeline = image_pipeline()

@@ -32,6 +32,8 @@ from tests.support.scripted_model import STEPS, ScriptedModel
 from tests.support.service import Service, eventually, running_service, running_without_workers
 from tests.support.worker_process import WorkerProcess
 
+pytestmark = pytest.mark.usefixtures("small_videos")
+
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 TOKEN = "a-token-of-the-tests"
 #: Seconds that a worker may take to start or to react, on a busy machine.
@@ -275,6 +277,7 @@ def is_ready(service: Service) -> bool:
     return service.http.get("/ready").status_code == 200
 
 
+@pytest.mark.full
 def test_a_task_whose_ffmpeg_is_stopped_is_rendered_again(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +313,7 @@ def test_a_worker_whose_render_never_ends_exits_and_its_task_goes_to_another(
         assert other.renders().count(task_id) == 2
 
 
+@pytest.mark.full
 def test_a_worker_whose_interpreter_is_blocked_loses_its_lease_and_exits(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

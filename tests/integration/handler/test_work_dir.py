@@ -20,6 +20,8 @@ from tests.support.disks import disk, fill
 from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import STEPS, ScriptedModel
 
+pytestmark = pytest.mark.usefixtures("small_videos")
+
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 
 

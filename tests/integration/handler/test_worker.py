@@ -72,16 +72,22 @@ class Bench:
 
 
 @pytest.fixture
-def bench(settings: BucketSettings, request: pytest.FixtureRequest) -> Iterator[Bench]:
+def full_size(settings: BucketSettings) -> Iterator[Bench]:
     bench = Bench(Bucket(settings))
     yield bench
     for task_id in ("task-1", "task-2"):
         Videos(bench.bucket).discard(task_id)
 
 
-def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, tmp_path: Path) -> None:
-    result = bench.run(duration=6, resolution="1080p")
-    manifest = Manifest.model_validate_json(bench.bucket.get_bytes(layout.manifest_key("task-1")))
+@pytest.fixture
+def bench(full_size: Bench, small_videos: None) -> Bench:
+    """Its videos are small."""
+    return full_size
+
+
+def test_a_job_leaves_video_poster_and_manifest_and_returns_them(full_size: Bench, tmp_path: Path) -> None:
+    result = full_size.run(duration=6, resolution="1080p")
+    manifest = Manifest.model_validate_json(full_size.bucket.get_bytes(layout.manifest_key("task-1")))
     assert Manifest.model_validate(result.model_dump()) == manifest
     assert manifest.input.prompt == PROMPT
     assert (manifest.input.duration, manifest.input.resolution) == (6, Resolution.P1080)
@@ -96,7 +102,7 @@ def test_a_job_leaves_video_poster_and_manifest_and_returns_them(bench: Bench, t
     poster = httpx.get(result.poster_url)
     assert (poster.headers["content-type"], poster.content[:2]) == ("image/jpeg", b"\xff\xd8")
     assert manifest.sheet_key is not None
-    assert bench.bucket.get_bytes(manifest.sheet_key).startswith(b"\xff\xd8")
+    assert full_size.bucket.get_bytes(manifest.sheet_key).startswith(b"\xff\xd8")
     timings = dict(manifest.timings)
     assert set(timings) == {"encoding_prompt", "denoising", "decoding", "storing", "total"}
     assert timings.pop("total") == pytest.approx(sum(timings.values()), abs=0.01)
@@ -139,10 +145,10 @@ def test_an_adapter_that_does_not_exist_or_cannot_be_used_fails_the_job_saying_w
 
 @pytest.mark.parametrize("caption", [None, "demo model: A paper boat on a rainy street"])
 def test_video_and_poster_carry_the_models_caption_if_it_has_one(
-    bench: Bench, tmp_path: Path, caption: str | None
+    full_size: Bench, tmp_path: Path, caption: str | None
 ) -> None:
-    bench.model.caption_text = caption
-    result = bench.run()
+    full_size.model.caption_text = caption
+    result = full_size.run()
     for url in (result.video_url, result.poster_url):
         (tmp_path / "file").write_bytes(httpx.get(url).content)
         assert shows_caption(picture(tmp_path / "file"), "demo model: A paper boat on a rainy street") == bool(caption)
@@ -192,11 +198,12 @@ class Noise(ScriptedModel):
             yield np.random.default_rng(1).integers(0, 256, (len(chunk), 540, 960, 3), np.uint8)
 
 
-def test_a_video_that_is_too_large_for_a_result_fails_with_its_size(bench: Bench) -> None:
+@pytest.mark.full
+def test_a_video_that_is_too_large_for_a_result_fails_with_its_size(full_size: Bench) -> None:
     worker = Worker(Noise(), None, version="1.2.3", returns_videos=True)
     job_input = {"prompt": PROMPT, "duration": 5, "resolution": "720p"}
     with pytest.raises(JobError) as caught:
-        worker.run(Job("task-1", job_input), bench.reports.append, bench.cancelled)
+        worker.run(Job("task-1", job_input), full_size.reports.append, full_size.cancelled)
     assert caught.value.failure.error_code is ErrorCode.STORAGE_UNAVAILABLE
     text = caught.value.failure.error
     size = re.match(r"The video has ([\d.]+) MB, and a result on RunPod can carry 7.4 MB: set BUCKET_", text)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.full import full
 from tests.support.mp4 import probe
 from tests.support.scripted_service import scripted_service
 from tests.support.service import Service, eventually
@@ -44,7 +45,7 @@ def kill_after(process: subprocess.Popen[str], videos: Path, count: int) -> None
     process.communicate()
 
 
-@pytest.mark.parametrize("count", [9, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [5, full(30)])
 def test_a_batch_that_is_killed_twice_renders_each_prompt_once(
     running: tuple[Service, WorkerProcess], tmp_path: Path, count: int
 ) -> None:

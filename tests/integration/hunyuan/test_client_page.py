@@ -93,6 +93,7 @@ def test_the_blocks_saved_the_videos_that_they_name(directory: Path) -> None:
     assert batch == {"001-a-red-fish-over-the-sea.mp4": 121, "002-a-yellow-star-in-the-night-sky.mp4": 145}
 
 
+@pytest.mark.full
 def test_a_users_type_checker_accepts_the_examples_and_finds_a_mistake(tmp_path: Path) -> None:
     for number, text in enumerate(PYTHON):
         (tmp_path / f"example_{number}.py").write_text(text)

@@ -131,6 +131,7 @@ async def test_wrong_arguments_are_named(address: str, tmp_path: Path) -> None:
         assert text.startswith("there is no tool make_coffee; there are generate_video, ")
 
 
+@pytest.mark.full
 async def test_a_wrong_key_and_a_server_that_is_away_say_what_to_do(address: str) -> None:
     async with assistant(address, key="not-a-key-of-this-server") as client:
         code, text = await error(client, "generate_video", **REQUEST)

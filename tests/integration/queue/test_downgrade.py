@@ -25,7 +25,7 @@ def other_url(request: pytest.FixtureRequest, database_url: str, tmp_path: Path)
     if database_url.startswith("sqlite"):
         return f"sqlite:///{tmp_path}/other.sqlite3"
     server: Postgres = request.getfixturevalue("postgres")
-    return server.create_database()
+    return server.create_empty_database()
 
 
 async def tables(url: str) -> dict[str, tuple[list[str], list[str]]]:

@@ -10,6 +10,7 @@ from benchmarks.queue import Cost, measure
 from tests.support.postgres import Postgres
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 async def test_calls_cost_the_same_with_a_long_history(kind: str, tmp_path: Path, postgres: Postgres) -> None:
     def new_database(name: str) -> str:

@@ -30,6 +30,7 @@ from shim.queue.job import JobState
 from shim.queue.lost_jobs import Loss
 from shim.queue.schema import jobs as jobs_table
 from shim.queue.sql import SqlQueue
+from tests.support.full import full
 from tests.support.queues import JOB, Clock, result
 
 T = TypeVar("T")
@@ -353,7 +354,8 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("examples", [8, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize("database_url", ["sqlite", full("postgresql")], indirect=True)
+@pytest.mark.parametrize("examples", [8, full(200)])
 def test_the_queue_does_what_its_model_does(database_url: str, examples: int) -> None:
     with asyncio.Runner() as runner:
         clock = Clock()

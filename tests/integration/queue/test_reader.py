@@ -82,6 +82,7 @@ async def test_polls_and_transactions_read_the_same_through_the_life_of_jobs(ben
     await compare()
 
 
+@pytest.mark.full
 async def test_a_change_is_seen_by_every_poll_that_follows_it(bench: Bench, database_url: str) -> None:
     """On PostgreSQL also by the polls of another server. While others poll, so that polls are joined."""
     async with sql_bench(database_url) as other:

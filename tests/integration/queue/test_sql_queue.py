@@ -432,8 +432,8 @@ async def test_the_migrations_create_the_tables_of_the_schema(bench: Bench) -> N
     assert differences == []
 
 
-async def test_an_upgrade_keeps_the_jobs(database_url: str) -> None:
-    engine = create_async_engine(database_url_of(database_url))
+async def test_an_upgrade_keeps_the_jobs(empty_database_url: str) -> None:
+    engine = create_async_engine(database_url_of(empty_database_url))
     async with engine.begin() as connection:
         await connection.run_sync(migrate, "0001")
         await connection.execute(
@@ -444,12 +444,12 @@ async def test_an_upgrade_keeps_the_jobs(database_url: str) -> None:
             {"input": JOB.model_dump_json()},
         )
     await engine.dispose()
-    async with sql_bench(database_url) as bench:
+    async with sql_bench(empty_database_url) as bench:
         assert await bench.take("w1") == "old"
 
 
-async def test_several_servers_can_open_a_new_database_at_once(database_url: str) -> None:
-    databases = await asyncio.gather(*(Database.open(database_url) for _ in range(5)))
+async def test_several_servers_can_open_a_new_database_at_once(empty_database_url: str) -> None:
+    databases = await asyncio.gather(*(Database.open(empty_database_url) for _ in range(5)))
     for database in databases:
         await database.close()
 

@@ -130,6 +130,7 @@ async def worker(log: Path, environment: dict[str, str]) -> AsyncIterator[asynci
             await process.wait()
 
 
+@pytest.mark.full
 async def test_the_hubs_job_succeeds_with_nothing_but_the_hubs_environment(tmp_path: Path) -> None:
     """No bucket: the result carries the video. SIGTERM then ends the worker."""
     (case,) = HUB_TESTS["tests"]
@@ -230,6 +231,7 @@ def run_worker(environment: Mapping[str, str], *arguments: str) -> subprocess.Co
     )
 
 
+@pytest.mark.full
 def test_a_checkpoint_in_a_volume_of_root_renders_after_the_hub_has_moved_on(
     bucket: BucketSettings, volume: Path, hub: str
 ) -> None:
@@ -251,6 +253,7 @@ def test_a_checkpoint_in_a_volume_of_root_renders_after_the_hub_has_moved_on(
     assert "Traceback" not in run.stdout + run.stderr
 
 
+@pytest.mark.full
 def test_a_checkpoint_that_is_nowhere_ends_the_start_with_a_sentence(volume: Path, hub: str, tmp_path: Path) -> None:
     settings = of_volume(volume, hub, "owner/a-moved-checkpoint")
     run = run_worker(environment(None, **settings, HOME=str(tmp_path)))

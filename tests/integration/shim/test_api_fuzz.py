@@ -19,6 +19,7 @@ from shim.app import create_app
 from storage import layout
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
+from tests.support.full import full
 from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
 from tests.support.s3_servers import new_bucket
@@ -61,7 +62,7 @@ async def work(bench: Bench, bucket: Bucket) -> None:
         await bench.dispatcher.complete("w1", task_id, output.model_dump(mode="json"))
 
 
-@pytest.mark.parametrize("phases", ["examples,coverage,fuzzing", "stateful"])
+@pytest.mark.parametrize("phases", ["examples,coverage,fuzzing", full("stateful")])
 async def test_the_server_keeps_what_its_openapi_document_promises(
     tmp_path: Path, bucket_settings: BucketSettings, phases: str
 ) -> None:

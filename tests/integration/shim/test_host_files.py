@@ -76,6 +76,7 @@ def test_a_damaged_file_stops_the_start_with_its_path_and_what_to_do(files: Path
             assert good not in run.stderr
 
 
+@pytest.mark.full
 def test_a_server_starts_with_new_files_after_the_old_ones_are_deleted_and_keeps_its_videos(tmp_path: Path) -> None:
     service = Service(tmp_path, HUNYUAN_WORKERS="0")
     try:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import litellm
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -298,7 +297,10 @@ async def test_models_are_those_that_the_workers_render(site: Site) -> None:
         await site.client.models.retrieve("sora-2")
 
 
+@pytest.mark.full
 async def test_litellm_makes_and_downloads_a_video(site: Site) -> None:
+    import litellm  # takes four seconds, which the other processes of a run need not spend
+
     where = {"api_base": f"{site.address}/v1", "api_key": KEY, "custom_llm_provider": "openai"}
     made = await litellm.avideo_generation(prompt=PROMPT, model="HunyuanVideo-1.5", seconds="5", **where)
     await site.render_next()

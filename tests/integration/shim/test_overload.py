@@ -17,6 +17,7 @@ import pytest
 
 from storage import layout
 from storage.bucket import Bucket
+from tests.support.full import full
 from tests.support.queues import result
 from tests.support.service import Service, eventually
 
@@ -152,8 +153,8 @@ def peak_growth(service: Service) -> Iterator[list[int]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seconds", [4, pytest.param(90, marks=pytest.mark.full)])
-@pytest.mark.parametrize(("attacker", "honest"), [("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.3")])
+@pytest.mark.parametrize("seconds", [4, full(90)])
+@pytest.mark.parametrize(("attacker", "honest"), [("127.0.0.2", "127.0.0.1"), full("127.0.0.1", "127.0.0.3")])
 def test_downloads_and_reports_succeed_while_another_address_attacks(
     service: Service, attacker: str, honest: str, seconds: int
 ) -> None:

@@ -38,6 +38,7 @@ from storage.bucket import Bucket
 from storage.settings import BucketSettings
 from tests.support.browser import PATIENCE, PLAIN_HOST, PROMPT, Visit, visiting
 from tests.support.chat_model import chat_model
+from tests.support.full import full
 from tests.support.http_server import serving
 from tests.support.queues import Bench, result, sql_bench
 from tests.support.s3_servers import new_bucket
@@ -192,6 +193,7 @@ async def test_a_prompt_becomes_a_video_that_plays_and_can_be_downloaded(
     assert await downloaded(visit) == video
 
 
+@pytest.mark.full
 async def test_settings_can_be_used_again_and_an_ended_task_removed(site: Site, visit: Visit) -> None:
     await visit.page.get_by_text("More").click()
     await visit.page.get_by_label("Seed").fill("7")
@@ -220,6 +222,7 @@ async def test_a_running_task_can_be_cancelled(site: Site, visit: Visit) -> None
     assert await site.backlog() == (0, 0)
 
 
+@pytest.mark.full
 async def test_an_image_file_is_made_smaller_and_stored_before_the_request(
     site: Site, visit: Visit, bucket: Bucket
 ) -> None:
@@ -240,6 +243,7 @@ async def test_an_image_file_is_made_smaller_and_stored_before_the_request(
     assert (stored.format, stored.size) == ("JPEG", (2048, 1536))
 
 
+@pytest.mark.full
 async def test_a_file_that_is_no_picture_is_refused_and_no_task_is_made(site: Site, visit: Visit) -> None:
     await visit.page.get_by_text("More").click()
     text = FilePayload(name="boat.png", mimeType="image/png", buffer=b"\x89PNG" + bytes(1000))
@@ -277,6 +281,7 @@ async def test_an_error_is_shown_at_its_field_with_the_servers_message(site: Sit
     await expect(visit.page.locator(".error:not(:empty)")).to_have_count(0)
 
 
+@pytest.mark.full
 async def test_an_error_without_a_field_is_shown_above_the_button(site: Site, visit: Visit) -> None:
     visit.expected.append("status of 400")
     await visit.page.locator("#seed").evaluate("field => { field.name = 'sed'; field.value = '1'; }")
@@ -320,7 +325,7 @@ async def test_a_task_goes_on_after_a_reload(site: Site, visit: Visit, video: by
     await plays(visit.card.locator("video"))
 
 
-@pytest.mark.parametrize("how", ["broken off", "proxy"])
+@pytest.mark.parametrize("how", [full("broken off"), "proxy"])
 async def test_a_request_whose_response_was_lost_is_sent_again_and_makes_no_second_task(
     site: Site, visit: Visit, how: str
 ) -> None:
@@ -381,6 +386,7 @@ async def test_a_page_reads_a_stream_and_asks_for_no_status_until_the_stream_end
     assert len([url for url in asked if url.endswith("/events")]) == 1
 
 
+@pytest.mark.full
 async def test_a_page_polls_more_tasks_than_it_has_streams(site: Site, visit: Visit) -> None:
     """A browser opens few connections to a server, and the videos need some."""
     asked: list[str] = []
@@ -400,6 +406,7 @@ async def test_a_page_polls_more_tasks_than_it_has_streams(site: Site, visit: Vi
     assert len({url for url in asked if "/status/" in url}) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["refused", "held back"])
 async def test_a_page_polls_if_there_is_no_stream(site: Site, visit: Visit, video: bytes, how: str) -> None:
     visit.expected += ["status of 405"]
@@ -426,6 +433,7 @@ async def test_a_page_polls_if_there_is_no_stream(site: Site, visit: Visit, vide
     assert streams == 1, "it is not tried again"
 
 
+@pytest.mark.full
 async def test_a_hidden_page_polls_rarely_until_it_is_visible(site: Site, visit: Visit) -> None:
     await visit.make()
     await expect(visit.card).to_be_visible()
@@ -445,7 +453,7 @@ async def test_a_hidden_page_polls_rarely_until_it_is_visible(site: Site, visit:
 # Keys
 
 
-@pytest.mark.parametrize("remember", [False, True])
+@pytest.mark.parametrize("remember", [False, full(True)])
 async def test_the_page_asks_for_a_key_keeps_it_and_loads_the_video_with_it(
     tmp_path: Path, bucket: Bucket, browser: Browser, video: bytes, remember: bool
 ) -> None:
@@ -476,6 +484,7 @@ async def test_the_page_asks_for_a_key_keeps_it_and_loads_the_video_with_it(
         assert kept == ([None, KEY] if remember else [KEY, None])
 
 
+@pytest.mark.full
 async def test_a_user_without_a_key_is_asked_once_and_sees_the_error(
     tmp_path: Path, bucket: Bucket, browser: Browser
 ) -> None:
@@ -498,6 +507,7 @@ async def test_a_user_without_a_key_is_asked_once_and_sees_the_error(
 # The header
 
 
+@pytest.mark.full
 async def test_the_header_says_why_no_model_is_loaded(site: Site, visit: Visit) -> None:
     visit.expected.append("status of 503")
     for state, words in (
@@ -513,6 +523,7 @@ async def test_the_header_says_why_no_model_is_loaded(site: Site, visit: Visit) 
     await expect(visit.page.get_by_role("alert")).to_contain_text("It can be sent again in 10 s.")
 
 
+@pytest.mark.full
 async def test_the_page_warns_about_the_demo_model(site: Site, browser: Browser) -> None:
     await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
     async with visiting(browser, site.address) as visit:
@@ -550,6 +561,7 @@ async def test_an_example_of_the_demo_model_fills_the_prompt_by_keyboard_and_by_
             JobInput(prompt=text)
 
 
+@pytest.mark.full
 async def test_another_model_has_examples_of_its_own(visit: Visit) -> None:
     await visit.page.get_by_role("list", name="Prompts to begin with").get_by_role("button").nth(1).click()
     await expect(visit.prompt).to_have_value(re.compile("pine forest"))
@@ -557,6 +569,7 @@ async def test_another_model_has_examples_of_its_own(visit: Visit) -> None:
     await expect(visit.page.locator("#demo")).to_be_hidden()
 
 
+@pytest.mark.full
 async def test_a_hint_follows_the_prompt_while_it_is_typed(visit: Visit) -> None:
     for prompt, hint in (
         ("", ""),
@@ -575,6 +588,7 @@ async def test_a_hint_follows_the_prompt_while_it_is_typed(visit: Visit) -> None
         await expect(visit.page.locator("#prompt-hint")).to_have_text(hint)
 
 
+@pytest.mark.full
 async def test_the_hint_for_the_demo_model_names_the_shapes_that_it_draws(site: Site, browser: Browser) -> None:
     await site.bench.dispatcher.report("w1", WorkerReport(state=WorkerState.READY, model=DEMO_MODEL))
     async with visiting(browser, site.address) as visit:
@@ -585,6 +599,7 @@ async def test_the_hint_for_the_demo_model_names_the_shapes_that_it_draws(site: 
         await expect(visit.page.locator("#prompt-hint")).to_be_empty()
 
 
+@pytest.mark.full
 async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucket: Bucket, browser: Browser) -> None:
     models = ("HunyuanVideo-1.5", "HunyuanVideo-1.5-fast", "HunyuanVideo-1.5-quality")
     async with running(tmp_path, bucket, models=models) as site, visiting(browser, site.address) as visit:
@@ -599,6 +614,7 @@ async def test_the_form_offers_models_if_there_are_several(tmp_path: Path, bucke
         await expect(visit.page.get_by_label("Model", exact=True)).to_be_hidden()
 
 
+@pytest.mark.full
 async def test_the_form_offers_to_enhance_the_prompt_if_the_server_can(
     tmp_path: Path, bucket: Bucket, browser: Browser
 ) -> None:
@@ -616,6 +632,7 @@ async def test_the_form_offers_to_enhance_the_prompt_if_the_server_can(
     assert len(chat.requests) == 1
 
 
+@pytest.mark.full
 async def test_the_form_hides_what_the_server_cannot_do(site: Site, visit: Visit) -> None:
     await expect(visit.page.locator("#health")).to_have_text("Healthy")
     await expect(visit.page.get_by_label("Enhance prompt")).to_be_hidden()
@@ -680,7 +697,7 @@ async def violations(visit: Visit) -> list[str]:
     return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+@pytest.mark.parametrize(("scheme", "width"), [full("light", 1280), ("dark", 390)])
 async def test_axe_finds_no_violation(site: Site, browser: Browser, video: bytes, scheme: Any, width: int) -> None:
     visiting_so = visiting(browser, site.address, viewport={"width": width, "height": 800}, color_scheme=scheme)
     async with visiting_so as visit:
@@ -707,7 +724,7 @@ async def test_axe_finds_no_violation(site: Site, browser: Browser, video: bytes
         assert await violations(visit) == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [full("light"), "dark"])
 async def test_nothing_scrolls_sideways_on_a_phone(site: Site, browser: Browser, scheme: Any) -> None:
     phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme, "has_touch": True}
     async with visiting(browser, site.address, **phone) as visit:
@@ -717,6 +734,7 @@ async def test_nothing_scrolls_sideways_on_a_phone(site: Site, browser: Browser,
         assert await visit.page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+@pytest.mark.full
 async def test_the_page_works_over_plain_http_from_another_machine(site: Site, browser: Browser, video: bytes) -> None:
     async with visiting(browser, site.address.replace("127.0.0.1", PLAIN_HOST)) as visit:
         assert await visit.page.evaluate("[window.isSecureContext, typeof crypto.randomUUID]") == [False, "undefined"]
@@ -768,6 +786,7 @@ async def completed(site: Site, visit: Visit, video: bytes) -> str:
     return task_id
 
 
+@pytest.mark.full
 async def test_a_video_shows_its_poster_and_plays_while_the_mouse_is_over_it(
     site: Site, visit: Visit, video: bytes
 ) -> None:
@@ -843,6 +862,7 @@ async def becomes(look: Callable[[], Awaitable[list[int]]], wanted: list[int]) -
     raise AssertionError(seen)
 
 
+@pytest.mark.full
 async def test_a_variation_has_a_new_seed_or_a_new_prompt(site: Site, visit: Visit, video: bytes) -> None:
     await visit.page.get_by_text("More").click()
     await visit.page.get_by_label("Seed").fill("7")
@@ -866,6 +886,7 @@ async def test_a_variation_has_a_new_seed_or_a_new_prompt(site: Site, visit: Vis
     assert (asked.prompt, asked.seed) == ("A paper plane over the same street", 1)
 
 
+@pytest.mark.full
 async def test_a_failed_task_can_be_tried_again_with_its_seed(site: Site, visit: Visit) -> None:
     await visit.page.get_by_text("More").click()
     await visit.page.get_by_label("Seed").fill("7")
@@ -884,6 +905,7 @@ async def test_a_failed_task_can_be_tried_again_with_its_seed(site: Site, visit:
     await expect(visit.page.locator(".card")).to_have_count(2)
 
 
+@pytest.mark.full
 async def test_a_retry_that_the_server_refuses_says_why(site: Site, visit: Visit) -> None:
     visit.expected.append("status of 409")
     await visit.make()
@@ -897,6 +919,7 @@ async def test_a_retry_that_the_server_refuses_says_why(site: Site, visit: Visit
     await expect(visit.page.locator(".card")).to_have_count(2)
 
 
+@pytest.mark.full
 async def test_the_list_of_unfinished_videos_has_everyones_and_is_read_only_while_it_is_open(
     site: Site, visit: Visit
 ) -> None:
@@ -919,6 +942,7 @@ async def test_the_list_of_unfinished_videos_has_everyones_and_is_read_only_whil
     await expect(rows.first).to_contain_text("Forming the video · 40 %")
 
 
+@pytest.mark.full
 async def test_a_portrait_video_fills_its_card_without_bars(site: Site, visit: Visit, tmp_path: Path) -> None:
     target = Target(tmp_path / "video.mp4", Path("/dev/null"), Path("/dev/null"), 180, 320, 25)
     encode((np.zeros((1, 320, 180, 3), dtype=np.uint8) for _ in range(25)), target, lambda _: None)
@@ -930,6 +954,7 @@ async def test_a_portrait_video_fills_its_card_without_bars(site: Site, visit: V
     assert await player.evaluate("video => video.clientWidth - video.closest('.card').clientWidth") == 0
 
 
+@pytest.mark.full
 async def test_the_form_survives_a_reload(visit: Visit) -> None:
     await visit.prompt.fill(PROMPT)
     await visit.page.get_by_label("9:16").check()
@@ -949,6 +974,7 @@ async def test_every_error_code_has_words_for_people(visit: Visit) -> None:
     assert words.keys() == {*ErrorCode, *ServerErrorCode}
 
 
+@pytest.mark.full
 async def test_the_image_field_is_hidden_where_no_weights_take_an_image(site: Site, browser: Browser) -> None:
     await site.bench.worker(takes_images=False)
     async with visiting(browser, site.address) as visit:
@@ -958,6 +984,7 @@ async def test_the_image_field_is_hidden_where_no_weights_take_an_image(site: Si
         await expect(visit.page.get_by_label("First frame")).to_be_hidden()
 
 
+@pytest.mark.full
 async def test_adapters_are_on_the_form_if_the_workers_have_some(site: Site, browser: Browser, video: bytes) -> None:
     await site.bench.worker()
     async with visiting(browser, site.address) as visit:
@@ -982,7 +1009,7 @@ async def test_adapters_are_on_the_form_if_the_workers_have_some(site: Site, bro
 # The request as code
 
 
-@pytest.mark.parametrize("language", ["curl", "Python", "Node"])
+@pytest.mark.parametrize("language", ["curl", full("Python"), full("Node")])
 async def test_the_request_as_code_makes_the_same_task(
     site: Site, visit: Visit, video: bytes, tmp_path: Path, language: str
 ) -> None:

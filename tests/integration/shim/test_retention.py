@@ -129,6 +129,7 @@ def prune(service: Service, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["prune", *arguments], env=environment)
 
 
+@pytest.mark.full
 def test_the_server_deletes_old_videos_and_prune_deletes_them_with_and_without_a_server(tmp_path: Path) -> None:
     service = Service(tmp_path, HUNYUAN_WORKERS="0", HUNYUAN_VIDEO_TTL="3")
     try:

@@ -26,6 +26,7 @@ from hunyuan.cli.main import app
 from storage import layout
 from storage.bucket import Bucket
 from storage.errors import StorageError
+from tests.support.full import full
 from tests.support.postgres import Postgres
 from tests.support.queues import result
 from tests.support.service import Service, eventually, free_port, running_without_workers
@@ -94,6 +95,7 @@ def download(service: Service, task_id: str, pause: float = 0.0) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pause", [0.0, 0.01])
 def test_200_mb_stream_through_with_less_than_30_mb_growth(
     service: Service, large: tuple[str, str], pause: float
@@ -269,6 +271,7 @@ def test_a_bucket_that_does_not_answer_does_not_stop_the_start_and_is_named(tmp_
         assert service.stop() == 0
 
 
+@pytest.mark.full
 def test_a_database_that_does_not_answer_during_the_start_is_retried(postgres: Postgres, tmp_path: Path) -> None:
     url = postgres.create_database()
     impatient = f"{url}?options=-c%20lock_timeout%3D500ms"
@@ -287,6 +290,7 @@ def test_a_database_that_does_not_answer_during_the_start_is_retried(postgres: P
         assert service.stop() == 0, service.log.read_text()
 
 
+@pytest.mark.full
 def test_a_model_that_can_not_be_loaded_and_variables_that_do_not_exist_are_reported(tmp_path: Path) -> None:
     """Server and worker warn of a variable and name the nearest one."""
     service = Service(
@@ -320,6 +324,7 @@ def test_a_model_that_can_not_be_loaded_and_variables_that_do_not_exist_are_repo
         assert service.stop() == 0
 
 
+@pytest.mark.full
 def test_the_server_answers_while_its_bucket_starts_and_uses_it_after_that(tmp_path: Path) -> None:
     """A lock on the gateway's metadata holds its start back."""
     service = Service(tmp_path, HUNYUAN_WORKERS="0")
@@ -402,7 +407,7 @@ def test_help_names_every_command() -> None:
         assert command in text
 
 
-@pytest.mark.parametrize("keys", [{}, {"HUNYUAN_API_KEYS": "a-key-of-16-characters"}], ids=["open", "keys"])
+@pytest.mark.parametrize("keys", [{}, full({"HUNYUAN_API_KEYS": "a-key-of-16-characters"})], ids=["open", "keys"])
 def test_the_start_warns_of_a_server_that_is_open_to_all(tmp_path: Path, keys: dict[str, str]) -> None:
     service = Service(tmp_path, HUNYUAN_HOST="0.0.0.0", HUNYUAN_WORKERS="0", **keys)
     try:

@@ -21,6 +21,8 @@ from tests.support.disks import crashing_disk
 from tests.support.s3_servers import juicefs
 from tests.support.scripted_model import ScriptedModel
 
+pytestmark = pytest.mark.usefixtures("small_videos")
+
 INPUT = {"prompt": "A paper boat on a rainy street", "duration": 5, "resolution": "720p"}
 
 

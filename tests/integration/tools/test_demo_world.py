@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 
+from tests.support.full import full
 from tools.demo_model import components, drawing, train_decoder, train_transformer
 from tools.demo_model.captions import caption, random_clip, vocabulary
 from tools.demo_model.optimizer import Muon
@@ -73,6 +74,7 @@ def test_muon_steps_along_an_orthogonal_matrix() -> None:
     assert 0.6 < singular.min() <= singular.max() < 1.3
 
 
+@pytest.mark.full
 def test_the_drawing_levels_draw_from_their_features() -> None:
     """Before any training of the decoder as a whole, but for single pixels."""
     torch.manual_seed(0)
@@ -88,7 +90,7 @@ def test_the_drawing_levels_draw_from_their_features() -> None:
     assert (drawn - batch.frames()).square().mean() < 0.1, "half of what the scene without the square would have"
 
 
-@pytest.mark.parametrize("training", [train_decoder, train_transformer])
+@pytest.mark.parametrize("training", [full(train_decoder), train_transformer])
 def test_training_goes_on_from_its_checkpoint(
     training: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
