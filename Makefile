@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Three processes for two cores, because tests wait for servers about a third of the time. The tests of a file share servers.
-PYTEST := $(BIN)/pytest -n $$(($$(nproc) * 3 / 2)) --dist loadfile --no-loadscope-reorder
+# Two processes more than cores, because tests wait for servers about a third of the time. The tests of a file share servers.
+PYTEST := $(BIN)/pytest -n $$(($$(nproc) + 2)) --dist loadfile --no-loadscope-reorder
 
 # Empty: the prompt of `hunyuan demo`.
 PROMPT ?=
