@@ -13,12 +13,9 @@ import psutil
 import pytest
 
 from tests.support.mp4 import probe
-from tests.support.service import RENDER_SECONDS, Service, eventually, running_service
+from tests.support.service import QUICK, RENDER_SECONDS, Service, eventually, running_service
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.full]
-
-#: A request whose video is rendered in the shortest time.
-QUICK = {"duration": 5, "resolution": "720p", "num_inference_steps": 1}
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,7 @@ async def test_a_worker_stopped_before_it_writes_the_manifest_does_not_replace_t
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("store", ["juicefs", full("moto")], indirect=True)
+@pytest.mark.parametrize("store", ["juicefs", "moto"], indirect=True)
 async def test_a_manifest_that_is_written_although_another_worker_completed_the_task_is_replaced(
     scene: Scene,
 ) -> None:

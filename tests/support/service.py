@@ -24,6 +24,8 @@ from storage.settings import BucketSettings
 
 START_SECONDS = 120.0
 RENDER_SECONDS = 180.0
+#: A request whose video is rendered in the shortest time.
+QUICK = {"duration": 5, "resolution": "720p", "num_inference_steps": 1}
 
 T = TypeVar("T")
 

@@ -45,7 +45,7 @@ def kill_after(process: subprocess.Popen[str], videos: Path, count: int) -> None
     process.communicate()
 
 
-@pytest.mark.parametrize("count", [5, full(30)])
+@pytest.mark.parametrize("count", [9, full(30)])
 def test_a_batch_that_is_killed_twice_renders_each_prompt_once(
     running: tuple[Service, WorkerProcess], tmp_path: Path, count: int
 ) -> None:
