@@ -108,9 +108,8 @@ def _app(services: Services, access: Access, routers: Sequence[APIRouter]) -> Fa
     app.state.services = services
     own = documented.polled_router, documented.router, events.router, tasks.router, images.router, videos.router
     routers = (*own, openai_videos.router, page.router, metrics_router, *routers)
-    for router in routers:
-        app.include_router(router)
-    app.state.routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    # The routes themselves: `include_router` would build each of them again, in every app.
+    app.router.routes.extend(route for router in routers for route in router.routes)
     for error in _HANDLED:
         app.add_exception_handler(error, _on_error)
     return app
@@ -152,7 +151,7 @@ class _GuardedApp(FastAPI):
 
 def _methods_of(request: Request) -> list[str]:
     """The methods of the path. Starlette's own Allow header has those of the first route only."""
-    routes = [route for route in request.app.state.routes if isinstance(route, Route)]
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
     found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     # `/tasks/{task_id:path}` matches /tasks/1/events, too, which has a path of its own.
     own = max((route.path_format for route in found), key=len, default="")

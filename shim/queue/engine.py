@@ -5,12 +5,13 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import alembic.command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Table, event, make_url, text
@@ -29,6 +30,7 @@ INSTANCE_LOCK: Final = 1_500_003  # with a second number, the hash of the instan
 #: writer can begin.
 _BUSY_TIMEOUT: Final = 10_000
 _CHECKPOINT_TIMEOUT: Final = 200
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _OPEN: Final = RetryPolicy(first=0.05, longest=0.5, total=10.0)
 
 #: libpq's parameters, https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS. With them the
@@ -105,6 +107,8 @@ def writing(engine: AsyncEngine) -> AsyncEngine:
 def migrate(connection: Connection, revision: str = "head") -> None:
     """Migrates the tables to `revision` and keeps their rows. Other servers that migrate at the same time wait."""
     _lock_migrations(connection)
+    if revision == "head" and MigrationContext.configure(connection).get_current_heads() == _newest():
+        return
     config = _alembic(connection)
     try:
         alembic.command.upgrade(config, revision)
@@ -144,9 +148,15 @@ def _lock_migrations(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
 
 
+@cache
+def _newest() -> tuple[str, ...]:
+    """The revision of this release, as alembic lists it."""
+    return tuple(ScriptDirectory(_MIGRATIONS).get_heads())
+
+
 def _alembic(connection: Connection) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
     return config
 
