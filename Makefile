@@ -76,7 +76,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict, import-linter, bandit
 
 .PHONY: types
 types:
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 .PHONY: style
 style:
