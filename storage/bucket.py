@@ -52,8 +52,11 @@ _CLIENT_CONFIG: Final = Config(
     response_checksum_validation="when_required",
 )
 
-# Files below 100 MB are sent as one PutObject, as RunPod's network volumes prefer; larger files in parts.
-_TRANSFER_CONFIG: Final = TransferConfig(multipart_threshold=100_000_000, multipart_chunksize=32_000_000)
+# Files below 100 MB are sent as one PutObject, as RunPod's network volumes prefer; larger files in parts. Both in the
+# calling thread: the interpreter's exit waits for boto3's own threads, even if nobody waits for the upload any more.
+_TRANSFER_CONFIG: Final = TransferConfig(
+    multipart_threshold=100_000_000, multipart_chunksize=32_000_000, use_threads=False
+)
 
 #: Error codes that persist until a setting is corrected: the reason, and the field of BucketSettings to correct.
 #: Source: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html. A HEAD answers with the status alone.

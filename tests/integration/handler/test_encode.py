@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -229,3 +230,32 @@ def test_an_error_of_the_model_does_not_wait_for_a_stopped_ffmpeg(tmp_path: Path
     with pytest.raises(RuntimeError, match="in the model"):
         encode(failing(), target(tmp_path), ignore)
     assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
+
+
+#: Encodes into the directory at argv[1] until it is killed.
+ENDLESS = """
+import itertools, sys
+from pathlib import Path
+import numpy as np
+from handler.encode import Target, encode
+
+directory = Path(sys.argv[1])
+files = [directory / name for name in ("video.mp4", "poster.jpg", "sheet.jpg")]
+frames = np.zeros((1, 36, 64, 3), np.uint8)
+encode(itertools.repeat(frames), Target(*files, 64, 36, 1), lambda _: print(flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process with its parent")
+def test_a_stopped_ffmpeg_dies_with_its_worker(tmp_path: Path) -> None:
+    """It does not notice that its pipe was closed."""
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"\n"
+        (ffmpeg,) = psutil.Process(worker.pid).children()
+        ffmpeg.suspend()
+        worker.kill()
+    _, alive = psutil.wait_procs([ffmpeg], 10)
+    for process in alive:
+        process.kill()
+    assert not alive

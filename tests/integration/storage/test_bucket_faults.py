@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,3 +213,37 @@ def test_every_error_is_one_of_ours(bucket: Bucket, proxy: FaultProxy) -> None:
     proxy.answer(418, "ImATeapot", times=1)
     with pytest.raises(StorageError, match="ImATeapot"):
         bucket.get_bytes(KEY)
+
+
+#: Uploads the file at argv[2] to the server at argv[1], and ends its main thread meanwhile.
+ABANDONED = """
+import sys, threading, time
+from pathlib import Path
+from storage.bucket import Bucket
+from storage.settings import JobBucketSettings
+
+settings = dict(endpointUrl=sys.argv[1], accessId="key", accessSecret="secret", bucketName="videos")
+put = Bucket(JobBucketSettings(**settings)).put_file
+file = Path(sys.argv[2])
+upload = threading.Thread(target=put, args=(file, "key"), kwargs={"content_type": "video/mp4"}, daemon=True)
+upload.start()
+sys.stdin.readline()
+"""
+
+
+def test_a_process_ends_although_an_upload_waits_for_a_server_that_does_not_answer(video: Path) -> None:
+    """A worker abandons the upload of a cancelled job; its exit must not wait for four attempts of 30 s."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-c", ABANDONED, url, str(video)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(4) == b"PUT "
+                assert process.stdin is not None
+                process.stdin.close()
+                try:
+                    assert process.wait(10) == 0
+                finally:
+                    process.kill()
