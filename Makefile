@@ -47,7 +47,7 @@ test-faults: $(VENV)/.dev ## Inject 22 kinds of fault at random during 300 tasks
 	$(BIN)/pytest tests/faults --faults=full $(FAULTS)
 
 .PHONY: images-check
-images-check: $(VENV)/.dev ## Build both images with buildah on a Debian base and render the demo in them; root, 15 minutes, 20 GB
+images-check: $(VENV)/.dev ## Build both images with buildah on a Debian base and render the demo in them; root, 20 minutes, 20 GB
 	$(BIN)/pytest -p no:xdist --capture=no tests/infra/images_check.py
 
 .PHONY: bench-gpu

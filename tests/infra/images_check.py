@@ -1,6 +1,6 @@
 """`make images-check`: buildah builds both images, which run as their users and render the demo.
 
-Takes 15 minutes, 20 GB of disk and root; pytest does not collect this file by itself. Registries of images are not
+Takes 20 minutes, 20 GB of disk and root; pytest does not collect this file by itself. Registries of images are not
 needed: a Debian that debootstrap makes stands for both base images, so Python is 3.11 and there is no CUDA runtime.
 `IMAGES_CHECK_OPTIONS` adds options to `buildah build`, for example a volume with pip's configuration.
 """
