@@ -8,7 +8,6 @@ import contextlib
 import errno
 import itertools
 import os
-import shutil
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ import imageio_ffmpeg
 
 from contract.job import FPS
 from handler.caption import draw_caption
+from handler.machine import dying_with_parent
 from handler.provenance import AI_GENERATED
 from handler.video_model.base import Frames
 
@@ -109,7 +109,7 @@ def encode(
             draw_caption(target.caption, target.width, target.height).save(caption, "PNG")
             caption.seek(0)
         process = subprocess.Popen(
-            [*_dies_with_its_parent(), *_command(width, height, target, caption.fileno())],
+            [*dying_with_parent(), *_command(width, height, target, caption.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -202,16 +202,6 @@ def _command(width: int, height: int, target: Target, caption: int) -> list[str]
         *("-metadata", _AI_GENERATED, "-movflags", "+faststart", "-f", "mp4", str(target.video)),
         *("-map", "[poster]", *_JPEG, str(target.poster), "-map", "[sheet]", *_JPEG, str(target.sheet)),
     ]
-
-
-@cache
-def _dies_with_its_parent() -> tuple[str, ...]:
-    """The beginning of a command that the kernel kills when its parent dies, where util-linux' setpriv(1) is installed.
-
-    ffmpeg ends by itself when its pipe is closed, unless it hangs.
-    """
-    setpriv = shutil.which("setpriv")
-    return () if setpriv is None else (setpriv, "--pdeathsig", "KILL")
 
 
 @cache

@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +54,16 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+
+
+@cache
+def dying_with_parent() -> tuple[str, ...]:
+    """The beginning of a command that is no code of ours and shall die with this process, by util-linux' setpriv(1).
+
+    Empty where that is not installed: a program that reads our pipe ends with it all the same, unless it hangs.
+    """
+    setpriv = shutil.which("setpriv")
+    return () if setpriv is None else (setpriv, "--pdeathsig", "KILL")
 
 
 def is_writable(path: Path) -> bool:

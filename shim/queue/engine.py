@@ -107,16 +107,14 @@ def writing(engine: AsyncEngine) -> AsyncEngine:
 def migrate(connection: Connection, revision: str = "head") -> None:
     """Migrates the tables to `revision` and keeps their rows. Other servers that migrate at the same time wait."""
     _lock_migrations(connection)
-    if revision == "head" and MigrationContext.configure(connection).get_current_heads() == _newest():
+    if revision == "head" and MigrationContext.configure(connection).get_current_revision() == _newest():
         return
-    config = _alembic(connection)
     try:
-        alembic.command.upgrade(config, revision)
+        alembic.command.upgrade(_alembic(connection), revision)
     except CommandError as exc:
-        known = ScriptDirectory.from_config(config).get_current_head()
         raise QueueError(
             "a newer release has migrated the database: upgrade this server to that release, or run `hunyuan "
-            f"downgrade-queue {known}` with that release while all servers are stopped ({exc})"
+            f"downgrade-queue {_newest()}` with that release while all servers are stopped ({exc})"
         ) from exc
 
 
@@ -149,9 +147,9 @@ def _lock_migrations(connection: Connection) -> None:
 
 
 @cache
-def _newest() -> tuple[str, ...]:
-    """The revision of this release, as alembic lists it."""
-    return tuple(ScriptDirectory(_MIGRATIONS).get_heads())
+def _newest() -> str | None:
+    """The newest revision that this release knows."""
+    return ScriptDirectory(_MIGRATIONS).get_current_head()
 
 
 def _alembic(connection: Connection) -> Config:

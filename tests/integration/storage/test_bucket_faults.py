@@ -217,16 +217,14 @@ def test_every_error_is_one_of_ours(bucket: Bucket, proxy: FaultProxy) -> None:
 
 #: Uploads the file at argv[2] to the server at argv[1], and ends its main thread meanwhile.
 ABANDONED = """
-import sys, threading, time
+import sys, threading
 from pathlib import Path
 from storage.bucket import Bucket
 from storage.settings import JobBucketSettings
 
-settings = dict(endpointUrl=sys.argv[1], accessId="key", accessSecret="secret", bucketName="videos")
-put = Bucket(JobBucketSettings(**settings)).put_file
-file = Path(sys.argv[2])
-upload = threading.Thread(target=put, args=(file, "key"), kwargs={"content_type": "video/mp4"}, daemon=True)
-upload.start()
+settings = JobBucketSettings(endpointUrl=sys.argv[1], accessId="key", accessSecret="secret", bucketName="videos")
+upload = lambda: Bucket(settings).put_file(Path(sys.argv[2]), "key", content_type="video/mp4")
+threading.Thread(target=upload, daemon=True).start()
 sys.stdin.readline()
 """
 
