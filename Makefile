@@ -17,6 +17,8 @@ DURATION ?= 5
 RESOLUTION ?= 720p
 TRAIN_MINUTES ?= 240
 export PROMPT
+# A test run starts hundreds of processes. Without bytecode on disk, each of them compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## List the targets

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.settings import BucketSettings
+from tests.support.full import full
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.s3_servers import juicefs
 from tests.support.shared_files import read_once
@@ -92,9 +93,19 @@ def small_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     make_videos_small(monkeypatch)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", full("postgresql")])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database without jobs. A test of what the databases do differently asks for `each_database_url`."""
+    return _new_database(request, tmp_path)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def each_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database without jobs, of each kind in turn."""
+    return _new_database(request, tmp_path)
+
+
+def _new_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/queue.sqlite3"
     server: Postgres = request.getfixturevalue("postgres")
@@ -102,9 +113,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def empty_database_url(request: pytest.FixtureRequest, database_url: str) -> str:
+def empty_database_url(request: pytest.FixtureRequest, each_database_url: str) -> str:
     """The URL of a database without tables, of each kind in turn."""
-    if database_url.startswith("sqlite"):
-        return database_url
+    if each_database_url.startswith("sqlite"):
+        return each_database_url
     server: Postgres = request.getfixturevalue("postgres")
     return server.create_empty_database()

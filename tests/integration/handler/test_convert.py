@@ -36,6 +36,7 @@ from handler.weights.download import download
 from handler.weights.errors import ConvertError, WeightsError
 from handler.weights.hub import Fetch, Files, fetch_from_hub
 from hunyuan.cli.main import app
+from tests.support.full import full
 from tests.support.original_layout import State, original
 from tests.support.small_models import image_pipeline, sr_transformer, upsampler_720p, upsampler_1080p
 
@@ -204,7 +205,7 @@ def write_stage(root: Path, name: str) -> tuple[State, State]:
     return transformer.state_dict(), upsampler.state_dict()
 
 
-@pytest.mark.parametrize("name", ["720p_sr_distilled", "1080p_sr_distilled"])
+@pytest.mark.parametrize("name", ["720p_sr_distilled", full("1080p_sr_distilled")])
 @pytest.mark.parametrize("given", ["root", "directory", "file"])
 def test_a_super_resolution_stage_keeps_its_upsampler_as_it_is(tmp_path: Path, name: str, given: str) -> None:
     transformer, upsampler = write_stage(tmp_path / "source", name)
@@ -401,7 +402,7 @@ def hub(hub_root: Path) -> LocalHub:
     return LocalHub(hub_root)
 
 
-@pytest.mark.parametrize("profile", Profile)
+@pytest.mark.parametrize("profile", [Profile.TURBO, *map(full, (Profile.FAST, Profile.BALANCED, Profile.QUALITY))])
 def test_what_a_profile_needs_is_downloaded_and_loads(tmp_path: Path, hub: LocalHub, profile: Profile) -> None:
     to = tmp_path / "weights"
     download(profile, to, hub)
@@ -446,7 +447,7 @@ def test_a_download_of_the_first_checkpoints_is_completed_by_the_next_one(tmp_pa
     assert len(hub.asked) == asked
 
 
-@pytest.mark.parametrize("breaks_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("breaks_at", [full(1), 2, full(3), full(4)])
 def test_an_interrupted_download_leaves_no_partial_checkpoint_and_resumes(
     tmp_path: Path, hub: LocalHub, breaks_at: int
 ) -> None:

@@ -36,6 +36,7 @@ from handler.video_model.lora import applied, bytes_of, combined
 from handler.video_model.lora_files import LoraFiles, linear_layers
 from handler.video_model.memory import SMALLEST, Budget, DoesNotFitError, Part, Placement, Weights, peak
 from handler.video_model.placement import place
+from tests.support.full import full
 from tests.support.original_layout import BACK
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT, of two adapters
@@ -139,8 +140,8 @@ def cached(transformer: HunyuanVideo15Transformer3DModel) -> None:
     approximate([transformer], {Approximation.FIRST_BLOCK_CACHE}, many_steps=[transformer])
 
 
-@pytest.mark.parametrize("prepare", [lambda _: None, streamed, cached], ids=["resident", "streamed", "cached"])
-@pytest.mark.parametrize("config", [{"r": 4}, {"r": 1, "target_modules": ATTENTION, "use_rslora": True}])
+@pytest.mark.parametrize("prepare", [lambda _: None, full(streamed), cached], ids=["resident", "streamed", "cached"])
+@pytest.mark.parametrize("config", [full({"r": 4}), {"r": 1, "target_modules": ATTENTION, "use_rslora": True}])
 def test_an_adapter_changes_the_output_as_peft_does_and_leaves_nothing_behind(
     prepare: Callable[[HunyuanVideo15Transformer3DModel], None], config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -153,7 +154,7 @@ def test_an_adapter_changes_the_output_as_peft_does_and_leaves_nothing_behind(
     assert torch.equal(passed(transformer), before)
 
 
-@pytest.mark.parametrize("prepare", [lambda _: None, streamed], ids=["resident", "streamed"])
+@pytest.mark.parametrize("prepare", [full(lambda _: None), streamed], ids=["resident", "streamed"])
 def test_two_adapters_add_up_each_with_its_scale(
     prepare: Callable[[HunyuanVideo15Transformer3DModel], None], tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from handler.video_model.base import ModelOutOfMemoryError
 from handler.worker import Worker
 from storage.bucket import Bucket
 from storage.settings import BucketSettings
+from tests.support.full import full
 from tests.support.s3_servers import new_bucket
 from tests.support.scripted_model import ScriptedModel
 from tests.support.service import eventually
@@ -96,7 +97,7 @@ async def test_a_result_names_the_video_and_carries_no_data(settings: BucketSett
     assert len(json.dumps(output, allow_nan=False)) < 10_000
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [full(1), 2])
 async def test_a_cancelled_job_has_ended_when_the_next_one_starts(
     settings: BucketSettings, caplog: pytest.LogCaptureFixture, times: int
 ) -> None:
@@ -230,8 +231,8 @@ def run_worker(*arguments: str, **environment: str) -> subprocess.CompletedProce
     ("variable", "value"),
     [
         ("HUNYUAN_OFFLOAD_CPU", "perhaps"),
-        ("HUNYUAN_ENABLE_FLASH_ATTN", "3"),
-        ("BUCKET_ENDPOINT_URL", "not a url"),
+        full("HUNYUAN_ENABLE_FLASH_ATTN", "3"),
+        full("BUCKET_ENDPOINT_URL", "not a url"),
         ("BUCKET_ACCESS_KEY_ID", "alone"),
     ],
 )
@@ -255,9 +256,9 @@ def bucket_environment(settings: BucketSettings, **change: str) -> dict[str, str
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("BUCKET_ACCESS_KEY_ID", "nobody"),
+        full("BUCKET_ACCESS_KEY_ID", "nobody"),
         ("BUCKET_SECRET_ACCESS_KEY", "wrong-and-secret"),
-        ("BUCKET_NAME", "no-such-bucket"),
+        full("BUCKET_NAME", "no-such-bucket"),
     ],
 )
 def test_a_bucket_that_denies_access_ends_the_start_and_is_reported(

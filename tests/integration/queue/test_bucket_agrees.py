@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 from pydantic import HttpUrl
@@ -38,14 +37,6 @@ def videos(store: BucketSettings) -> Iterator[Videos]:
     yield Videos(client_of(store))
     for key in client_of(store).list_keys(""):
         client_of(store).delete(key)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        url: str = request.getfixturevalue("postgres").create_database()
-        return url
-    return f"sqlite:///{tmp_path}/queue.db"
 
 
 @pytest.fixture
@@ -238,6 +229,7 @@ async def test_a_retry_that_does_not_follow_its_preparation_leaves_the_task_fail
     assert isinstance(videos.find_verdict(task_id), Tombstone)
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
 async def test_several_servers_work_the_outbox_off_together(
     bench: Bench, store: BucketSettings, videos: Videos
 ) -> None:

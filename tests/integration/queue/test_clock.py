@@ -83,9 +83,9 @@ def machine() -> Machine:
 
 @pytest.mark.parametrize("seconds", [90.0, -3600.0])
 async def test_a_step_of_the_wall_clock_gives_no_live_job_away(
-    machine: Machine, database_url: str, seconds: float
+    machine: Machine, each_database_url: str, seconds: float
 ) -> None:
-    async with machine.server(database_url) as server:
+    async with machine.server(each_database_url) as server:
         task_id = await server.running_task()
         machine.step(seconds)
         assert await server.swept(task_id) is JobState.RUNNING

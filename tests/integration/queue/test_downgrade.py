@@ -20,9 +20,9 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def other_url(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) -> str:
+def other_url(request: pytest.FixtureRequest, each_database_url: str, tmp_path: Path) -> str:
     """A second empty database of the same kind."""
-    if database_url.startswith("sqlite"):
+    if each_database_url.startswith("sqlite"):
         return f"sqlite:///{tmp_path}/other.sqlite3"
     server: Postgres = request.getfixturevalue("postgres")
     return server.create_empty_database()
@@ -51,19 +51,19 @@ async def tables(url: str) -> dict[str, tuple[list[str], list[str]]]:
 
 @pytest.mark.parametrize("revision", REVISIONS)
 async def test_a_downgrade_leaves_the_tables_that_the_older_release_made(
-    database_url: str, other_url: str, revision: str
+    each_database_url: str, other_url: str, revision: str
 ) -> None:
-    await (await open_engine(parsed(database_url))).dispose()
-    await downgrade(parsed(database_url), revision)
+    await (await open_engine(parsed(each_database_url))).dispose()
+    await downgrade(parsed(each_database_url), revision)
     engine = create_async_engine(parsed(other_url))
     async with engine.begin() as connection:
         await connection.run_sync(migrate, revision)
     await engine.dispose()
-    assert await tables(database_url) == await tables(other_url)
+    assert await tables(each_database_url) == await tables(other_url)
 
 
-async def test_a_database_is_not_downgraded_to_a_newer_revision(database_url: str) -> None:
-    await (await open_engine(parsed(database_url))).dispose()
-    await downgrade(parsed(database_url), REVISIONS[0])
+async def test_a_database_is_not_downgraded_to_a_newer_revision(each_database_url: str) -> None:
+    await (await open_engine(parsed(each_database_url))).dispose()
+    await downgrade(parsed(each_database_url), REVISIONS[0])
     with pytest.raises(QueueError, match=f"can't be downgraded to revision {REVISIONS[-1]}"):
-        await downgrade(parsed(database_url), REVISIONS[-1])
+        await downgrade(parsed(each_database_url), REVISIONS[-1])

@@ -34,8 +34,8 @@ FAILURE = JobFailure(error="Out of memory", error_code=ErrorCode.OOM_ERROR)
 
 
 @pytest.fixture
-async def bench(database_url: str) -> AsyncIterator[Bench]:
-    async with sql_bench(database_url, max_queue_size=20) as made:
+async def bench(each_database_url: str) -> AsyncIterator[Bench]:
+    async with sql_bench(each_database_url, max_queue_size=20) as made:
         await made.worker()
         yield made
 
@@ -83,10 +83,10 @@ async def test_polls_and_transactions_read_the_same_through_the_life_of_jobs(ben
 
 
 @pytest.mark.full
-async def test_a_change_is_seen_by_every_poll_that_follows_it(bench: Bench, database_url: str) -> None:
+async def test_a_change_is_seen_by_every_poll_that_follows_it(bench: Bench, each_database_url: str) -> None:
     """On PostgreSQL also by the polls of another server. While others poll, so that polls are joined."""
-    async with sql_bench(database_url) as other:
-        readers = [bench.queue] if database_url.startswith("sqlite") else [bench.queue, other.queue]
+    async with sql_bench(each_database_url) as other:
+        readers = [bench.queue] if each_database_url.startswith("sqlite") else [bench.queue, other.queue]
         ids = [(await bench.queue.submit(JOB)).task_id for _ in range(20)]
         stop = asyncio.Event()
 

@@ -48,11 +48,11 @@ def found() -> dict[str, JobResult]:
 
 
 @pytest.fixture
-async def bench(database_url: str, found: dict[str, JobResult]) -> AsyncIterator[Bench]:
+async def bench(each_database_url: str, found: dict[str, JobResult]) -> AsyncIterator[Bench]:
     async def find_result(task_id: str) -> JobResult | None:
         return found.get(task_id)
 
-    async with sql_bench(database_url, find_result=find_result) as made:
+    async with sql_bench(each_database_url, find_result=find_result) as made:
         await made.worker()
         yield made
 
@@ -72,8 +72,8 @@ async def test_positions_count_down(bench: Bench) -> None:
     assert job.queue_position == 1
 
 
-async def test_no_job_is_accepted_before_a_worker_is_ready(database_url: str) -> None:
-    async with sql_bench(database_url) as bench:
+async def test_no_job_is_accepted_before_a_worker_is_ready(each_database_url: str) -> None:
+    async with sql_bench(each_database_url) as bench:
         with pytest.raises(ModelNotLoadedError, match="no worker"):
             await bench.queue.submit(JOB)
         await bench.worker(state=WorkerState.LOADING)
@@ -234,7 +234,7 @@ async def test_a_job_that_kills_its_workers_fails_after_three_attempts(bench: Be
     assert "3 times" in job.failure.error
 
 
-async def test_no_job_fails_while_the_bucket_is_unavailable(database_url: str) -> None:
+async def test_no_job_fails_while_the_bucket_is_unavailable(each_database_url: str) -> None:
     stored: dict[str, JobResult] | None = None
 
     async def find_result(task_id: str) -> JobResult | None:
@@ -242,7 +242,7 @@ async def test_no_job_fails_while_the_bucket_is_unavailable(database_url: str) -
             raise StorageUnavailableError("the bucket is away")
         return stored.get(task_id)
 
-    async with sql_bench(database_url, find_result=find_result) as bench:
+    async with sql_bench(each_database_url, find_result=find_result) as bench:
         await bench.worker()
         done, lost = [(await bench.queue.submit(JOB)).task_id for _ in range(2)]
         for _ in range(3):
@@ -329,22 +329,22 @@ async def test_credentials_of_a_job_reach_its_worker_and_are_deleted_at_its_end(
         assert "very-secret" not in str(rows.all())
 
 
-async def test_a_restart_loses_no_job(database_url: str) -> None:
-    async with sql_bench(database_url) as bench:
+async def test_a_restart_loses_no_job(each_database_url: str) -> None:
+    async with sql_bench(each_database_url) as bench:
         await bench.worker()
         done, running, waiting = [(await bench.queue.submit(JOB)).task_id for _ in range(3)]
         await bench.take("w1")
         await bench.dispatcher.complete("w1", done, result(done).model_dump(mode="json"))
         await bench.take("w1")
-    async with sql_bench(database_url) as bench:
+    async with sql_bench(each_database_url) as bench:
         await bench.dispatcher.release_workers("w")
         assert await state(bench, done) is JobState.COMPLETED
         assert await bench.take("w9") == running
         assert await bench.take("w8") == waiting
 
 
-async def test_two_workers_never_get_the_same_job(database_url: str) -> None:
-    async with sql_bench(database_url, max_queue_size=40) as bench:
+async def test_two_workers_never_get_the_same_job(each_database_url: str) -> None:
+    async with sql_bench(each_database_url, max_queue_size=40) as bench:
         await bench.worker()
         for _ in range(40):
             await bench.queue.submit(JOB)
@@ -417,11 +417,11 @@ async def test_another_render_kind_database_is_refused(url: str) -> None:
         await Database.open(url)
 
 
-async def test_a_database_of_a_newer_release_is_refused(database_url: str) -> None:
-    async with sql_bench(database_url) as bench, bench.database.write() as connection:
+async def test_a_database_of_a_newer_release_is_refused(each_database_url: str) -> None:
+    async with sql_bench(each_database_url) as bench, bench.database.write() as connection:
         await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(QueueError, match="upgrade this server"):
-        await Database.open(database_url)
+        await Database.open(each_database_url)
 
 
 async def test_the_migrations_create_the_tables_of_the_schema(bench: Bench) -> None:
@@ -521,14 +521,14 @@ async def test_jobs_are_deleted_history_ttl_after_they_ended(bench: Bench) -> No
     assert kept == 1, "the events of the deleted job are deleted, too"
 
 
-async def test_a_job_whose_worker_returns_while_it_is_recovered_stays_with_that_worker(database_url: str) -> None:
+async def test_a_job_whose_worker_returns_while_it_is_recovered_stays_with_that_worker(each_database_url: str) -> None:
     """The bucket is read after the lease was found expired and before the job is queued again, which may take long."""
 
     async def find_result(task_id: str) -> JobResult | None:
         await made.dispatcher.record_progress("w1", task_id, Progress(progress=5, stage=Stage.DENOISING))
         return None
 
-    async with sql_bench(database_url, find_result=find_result) as made:
+    async with sql_bench(each_database_url, find_result=find_result) as made:
         await made.worker()
         task_id = (await made.queue.submit(JOB)).task_id
         await made.take("w1")

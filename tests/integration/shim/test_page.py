@@ -535,6 +535,7 @@ async def test_the_page_warns_about_the_demo_model(site: Site, browser: Browser)
         await expect(visit.page.locator("#queue")).to_have_text("0 waiting, 1 running")
 
 
+@pytest.mark.full
 async def test_an_example_of_the_demo_model_fills_the_prompt_by_keyboard_and_by_mouse(
     site: Site, browser: Browser
 ) -> None:
@@ -666,6 +667,7 @@ async def test_the_form_works_by_keyboard(site: Site, visit: Visit) -> None:
     assert (asked.prompt, asked.duration, asked.resolution) == (PROMPT, 6, "1080p")
 
 
+@pytest.mark.full
 async def test_every_control_has_a_name_for_screen_readers(site: Site, visit: Visit, video: bytes) -> None:
     await visit.page.get_by_text("More").click()
     await visit.make()

@@ -231,9 +231,9 @@ def test_a_taken_port_and_a_used_directory_are_named(service: Service, tmp_path:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("BUCKET_ACCESS_KEY_ID", "wrong"),
+        full("BUCKET_ACCESS_KEY_ID", "wrong"),
         ("BUCKET_SECRET_ACCESS_KEY", "also-wrong-and-secret"),
-        ("BUCKET_NAME", "no-such-bucket"),
+        full("BUCKET_NAME", "no-such-bucket"),
     ],
 )
 def test_a_bucket_that_denies_access_stops_the_start_and_names_the_setting(

@@ -21,12 +21,13 @@ from pydantic import HttpUrl, SecretStr
 from storage.bucket import Bucket
 from storage.errors import ObjectExistsError, ObjectNotFoundError, StorageDeniedError, StorageUnavailableError
 from storage.settings import BucketSettings, JobBucketSettings
+from tests.support.full import full
 from tests.support.s3_servers import S3_SERVERS, behind
 
 BODY = bytes(range(256)) * 4096
 
 
-@pytest.fixture(scope="module", params=S3_SERVERS)
+@pytest.fixture(scope="module", params=[name if name in {"juicefs", "moto"} else full(name) for name in S3_SERVERS])
 def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketSettings]:
     with S3_SERVERS[request.param](tmp_path_factory.mktemp(request.param)) as running:
         yield running
