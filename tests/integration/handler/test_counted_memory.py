@@ -59,10 +59,10 @@ def counted_decode(latents: tuple[int, int, int], tile: int) -> int:
 #: The video that `make test` counts.
 SHORT = (Profile.QUALITY, Resolution.P720, 10, True)
 KINDS = [
-    case if (case := (*kind, duration, from_image)) == SHORT else full(*case)
-    for kind in ((Profile.FAST, Resolution.P1080), (Profile.QUALITY, Resolution.P720))
-    for duration in (5, 10)
-    for from_image in (False, True)
+    case if (case := (profile, resolution, duration, from_image)) == SHORT else full(*case)
+    for profile in Profile
+    for resolution in Resolution
+    for duration, from_image in ((5, False), (7, True), (10, False), (10, True))
 ]
 
 
