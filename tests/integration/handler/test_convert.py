@@ -402,7 +402,7 @@ def hub(hub_root: Path) -> LocalHub:
     return LocalHub(hub_root)
 
 
-@pytest.mark.parametrize("profile", [Profile.TURBO, *map(full, (Profile.FAST, Profile.BALANCED, Profile.QUALITY))])
+@pytest.mark.parametrize("profile", [profile if profile is Profile.FAST else full(profile) for profile in Profile])
 def test_what_a_profile_needs_is_downloaded_and_loads(tmp_path: Path, hub: LocalHub, profile: Profile) -> None:
     to = tmp_path / "weights"
     download(profile, to, hub)

@@ -56,13 +56,16 @@ def counted_decode(latents: tuple[int, int, int], tile: int) -> int:
     return count.peak
 
 
-#: The video that `make test` counts.
+#: The video that `make test` counts. Of turbo's short videos from an image, encoding the image is the largest part of a
+#: stage: it is planned as a peak of its own, which this count of a whole stage is not compared with.
 SHORT = (Profile.QUALITY, Resolution.P720, 10, True)
 KINDS = [
     case if (case := (profile, resolution, duration, from_image)) == SHORT else full(*case)
     for profile in Profile
     for resolution in Resolution
-    for duration, from_image in ((5, False), (7, True), (10, False), (10, True))
+    for duration in (5, 7, 10)
+    for from_image in (False, True)
+    if not (profile is Profile.TURBO and from_image and duration < 10)
 ]
 
 

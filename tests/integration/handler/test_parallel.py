@@ -80,7 +80,7 @@ def picture() -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("guidance_scale", [full(1.0), 6.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
 @pytest.mark.parametrize("resolution", [full(Resolution.P720), Resolution.P1080])
 def test_two_processes_have_the_latents_of_one(
     pair: tuple[PipelineModel, PipelineModel], resolution: Resolution, guidance_scale: float
@@ -137,7 +137,7 @@ def test_a_cancelled_render_ends_in_every_process_and_the_next_one_has_the_same_
     assert torch.equal(latents(together), before)
 
 
-@pytest.mark.parametrize("rank", [full(0), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_too_little_memory_in_one_process_fails_the_job_alone(together: PipelineModel, rank: int) -> None:
     def fail_on_rank_0(_: Stage, done: float) -> None:
         if rank == 0 and done > 0.2:
