@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from handler.video_model.demo import CHECKPOINT, PROJECTION, WEIGHTS
-from tools.demo_model import components, preview
+from tools.demo_model import components, preview, train_decoder
 
 #: The glyph projection, whose inner width is fixed and whose weights are zero: a byte for each is enough.
 _ZEROS: Final = "context_embedder_2."
@@ -31,7 +31,7 @@ def assemble(trained: Path, directory: Path) -> None:
     for name, part in (("text_encoder", text_encoder), ("transformer", transformer)):
         prefix = f"{name}."
         part.load_state_dict({key.removeprefix(prefix): p for key, p in average.items() if key.startswith(prefix)})
-    vae.decoder.load_state_dict(torch.load(trained / "decoder.pt", weights_only=True)["average"])
+    train_decoder.put(torch.load(trained / "decoder.pt", weights_only=True)["average"], vae.decoder)
     projection = preview.fit(vae.eval())
     sampling = CHECKPOINT.sampling
     pipeline = HunyuanVideo15Pipeline(

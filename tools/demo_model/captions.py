@@ -7,158 +7,31 @@ from random import Random
 from typing import Final
 
 from tools.demo_model.shapes import KINDS, NOT_TAUGHT
+from tools.demo_model.words import (
+    ADJECTIVES,
+    BEHIND,
+    COLOUR_WORDS,
+    DIRECTIONS,
+    EXTRAS,
+    FILLERS,
+    GO,
+    GRADIENT,
+    KIND_WORDS,
+    OPENINGS,
+    PLAIN,
+    SCENE_NOUNS,
+    SCENE_WORDS,
+    SIZE_WORDS,
+    VERBS,
+    plural_of,
+)
 from tools.demo_model.world import COLOURS, LANDSCAPES, MOTIONS, Clip, Thing
 
-_COLOUR_WORDS: Final[dict[str, str]] = {
-    "red": "red crimson scarlet ruby reddish",
-    "orange": "orange tangerine amber",
-    "yellow": "yellow golden gold lemon yellowish",
-    "green": "green emerald lime greenish",
-    "turquoise": "turquoise cyan teal aqua aquamarine",
-    "blue": "blue navy azure cobalt sapphire bluish",
-    "purple": "purple violet lilac magenta indigo",
-    "pink": "pink rose salmon",
-    "brown": "brown chocolate",
-    "white": "white ivory",
-    "gray": "gray grey silver",
-    "black": "black",
-}
-_KIND_WORDS: Final[dict[str, str]] = {
-    "ball": "ball circle sphere disc disk dot bubble balloon",
-    "square": "square box block cube",
-    "triangle": "triangle pyramid",
-    "star": "star starfish",
-    "heart": "heart",
-    "ring": "ring donut doughnut hoop",
-    "cross": "cross plus",
-    "diamond": "diamond rhombus gem kite",
-    "moon": "moon crescent",
-    "fish": "fish goldfish",
-    "boat": "boat sailboat ship yacht",
-    "sun": "sun",
-    "house": "house home hut cottage cabin",
-    "tree": "tree fir pine",
-}
-_SIZE_WORDS: Final[dict[str, str]] = {
-    "small": "small little tiny mini",
-    "medium": "medium",
-    "large": "large big huge giant great",
-}
-#: Third person, plural and gerund of verbs that a direction follows.
-_GO: Final = (
-    "moves move moving;moves move moving;moves move moving;goes go going;drifts drift drifting;glides glide gliding;"
-    "slides slide sliding;travels travel traveling;flies fly flying;floats float floating;swims swim swimming;"
-    "rolls roll rolling;sails sail sailing;runs run running;walks walk walking;heads head heading;"
-    "slips slip slipping;speeds speed speeding;races race racing;rushes rush rushing;drives drive driving"
-)
-_DIRECTIONS: Final[dict[str, str]] = {
-    "left": "to the left;to the left;left;leftwards;leftward;toward the left;towards the left;from right to left;"
-    "from the right to the left;to the left side;from the right side to the left side;across the screen to the left;"
-    "left across the screen",
-    "right": "to the right;to the right;right;rightwards;rightward;toward the right;towards the right;"
-    "from left to right;from the left to the right;to the right side;from the left side to the right side;"
-    "across the screen to the right;right across the screen",
-    "up": "up;up;upwards;upward;to the top;towards the top;toward the top;from bottom to top;"
-    "from the bottom to the top;higher and higher;up to the top",
-    "down": "down;down;downwards;downward;to the bottom;towards the bottom;toward the bottom;from top to bottom;"
-    "from the top to the bottom;lower and lower;down to the bottom",
-    "circling": "in a circle;in circles;in a circle;around in a circle;around and around;round and round;in a loop;"
-    "in loops;in a circular path;along a circle",
-}
-_VERBS: Final[dict[str, str]] = {
-    "up": "rises rise rising;rises rise rising;ascends ascend ascending;climbs climb climbing;"
-    "lifts off,lift off,lifting off;takes off,take off,taking off;rises up,rise up,rising up;"
-    "floats up,float up,floating up",
-    "down": "falls fall falling;falls fall falling;drops drop dropping;descends descend descending;sinks sink sinking;"
-    "falls down,fall down,falling down;comes down,come down,coming down",
-    "circling": "circles circle circling;orbits orbit orbiting;loops loop looping;"
-    "circles around,circle around,circling around",
-    "bouncing": "bounces bounce bouncing;bounces bounce bouncing;"
-    "bounces up and down,bounce up and down,bouncing up and down;"
-    "hops hop hopping;jumps jump jumping;jumps up and down,jump up and down,jumping up and down;"
-    "moves up and down,move up and down,moving up and down",
-    "growing": "grows grow growing;grows grow growing;gets bigger,get bigger,getting bigger;"
-    "gets larger,get larger,getting larger;expands expand expanding;swells swell swelling;"
-    "becomes bigger,become bigger,becoming bigger;grows bigger,grow bigger,growing bigger;"
-    "becomes larger,become larger,becoming larger;inflates inflate inflating;"
-    "comes closer,come closer,coming closer",
-    "shrinking": "shrinks shrink shrinking;shrinks shrink shrinking;gets smaller,get smaller,getting smaller;"
-    "becomes smaller,become smaller,becoming smaller;gets tinier,get tinier,getting tinier;"
-    "contracts contract contracting;grows smaller,grow smaller,growing smaller",
-    "spinning": "spins spin spinning;spins spin spinning;rotates rotate rotating;rotates rotate rotating;"
-    "turns turn turning;twirls twirl twirling;whirls whirl whirling;revolves revolve revolving;"
-    "turns around,turn around,turning around;spins around,spin around,spinning around;"
-    "spins in place,spin in place,spinning in place",
-    "still": "stays still,stay still,staying still;stands still,stand still,standing still;"
-    "does not move,do not move,not moving;rests rest resting;sits sit sitting;stays stay staying;stands stand standing;"
-    "stays in place,stay in place,staying in place;is motionless,are motionless,motionless;is static,are static,static;"
-    "hovers hover hovering;hangs hang hanging;lies lie lying",
-}
-_SCENE_WORDS: Final[dict[str, str]] = {
-    "sea": "over the sea;on the sea;at sea;in the sea;in the ocean;over the ocean;on the ocean;on the water;over water;"
-    "above the waves;on the waves;over blue waves;by the sea;on a lake;over a lake;in the water;at the seaside;"
-    "over a calm sea;on a calm blue sea;with the sea in the background;across the sea;across the water",
-    "meadow": "on the grass;over the grass;on grass;on green grass;over green grass;in the grass;on a meadow;"
-    "in a meadow;over a meadow;on a green meadow;on a green field;in a field;over a field;on a lawn;in a park;"
-    "in a garden;over a grassy field;on a grassy hill;across the grass;across a meadow;"
-    "over grassland;in a green meadow",
-    "snow": "in the snow;on the snow;over the snow;over snow;on a snowy field;in fresh snow;on fresh snow;"
-    "through the snow;across the snow;across a snowy field;over a snowy landscape;in a snowy landscape;in winter;"
-    "on a winter day;over ice;on ice;through fresh snow;on snow;in a snowy field;over white snow",
-    "desert": "in the desert;over the desert;across the desert;on the sand;over sand;on sand;over the sand;"
-    "over sand dunes;in a desert;on a sandy plain;across the dunes;over the dunes;in the sand;through the desert",
-    "night": "at night;in the night;in the night sky;in a night sky;under the stars;in a starry sky;in space;"
-    "in outer space;through space;among the stars;in front of a starry night sky;in a starry night;"
-    "under a starry sky;over a starry night sky;in the dark night sky;across the night sky;between the stars;"
-    "in front of the stars;on a starry night",
-    "sky": "in the sky;in a clear sky;in a blue sky;in the blue sky;in the air;against a blue sky;"
-    "in front of a blue sky;in a bright sky;across the sky;through the air;through the sky;up in the sky;"
-    "in the clear blue sky",
-    "sunset": "at sunset;at dusk;in the evening;in front of a sunset;against a sunset;at dawn;at sunrise;"
-    "in a sunset sky;in the sunset;during sunset;over a sunset;in the evening sky;against the evening sky;"
-    "in front of a sunset sky",
-}
-_PLAIN: Final = (
-    "on a {} background;on a {} background;on a plain {} background;over a {} background;against a {} background;"
-    "in front of a {} background;with a {} background;{} background;in front of a {} wall;the background is {};"
-    "on a {} backdrop;against a {} backdrop;against a {} wall;on {};on a {} canvas;on a solid {} background;"
-    "on a flat {} background;over {};against {};over a plain {} background;before a {} background"
-)
-_GRADIENT: Final = (
-    "on a gradient from {} to {};over a gradient from {} to {};on a {} to {} gradient;on a {} and {} gradient;"
-    "on a background that fades from {} to {};with a {} to {} gradient background;in front of a gradient of {} and {};"
-    "against a {} to {} gradient;on a gradient background from {} to {};over a {} to {} gradient;"
-    "with a background from {} to {};on a {} to {} background;on a background fading from {} to {}"
-)
-_OPENINGS: Final = (
-    "a video of;an animation of;a clip of;an animated clip of;a cartoon of;show me;there is;we see;i want;"
-    "a short video of;please draw;a scene with;a movie of;imagine;a picture of;a video showing;a simple animation of;"
-    "make;generate;create;film of;an illustration of"
-)
-_EXTRAS: Final = (
-    "slowly;quickly;gently;smoothly;fast;calmly;cinematic;soft light;4k;high quality;minimalist;smooth motion;"
-    "flat design;cartoon style;bright colors;beautiful;simple;in the center;close up;steadily;peacefully;detailed;"
-    "realistic;colorful;in slow motion;very slowly;cute;nice;happily;wide shot;8k;hd;vector art"
-)
 _THEM: Final = {True: ("it", "which"), False: ("they", "which")}
 
 
 def _one(random: Random, options: str) -> str:
     return random.choice(options.split(";"))
-
-
-def vocabulary() -> list[str]:
-    """All words that a caption can have, sorted, without the ones that are not words."""
-    texts = [
-        *(*_COLOUR_WORDS.values(), *_KIND_WORDS.values(), *_SIZE_WORDS.values(), _GO, *_DIRECTIONS.values()),
-        *(*_VERBS.values(), *_SCENE_WORDS.values(), _PLAIN, _GRADIENT, _OPENINGS, _EXTRAS),
-        "a an the one two pair of and with both single another other that which is are it they next to beside another",
-        *(_plural(word) for words in _KIND_WORDS.values() for word in words.split()),
-    ]
-    text = " ".join(texts)
-    for mark in ";,{}":
-        text = text.replace(mark, " ")
-    return sorted(set(text.lower().split()))
 
 
 #: What random clips show. The model card says what it has learned.
@@ -168,7 +41,7 @@ _SHOWN: Final = tuple(kind for kind in KINDS if kind not in NOT_TAUGHT)
 def random_clip(random: Random, kinds: Sequence[str] = _SHOWN) -> Clip:
     """One object, or two in a third of the clips."""
     scene = _scene(random)
-    first = random.choice(MOTIONS)
+    first = random.choice((*MOTIONS, "spinning", "spinning"))  # the hardest to learn
     colours = [colour for colour in COLOURS if colour not in _hidden_by(scene)]
     if random.random() > 0.34:
         size = random.choice(("small", "medium", "medium", "large"))
@@ -244,7 +117,7 @@ def caption(random: Random, clip: Clip) -> str:
     else:
         named = _article(random, _name(random, first))
         if rest and shared:
-            named += _one(random, " and ; and ; and ; next to ; with ; beside ") + _article(
+            named += _one(random, " and ; and ; and ; next to ; with ; beside ; together with ; alongside ") + _article(
                 random, _name(random, rest[0])
             )
     if not shared:
@@ -254,7 +127,7 @@ def caption(random: Random, clip: Clip) -> str:
             f"{named} {_motion(random, first, 0 if form == 1 else 2)}",
             f"{other} {_motion(random, rest[0], 0 if form == 1 else 2)}",
         ]
-        moved = " and ".join(parts)
+        moved = _one(random, " and ; and ; while ; as ").join(parts)
     elif silent:
         moved = named
     else:
@@ -280,10 +153,10 @@ def _sentence(random: Random, named: str, thing: Thing, *, plural: bool) -> str:
 
 def _motion(random: Random, thing: Thing, form: int) -> str:
     """Third person, plural or gerund (`form` 0, 1, 2) of what the thing does."""
-    verbs, directions = _VERBS.get(thing.motion), _DIRECTIONS.get(thing.motion)
+    verbs, directions = VERBS.get(thing.motion), DIRECTIONS.get(thing.motion)
     if verbs is not None and (directions is None or random.random() < 0.5):
         return _form(_one(random, verbs), form)
-    return f"{_form(_one(random, _GO), form)} {_one(random, directions or '')}"
+    return f"{_form(_one(random, GO), form)} {_one(random, directions or '')}"
 
 
 def _form(forms: str, form: int) -> str:
@@ -293,18 +166,14 @@ def _form(forms: str, form: int) -> str:
 def _name(random: Random, thing: Thing, *, plural: bool = False) -> str:
     words = []
     if random.random() < (0.25 if thing.size == "medium" else 0.6):
-        words.append(_word(random, _SIZE_WORDS[thing.size]) if thing.size != "medium" else "")
+        words.append(_word(random, SIZE_WORDS[thing.size]) if thing.size != "medium" else "")
     if random.random() < 0.97:
-        words.append(_word(random, _COLOUR_WORDS[thing.colour]))
-    kind = _word(random, _KIND_WORDS[thing.kind])
-    words.append(_plural(kind) if plural else kind)
+        words.append(_word(random, COLOUR_WORDS[thing.colour]))
+    if random.random() < 0.08:
+        words.insert(random.randint(0, len(words)), _one(random, ADJECTIVES))
+    kind = _word(random, KIND_WORDS[thing.kind])
+    words.append(plural_of(kind) if plural else kind)
     return " ".join(filter(None, words))
-
-
-def _plural(word: str) -> str:
-    if word.endswith("fish"):
-        return word
-    return word + ("es" if word.endswith(("x", "s")) else "s")
 
 
 def _word(random: Random, words: str) -> str:
@@ -329,20 +198,24 @@ def _dressed(random: Random, moved: str, clip: Clip) -> str:
     text = moved
     if random.random() < 0.93:
         where = _where(random, clip.scene)
-        text = f"{where}, {moved}" if random.random() < 0.15 else f"{moved} {where}"
+        text = f"{where}, {moved}" if random.random() < 0.2 else f"{moved} {where}"
     if random.random() < 0.25:
-        text = f"{_one(random, _OPENINGS)} {text}"
+        text = f"{_one(random, OPENINGS)} {text}"
     while random.random() < 0.25:
-        text = f"{text} {_one(random, _EXTRAS)}"
+        text = f"{text} {_one(random, EXTRAS)}"
     words = text.split()
+    while random.random() < 0.15:
+        words.insert(random.randint(0, len(words)), _one(random, FILLERS))
     while random.random() < 0.12:
         letters = "".join(random.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(random.randint(2, 8)))
-        words.insert(random.choice((0, len(words))), letters)
+        words.insert(random.randint(0, len(words)), letters)
     return " ".join(words)
 
 
 def _where(random: Random, scene: tuple[str, ...]) -> str:
     if scene[0] in LANDSCAPES:
-        return _one(random, _SCENE_WORDS[scene[0]])
-    names = [_word(random, _COLOUR_WORDS[colour]) for colour in scene]
-    return _one(random, _PLAIN if len(scene) == 1 else _GRADIENT).format(*names)
+        if random.random() < 0.3:
+            return _one(random, BEHIND).format(_one(random, SCENE_NOUNS[scene[0]]))
+        return _one(random, SCENE_WORDS[scene[0]])
+    names = [_word(random, COLOUR_WORDS[colour]) for colour in scene]
+    return _one(random, PLAIN if len(scene) == 1 else GRADIENT).format(*names)

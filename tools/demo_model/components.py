@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
 
 from handler.video_model.demo import SYSTEM_MESSAGE, read_words
-from tools.demo_model.captions import vocabulary
+from tools.demo_model.words import vocabulary
 from tools.demo_model.world import CELL, LATENT_CHANNELS, TEMPORAL
 
 TEXT_DIM: Final = 128

@@ -2,8 +2,8 @@
 
 Left to themselves, these narrow levels learn to blur. So the level at a quarter of the resolution gets `FEATURES`
 channels with a meaning (`features`), two linear upsamplings carry them to full resolution, and a few weights, trained
-on random numbers in a minute, choose between an object's colour and the scene's at each pixel. Training of the whole
-decoder starts from there.
+on random numbers in a minute, choose between an object's colour and the scene's at each pixel. `train_decoder.py`
+trains the levels below, which give the features.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def features(batch: Batch, first: int, last: int) -> tuple[torch.Tensor, torch.T
     still = torch.cat([2 * plain - 1, 2 * light[:, :, 0]], dim=1).unsqueeze(2).expand(-1, -1, frames, -1, -1)
     constant = torch.full_like(distance[:, :1], _CONSTANT)
     found = torch.cat([distance, colour, still, constant, torch.zeros_like(constant)], dim=1)
-    matters = torch.full_like(found, 0.3)
+    matters = torch.ones_like(found)
+    matters[:, 10:14] = 12.0
     near = coarse.amin(dim=1, keepdim=True)
     matters[:, :4] = 1 + 2 * (near.abs() < 6)
     matters[:, 4:7] = (near < 8).float()

@@ -12,15 +12,17 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from handler.video_model.decode import decode
 from handler.video_model.preview import Projection
 from tools.demo_model.captions import random_clip
-from tools.demo_model.world import CELL, SHAPE_CHANNELS, Batch
+from tools.demo_model.world import CELL, COLOUR_CHANNELS, COVER_CHANNELS, SCENE_COLOUR_CHANNELS, Batch
 
 _CLIPS: Final = 48
 #: Pixels on a side of what a latent shows.
 _SIDE: Final = 4
 #: Keeps weights small, because the transformer's latents are not as exact as those of the world.
 _RIDGE: Final = 0.001
-#: An object's colour counts inside its outline, the scene's colour outside: products with the channels of shapes.
-_PAIRS: Final = torch.cartesian_prod(torch.arange(SHAPE_CHANNELS), SHAPE_CHANNELS + torch.arange(6)).T
+#: An object's colour counts where it covers the scene, the scene's colour elsewhere.
+_PAIRS: Final = torch.cartesian_prod(
+    torch.tensor(COVER_CHANNELS), torch.tensor([*COLOUR_CHANNELS, *SCENE_COLOUR_CHANNELS])
+).T
 
 
 def fit(vae: Any) -> Projection:

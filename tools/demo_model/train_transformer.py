@@ -1,6 +1,6 @@
 """Trains transformer and text encoder together with the flow-matching loss.
 
-First on images, then on clips, and in the end mostly on what the last steps of a render have to do.
+First mostly on images, which teach captions, then mostly on clips, which teach motions.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -24,32 +23,19 @@ from handler.video_model.demo import SYSTEM_MESSAGE
 from tools.demo_model import components
 from tools.demo_model.captions import caption, random_clip
 from tools.demo_model.training import Training, command
-from tools.demo_model.world import LATENT_CHANNELS, SHAPE_CHANNELS, Batch, Clip
+from tools.demo_model.world import LATENT_CHANNELS, Batch, Clip
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A share of the time, the odds of each number of latent frames, and the part of the batches that are late."""
-
-    share: float
-    odds: Mapping[int, float]
-    late: float = 0.0
-
-
-#: Captions are learned from images, and then motions from clips. Shapes are drawn in the last steps of a render.
-_STAGES: Final = (
-    _Stage(0.42, {1: 0.75, 6: 0.15, 16: 0.1}),
-    _Stage(0.42, {1: 0.15, 6: 0.2, 16: 0.55, 31: 0.1}),
-    _Stage(0.16, {1: 0.3, 6: 0.2, 16: 0.35, 31: 0.15}, late=0.65),
+#: Up to which part of the time, and the odds of each number of latent frames.
+_STAGES: Final[Sequence[tuple[float, Mapping[int, float]]]] = (
+    (0.4, {1: 0.75, 6: 0.15, 16: 0.1}),
+    (0.8, {1: 0.15, 6: 0.2, 16: 0.55, 31: 0.1}),
+    (1.0, {1: 0.45, 6: 0.15, 16: 0.27, 31: 0.13}),
 )
-#: The least and the most noise of a late batch: shapes are decided there, because they are weak. In its loss they count
-#: so many times.
-_LATE: Final = (0.1, 0.25)
-_SHAPE_WEIGHT: Final = 6.0
 #: Tokens in a batch, about.
-_TOKENS: Final = 4000
+_TOKENS: Final = 5000
 #: Rows and columns of the latents and their odds, 16:9 most often.
 _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((8, 6), 0.05))
 #: Small pictures, which show more of the thing: every other image or clip. A batch has more of them.
@@ -58,8 +44,7 @@ _SMALL_SIZES: Final = (((3, 4), 0.35), ((3, 5), 0.25), ((4, 6), 0.2), ((4, 3), 0
 _DROPPED: Final = 0.1
 #: Of Muon and of Adam.
 _RATES: Final = (0.015, 1.5e-3)
-#: Every other timestep leans towards noise as the scheduler's do, where places and colours are decided. The others do
-#: not: shapes are decided later.
+#: Every other timestep leans towards noise, where kinds, places and colours are decided. The others hardly do.
 _SHIFTS: Final = (4.0, 1.3)
 
 
@@ -189,11 +174,11 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     losses: dict[int, list[float]] = {}
     while (elapsed := time.monotonic() - start) < seconds:
         done = elapsed / seconds
-        stage = _stage(done)
-        frames = random.choices(list(stage.odds), list(stage.odds.values()))[0]
+        odds = next(odds for end, odds in _STAGES if done < end)
+        frames = random.choices(list(odds), list(odds.values()))[0]
         latents, ids = examples.batch(frames)
-        loss = _loss(trainee, latents, ids, random, late=random.random() < stage.late)
-        share = min(1.0, (state["step"] + 1) / 100, (1 - done) / 0.35 + 0.005)
+        loss = _loss(trainee, latents, ids, random)
+        share = min(1.0, (state["step"] + 1) / 100, (1 - done) / 0.45 + 0.005)
         training.step(loss, share, keep=0.99)
         state["clips"] += len(ids)
         losses.setdefault(frames, []).append(loss.item())
@@ -206,31 +191,16 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     training.save(seconds)
 
 
-def _loss(trainee: Trainee, latents: torch.Tensor, ids: torch.Tensor, random: Random, *, late: bool) -> torch.Tensor:
+def _loss(trainee: Trainee, latents: torch.Tensor, ids: torch.Tensor, random: Random) -> torch.Tensor:
     """The mean squared error of the velocity from data to noise."""
     uniform = (torch.arange(len(ids)) + torch.rand(len(ids))) / len(ids)
-    if late:
-        least, most = _LATE
-        sigma = least + (most - least) * uniform
-    else:
-        shift = torch.tensor([_SHIFTS[i % 2] for i in range(len(ids))])
-        sigma = shift * uniform / (1 + (shift - 1) * uniform)
+    shift = torch.tensor([_SHIFTS[i % 2] for i in range(len(ids))])
+    sigma = shift * uniform / (1 + (shift - 1) * uniform)
     noise = torch.randn_like(latents)
     mix = sigma[:, None, None, None, None]
     noisy = (1 - mix) * latents + mix * noise
     glyphs = random.randint(1, 12) if random.random() < 0.03 else 0
-    errors = (trainee.velocity(noisy, sigma, ids, glyphs) - (noise - latents)).square().mean(dim=(0, 2, 3, 4))
-    if late:
-        errors[:SHAPE_CHANNELS] *= _SHAPE_WEIGHT
-    return errors.mean()
-
-
-def _stage(done: float) -> _Stage:
-    for stage in _STAGES:
-        if done < stage.share:
-            return stage
-        done -= stage.share
-    return _STAGES[-1]
+    return F.mse_loss(trainee.velocity(noisy, sigma, ids, glyphs), noise - latents)
 
 
 def _groups(trainee: Trainee) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -22,8 +22,6 @@ TEMPORAL: Final = 8
 CELL: Final = 32
 #: Points on a side of a cell at which latents know the distance to an object.
 _POINTS: Final = 4
-#: Pixels from an outline in which the distance counts.
-_REACH: Final = 12.0
 
 RGB = tuple[float, float, float]
 
@@ -103,7 +101,7 @@ class Clip:
 
     things: tuple[Thing, ...]
     scene: tuple[str, ...]
-    stars: int = 0  # the seed of the stars' places
+    stars: int = 0  # the seed of the stars
 
     @property
     def look(self) -> Scene:
@@ -141,27 +139,32 @@ class Batch:
             dtype=torch.float32,
         )
 
-    def latents(self) -> torch.Tensor:
-        """(B, LATENT_CHANNELS, T, h, w): what the decoder draws from. The first frame, and then every eighth."""
-        seconds = torch.arange(self.latent_frames) * (TEMPORAL / FPS)
+    def latents(self, first: int = 0) -> torch.Tensor:
+        """(B, LATENT_CHANNELS, T, h, w): what the decoder draws from. The `first` of the latent frames, and all after.
+
+        They show the first frame, and then every eighth.
+        """
+        seconds = torch.arange(first, self.latent_frames) * (TEMPORAL / FPS)
         distances = self.distances(seconds, CELL // _POINTS)  # (B, N, T, 4h, 4w) in pixels
-        near = torch.tanh(distances.amin(dim=1) / _REACH)
-        shape = cells(near, _POINTS)  # (B, 16, T, h, w)
-        shape = torch.einsum("kp,bpthw->bkthw", _dct(_POINTS), shape) / _SHAPE_SCALE[:, None, None, None]
         # Colours and descriptions reach beyond the outlines, each up to the other thing.
         nearness = cells(torch.softmax(-distances / 6.0, dim=1).flatten(0, 1), _POINTS).mean(dim=1)
         nearness = torch.unflatten(nearness, 0, distances.shape[:2])  # (B, N, T, h, w)
         colour = torch.einsum("bnthw,bnc->bcthw", nearness, self.colour)
         described = torch.einsum("bnthw,bncthw->bcthw", nearness, self._descriptions(seconds))
-        scene = self._scene_latents().unsqueeze(2).expand(-1, -1, self.latent_frames, -1, -1)
-        return torch.cat([shape, _COLOUR_SCALE * (2 * colour - 1), scene, described], dim=1)
+        scene = self._scene_latents().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
+        cover = F.avg_pool2d((0.5 - distances.amin(dim=1) * _POINTS / CELL).clamp(0, 1), 2)
+        extra = torch.zeros(len(colour), _EXTRA_CHANNELS, *colour.shape[2:])
+        extra[:, 0, seconds == 0] = 2.0
+        extra[:, 1] = (seconds / 5 - 1)[:, None, None]
+        extra[:, COVER_CHANNELS] = 1.5 * cells(cover, 2)
+        return torch.cat([extra, _COLOUR_SCALE * (2 * colour - 1), scene, described], dim=1)
 
     def _descriptions(self, seconds: torch.Tensor) -> torch.Tensor:
         """(B, N, 32, T, h, w) of each thing: its kind 14, motion 10, start 2, mirror 1, size 1, turn 2, place 2.
 
         The kinds that are not taught leave two channels free, for the thing's way since the start. Its place is that of
         its centre as seen from each cell. It is the same in many cells, so a little noise hides it in none. The
-        transformer decides it first and derives the shape in each cell from it. The decoder does not use it.
+        decoder draws from it.
         """
         x, y, scale, angle = self.placed(seconds)  # (B, N, T) each
         kind, motion = F.one_hot(self._kind, len(KINDS)), F.one_hot(self._motion, len(MOTIONS))
@@ -177,7 +180,7 @@ class Batch:
         shape = (*x.shape, self.rows, self.columns)
         place = torch.stack([across.unsqueeze(3).expand(shape), down.unsqueeze(4).expand(shape)], dim=2)
         steady = steady[..., None, None].expand(-1, -1, -1, -1, self.rows, self.columns)
-        return torch.cat([steady, 1.5 * torch.tanh(place / 3)], dim=2)
+        return torch.cat([steady, 3 * torch.tanh(place / 3)], dim=2)
 
     def frames(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """(B, 3, n, H, W) from -1 to 1: the frames from `first` to before `last`, by default all."""
@@ -247,8 +250,8 @@ class Batch:
             shades.append(torch.tensor(top) * (1 - mix) + torch.tensor(bottom) * mix)
         return torch.cat(shades)
 
-    def _star_places(self, seed: int) -> torch.Tensor:
-        """(3, rows, columns) from -1 to 1: x, y and brightness of a star in each cell."""
+    def _stars_of(self, seed: int) -> torch.Tensor:
+        """(3, rows, columns) from -1 to 1: how bright each star of each cell is. Half of them do not shine."""
         return 2 * torch.rand(3, self.rows, self.columns, generator=torch.Generator().manual_seed(seed)) - 1
 
     def _scene_latents(self) -> torch.Tensor:
@@ -262,8 +265,8 @@ class Batch:
                 texture[self._horizon() :, look.texture - 1] = 1.5
                 texture[self._horizon(), 3] = 1.5
             rows = torch.cat([_COLOUR_SCALE * colour, change, texture], dim=1)  # (rows, 10)
-            places = self._star_places(seed) if look.stars else torch.zeros(3, self.rows, self.columns)
-            scenes.append(torch.cat([rows.T.unsqueeze(2).expand(-1, -1, self.columns), 1.5 * places]))
+            stars = self._stars_of(seed) if look.stars else torch.zeros(3, self.rows, self.columns)
+            scenes.append(torch.cat([rows.T.unsqueeze(2).expand(-1, -1, self.columns), 1.5 * stars]))
         return torch.stack(scenes)
 
     def scene(self) -> torch.Tensor:
@@ -280,17 +283,11 @@ class Batch:
             top = self._horizon() * CELL
             picture[:, top:] += _TEXTURES[look.texture](height - top, width)
         if look.stars:
-            x, y, brightness = self._star_places(seed)
-            down, across = torch.arange(height) + 0.5, torch.arange(width) + 0.5
-            for row in range(self.rows):
-                for col in range(self.columns):
-                    place_x = (col + 0.5 + 0.4 * x[row, col]) * CELL
-                    place_y = (row + 0.5 + 0.4 * y[row, col]) * CELL
-                    size = 1.0 + 0.5 * (brightness[row, col] + 1) / 2
-                    rows, cols = slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
-                    far = torch.hypot(across[cols] - place_x, (down[rows] - place_y)[:, None])
-                    glow = (0.55 + 0.2 * brightness[row, col]) * (size + 0.7 - far).clamp(0, 1)
-                    picture[:, rows, cols] += glow * (1 - picture[:, rows, cols])
+            bright = self._stars_of(seed).clamp_min(0).repeat_interleave(CELL, dim=1).repeat_interleave(CELL, dim=2)
+            for star, (x, y) in zip(bright, _STARS, strict=True):
+                far = torch.hypot(torch.arange(CELL) + 0.5 - x, (torch.arange(CELL) + 0.5 - y)[:, None])
+                glow = star * (2.2 - far).clamp(0, 1).repeat(self.rows, self.columns)
+                picture += 0.9 * glow * (1 - picture)
         return picture.clamp(0, 1)
 
 
@@ -319,15 +316,23 @@ def _dunes(height: int, width: int) -> torch.Tensor:
     return -0.06 * torch.where(below > 0, 1 - below, torch.zeros_like(below)).clamp(0, 1)
 
 
+#: Places of the stars in each cell, in pixels from its upper left corner.
+_STARS: Final = ((7.0, 9.0), (19.0, 25.0), (27.0, 5.0))
 _TEXTURES: Final = {_WAVES: _waves, _BLADES: _blades, _DUNES: _dunes}
 
-#: Channels of the latents: 16 of the shapes, 3 of their colours, 13 of the scene, 32 that describe the nearest thing.
+#: Channels of the latents: 16 extra ones, 3 of the nearest thing's colour, 13 of the scene, 32 that describe the thing.
 LATENT_CHANNELS: Final = 64
-SHAPE_CHANNELS: Final = _POINTS**2
+#: Whether it is the first frame, which the decoder's upsampling treats in a way of its own, the time, and how much of
+#: each quarter of the cell things cover. The other ten are zero: the decoder's first shortcut takes 64 channels.
+_EXTRA_CHANNELS: Final = 16
+#: Previews need them. The decoder does not read them, because the description says the same more exactly.
+COVER_CHANNELS: Final = [2, 3, 4, 5]
+COLOUR_CHANNELS: Final = [16, 17, 18]
+SCENE_COLOUR_CHANNELS: Final = [19, 20, 21]
+#: Of the kind and of the turn. Between the kinds' channels are those of the way.
+KIND_CHANNELS: Final = [32 + index for index, kind in enumerate(KINDS) if kind not in NOT_TAUGHT]
+TURN_CHANNELS: Final = [60, 61]
 _COLOUR_SCALE: Final = 1.6
-#: Shapes are weak, and their finer details weaker still: they follow from the description, which is decided before.
-SHAPE_STRENGTH: Final = 0.05
-_SHAPE_SCALE = torch.exp(-0.42 * (torch.arange(_POINTS)[:, None] + torch.arange(_POINTS))).flatten() / SHAPE_STRENGTH
 
 
 def cells(points: torch.Tensor, side: int) -> torch.Tensor:
@@ -335,14 +340,6 @@ def cells(points: torch.Tensor, side: int) -> torch.Tensor:
     batch, frames, height, width = points.shape
     split = points.view(batch, frames, height // side, side, width // side, side)
     return split.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
-
-
-def _dct(side: int) -> torch.Tensor:
-    """The orthonormal cosine transform of a square of points, (side^2, side^2)."""
-    n = torch.arange(side)
-    one = torch.cos(math.pi / side * (n + 0.5) * n[:, None]) * math.sqrt(2 / side)
-    one[0] /= math.sqrt(2)
-    return torch.kron(one, one)
 
 
 _TABLES: list[torch.Tensor] = []

@@ -92,7 +92,8 @@ def test_the_picture_forms_from_step_to_step(rendered: list[Rendered]) -> None:
     for one in rendered:
         assert len(one.previews) == demo.CHECKPOINT.sampling.num_inference_steps
         likeness = [psnr(pixels(opened(jpeg)), one.frame) for jpeg in one.previews]
-        assert likeness[-1] > likeness[0] + 3, likeness
+        # A plain background can be right from the first step on, so one early step says little.
+        assert likeness[-1] > np.mean(likeness[:3]) + 3, likeness
 
 
 @pytest.mark.full

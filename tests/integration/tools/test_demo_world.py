@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from random import Random
+from types import ModuleType
 
 import pytest
 import torch
 
-from tests.support.full import full
 from tools.demo_model import components, drawing, train_decoder, train_transformer
-from tools.demo_model.captions import caption, random_clip, vocabulary
+from tools.demo_model.captions import caption, random_clip
 from tools.demo_model.optimizer import Muon
 from tools.demo_model.shapes import KINDS
+from tools.demo_model.words import vocabulary
 from tools.demo_model.world import CELL, COLOURS, LATENT_CHANNELS, MOTIONS, TEMPORAL, Batch, Clip, Thing
 
 MIDDLE = Thing("square", "red", "medium", "still", 0.5, 0.5)
@@ -50,6 +51,7 @@ def test_latents_of_a_moment_depend_on_that_moment_alone() -> None:
     long = Batch([clip], 5, 5, 9).latents()
     assert long.shape == (1, LATENT_CHANNELS, 5, 5, 9)
     assert torch.allclose(long[:, :, :2], Batch([clip], 2, 5, 9).latents(), atol=1e-5)
+    assert torch.allclose(long[:, :, 3:], Batch([clip], 5, 5, 9).latents(3), atol=1e-5)
     assert not torch.allclose(long[:, :, 0], long[:, :, 4], atol=0.1)
 
 
@@ -90,17 +92,45 @@ def test_the_drawing_levels_draw_from_their_features() -> None:
     assert (drawn - batch.frames()).square().mean() < 0.1, "half of what the scene without the square would have"
 
 
-@pytest.mark.parametrize("training", [full(train_decoder), train_transformer])
+@pytest.mark.parametrize("training", [train_decoder, train_transformer])
 def test_training_goes_on_from_its_checkpoint(
-    training: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(train_transformer, "_TOKENS", 200)
-    monkeypatch.setattr(drawing, "STEPS", 2)
+    monkeypatch.setattr(train_decoder, "_COLLECTING", 0.0)
     steps = []
     for seconds in (1.0, 2.0):
-        training.train(tmp_path, seconds)  # type: ignore[attr-defined]
+        training.train(tmp_path, seconds)
         saved = torch.load(next(tmp_path.glob("*.pt")))
         steps.append(saved["state"]["step"])
         assert saved["state"]["elapsed"] == seconds
     assert 0 < steps[0] < steps[1]
+
+
+def test_the_decoder_computes_what_its_network_of_points_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "STEPS", 2)
+    torch.manual_seed(0)
+    points, decoder = train_decoder.PointDecoder(), components.vae().decoder.eval()
+    for parameter in points.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    train_decoder.put(points.state_dict(), decoder)
+    latents = torch.randn(1, LATENT_CHANNELS, 2, 3, 4)
+    seen = train_decoder.neighbourhoods(latents).permute(0, 3, 4, 5, 1, 2)
+    with torch.no_grad():
+        hidden = decoder.mid_block(decoder.conv_in(latents) + latents)
+        for block in decoder.up_blocks[:3]:
+            hidden = block(hidden)
+        hidden = decoder.up_blocks[3].resnets[0](hidden)
+        for latent, frame in [(0, None), *((1, frame) for frame in range(TEMPORAL))]:
+            found = points(seen[:, latent].flatten(0, 2), frame).unflatten(0, seen.shape[:1] + seen.shape[2:4])
+            picture = 0 if frame is None else 1 + frame
+            assert torch.allclose(found, train_decoder.quarters(hidden[:, :, picture]), atol=1e-4), frame
+
+
+def test_cells_near_outlines_are_the_ones_that_an_outline_crosses() -> None:
+    batch = Batch([Clip((MIDDLE,), ("white",))], 1, 5, 9)
+    near = train_decoder.near_outlines(batch, torch.zeros(1))[0, 0]
+    assert near[2, 3:6].tolist() == [True, False, True]
+    assert not near[:, 0].any()
+    assert not near[:, 8].any()
