@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from types import MethodType
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
-from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15CausalConv3d as CausalConv3d
 from torch import nn
 
 from tools.demo_model import drawing
@@ -258,24 +256,6 @@ def _put_middle(linear: Any, convolution: Any) -> None:
     convolution.weight.zero_()
     convolution.weight[:, :, *_MIDDLE] = linear.weight
     convolution.bias.copy_(linear.bias)
-
-
-def compute_faster(decoder: Any) -> None:
-    """Replaces convolutions: those of two dimensions are several times faster on a CPU than those of three."""
-    for module in decoder.modules():
-        if isinstance(module, CausalConv3d):
-            module.forward = MethodType(_convolve, module)
-
-
-def _convolve(self: Any, x: torch.Tensor) -> torch.Tensor:
-    weight, batch, frames = self.conv.weight, x.shape[0], x.shape[2]
-    if frames == 1:
-        padded = F.pad(x.squeeze(2), (1, 1, 1, 1), mode="replicate")
-        return F.conv2d(padded, weight.sum(dim=2), self.conv.bias).unsqueeze(2)
-    padded = F.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")
-    triples = padded.unfold(2, 3, 1).permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)  # (B n, 3C, H, W)
-    drawn = F.conv2d(triples, weight.flatten(1, 2), self.conv.bias)
-    return torch.unflatten(drawn, 0, (batch, frames)).transpose(1, 2)
 
 
 if __name__ == "__main__":
