@@ -39,18 +39,21 @@ class Instance:
         """
         if self._url.get_backend_name() == "sqlite":
             return True
+        session = None
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 session = await psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(self._url))
                 await session.execute(_KEEPALIVES)
                 query = "SELECT pg_try_advisory_lock(%s, hashtext(%s))"
                 row = await (await session.execute(query, (INSTANCE_LOCK, self.instance_id))).fetchone()
+            if row is None or not row[0]:
+                return False
+            self._session, session = session, None
         except (psycopg.Error, TimeoutError) as exc:
             raise QueueUnavailableError("The job queue's database does not answer") from exc
-        if row is None or not row[0]:
-            await session.close()
-            return False
-        self._session = session
+        finally:
+            if session is not None:
+                await session.close()
         return True
 
     async def keep(self, check_every: float = _CHECK_EVERY) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from shim.queue import instance
+from shim.queue.base import QueueUnavailableError
+from shim.queue.engine import database_url, libpq_parameters
 from shim.queue.instance import Instance
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.queues import JOB, TOKEN
@@ -28,12 +32,25 @@ async def test_an_instance_id_is_held_by_one_server_at_a_time(url: str) -> None:
         await here.release()
         assert await there.claim()
     finally:
-        for instance in (here, there, other):
-            await instance.release()
+        for each in (here, there, other):
+            await each.release()
 
 
 async def test_a_sqlite_database_has_one_server_so_its_instance_id_is_its_own(tmp_path: Path) -> None:
     assert await Instance(f"sqlite:///{tmp_path}/queue.sqlite3", "abcd1234").claim()
+
+
+async def test_a_claim_that_fails_after_the_connection_closes_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance, "_KEEPALIVES", "SELECT 1 / 0")
+    with pytest.raises(QueueUnavailableError) as raised:  # and keeps the frames of the claim
+        await Instance(url, "abcd1234").claim()
+    assert isinstance(raised.value.__cause__, psycopg.Error)
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    async with await psycopg.AsyncConnection.connect(autocommit=True, **libpq_parameters(database_url(url))) as session:
+        deadline = asyncio.get_running_loop().time() + 5
+        while await (await session.execute(others)).fetchone() != (0,):
+            assert asyncio.get_running_loop().time() < deadline, "the session is still open"
+            await asyncio.sleep(0.05)
 
 
 async def test_an_instance_id_is_claimed_again_after_the_database_was_away() -> None:
