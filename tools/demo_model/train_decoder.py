@@ -162,6 +162,7 @@ class _Cells:
     def finish(self) -> None:
         """Before the first loss."""
         seen, wanted, matters, near = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        self._parts.clear()
         self._kinds = [((seen[of], wanted[of], matters[of]), size) for of, size in ((near, _NEAR), (~near, _FAR))]
 
     def loss(self, network: nn.Module, random: Random) -> torch.Tensor:

@@ -72,6 +72,12 @@ def random_latents(vae: Any, frames: int, height: int, width: int) -> torch.Tens
     return torch.randn(1, vae.config.latent_channels, frames, height, width, generator=generator)
 
 
+def steps_of(decoder: CausalDecoder, latents: torch.Tensor) -> list[torch.Tensor]:
+    """The frames of each latent frame."""
+    history = History()
+    return [decoder.step(frame, history) for frame in torch.split(decoder.stem(latents), 1, dim=2)]
+
+
 @pytest.mark.parametrize("build", [small_vae, full(narrow_vae)])
 @pytest.mark.parametrize("band", [BAND, ROW])
 @pytest.mark.parametrize(("frames", "size"), [(1, (3, 4)), (2, (5, 7)), (3, (4, 4)), full(7, (3, 5)), full(7, (1, 1))])
@@ -81,9 +87,7 @@ def test_one_latent_frame_after_another_decodes_to_what_the_whole_does(
 ) -> None:
     vae = build()
     latents = random_latents(vae, frames, *size)
-    decoder, history = CausalDecoder(vae.decoder, band), History()
-    hidden = decoder.stem(latents)
-    steps = [decoder.step(frame, history) for frame in torch.split(hidden, 1, dim=2)]
+    steps = steps_of(CausalDecoder(vae.decoder, band), latents)
     assert [step.shape[2] for step in steps] == [1] + [4] * (frames - 1)
     expected = vae.decoder(latents)
     assert expected.std() > 0.05
@@ -103,9 +107,7 @@ def test_the_zeros_of_a_kernel_are_left_out() -> None:
     with FlopCounterMode(display=False) as whole:
         expected = vae.decoder(latents)
     with FlopCounterMode(display=False) as ours:
-        decoder, history = CausalDecoder(vae.decoder), History()
-        hidden = decoder.stem(latents)
-        steps = [decoder.step(frame, history) for frame in torch.split(hidden, 1, dim=2)]
+        steps = steps_of(CausalDecoder(vae.decoder), latents)
     assert (torch.cat(steps, dim=2) - expected).abs().max() < 1e-5
     assert ours.get_total_flops() < 0.6 * whole.get_total_flops()
 
