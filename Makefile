@@ -125,7 +125,7 @@ plan-page: $(VENV)/.dev ## Write the tables of the plan in docs/performance.md
 
 .PHONY: train-demo
 train-demo: $(VENV)/.dev ## Train the demo model again, hours on two cores; goes on from .cache/demo-model (TRAIN_MINUTES=240 TRAIN="--from handler/video_model/demo_weights")
-	$(BIN)/python -m tools.demo_model.train_decoder --minutes 60 --threads $$(nproc)
+	$(BIN)/python -m tools.demo_model.train_decoder --minutes 30 --threads $$(nproc)
 	$(BIN)/python -m tools.demo_model.train_transformer --minutes $(TRAIN_MINUTES) --threads $$(nproc) $(TRAIN)
 	$(BIN)/python -m tools.demo_model.assemble
 

@@ -73,6 +73,8 @@ class CausalDecoder:
         self._decoder = decoder
         self._band = band
         self._used = {part: _used(part.conv.weight) for part in decoder.modules() if isinstance(part, CausalConv3d)}
+        # A residual block whose last convolution is zero adds nothing.
+        self._empty = {part for part in self._used if _is_empty(part)}
         temporal = [
             index
             for index, block in enumerate(decoder.up_blocks)
@@ -115,6 +117,8 @@ class CausalDecoder:
         return hidden
 
     def _resnet(self, block: ResnetBlock, x: torch.Tensor, history: History | None) -> torch.Tensor:
+        if block.conv2 in self._empty and block.conv_shortcut is None:
+            return x
         hidden = self._conv(block.conv1, _normed(block.norm1, x, self._band, activate=True), history)
         hidden = _normed(block.norm2, hidden, self._band, activate=True)
         hidden = self._conv(block.conv2, hidden, history)
@@ -214,6 +218,11 @@ def _used(weight: torch.Tensor) -> tuple[slice, ...]:
     middle[..., 1, 1] = 0
     side = slice(None) if middle.any() else slice(1, 2)
     return (slice(None), slice(None), slice(None) if past else slice(_PAST, None), side, side)
+
+
+def _is_empty(conv: CausalConv3d) -> bool:
+    """Whether a convolution gives zero, as some of the demo model do. Looked for on a CPU alone."""
+    return conv.conv.weight.device.type == "cpu" and not conv.conv.weight.any() and not conv.conv.bias.any()
 
 
 def _convolve(kernel: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from handler.video_model.demo import CHECKPOINT, PROJECTION, WEIGHTS
-from tools.demo_model import components, preview, train_decoder
+from tools.demo_model import components, point_decoder, preview
 
-#: The glyph projection, whose inner width is fixed and whose weights are zero: a byte for each is enough.
-_ZEROS: Final = "context_embedder_2."
+#: Weights that were not trained, so a byte for each is enough: those of the glyph projection, whose inner width is
+#: fixed, are zero, and the VAE's encoder is not used.
+_UNTRAINED: Final = {"transformer": "context_embedder_2.", "vae": "encoder."}
 #: The part of the steps with guidance. In the first ones it decides what is seen; later it multiplies errors, which are
 #: blotches on plain colours. Source: https://arxiv.org/abs/2404.07724.
 _GUIDED: Final = 0.25
@@ -31,7 +32,7 @@ def assemble(trained: Path, directory: Path) -> None:
     for name, part in (("text_encoder", text_encoder), ("transformer", transformer)):
         prefix = f"{name}."
         part.load_state_dict({key.removeprefix(prefix): p for key, p in average.items() if key.startswith(prefix)})
-    train_decoder.put(torch.load(trained / "decoder.pt", weights_only=True)["average"], vae.decoder)
+    point_decoder.put(torch.load(trained / "decoder.pt", weights_only=True)["average"], vae.decoder)
     projection = preview.fit(vae.eval())
     sampling = CHECKPOINT.sampling
     pipeline = HunyuanVideo15Pipeline(
@@ -46,15 +47,14 @@ def assemble(trained: Path, directory: Path) -> None:
     )
     pipeline.save_pretrained(directory)
     projection.write(directory / PROJECTION.name)
-    _shrink(directory / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, prefix in _UNTRAINED.items():
+        _shrink(directory / name / "diffusion_pytorch_model.safetensors", prefix)
 
 
-def _shrink(path: Path) -> None:
+def _shrink(path: Path, prefix: str) -> None:
     weights = load_file(path)
     for name, weight in weights.items():
-        if name.startswith(_ZEROS):
-            if weight.any():
-                raise ValueError(f"{name} was trained")
+        if name.startswith(prefix):
             weights[name] = weight.to(torch.float8_e4m3fn)
     save_file(weights, path, {"format": "pt"})
 

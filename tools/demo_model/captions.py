@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Final
 
+from tools.demo_model.scenes import COLOURS, LANDSCAPES
 from tools.demo_model.shapes import KINDS, NOT_TAUGHT
 from tools.demo_model.words import (
     ADJECTIVES,
@@ -25,7 +26,7 @@ from tools.demo_model.words import (
     VERBS,
     plural_of,
 )
-from tools.demo_model.world import COLOURS, LANDSCAPES, MOTIONS, Clip, Thing
+from tools.demo_model.world import MOTIONS, Clip, Thing
 
 _THEM: Final = {True: ("it", "which"), False: ("they", "which")}
 
@@ -130,6 +131,11 @@ def caption(random: Random, clip: Clip) -> str:
         moved = _one(random, " and ; and ; while ; as ").join(parts)
     elif silent:
         moved = named
+    elif random.random() < 0.06:  # "a red ball at sea. it rises"
+        again = ("they" if rest else _one(random, "it;it;it;the {}")).format(_word(random, KIND_WORDS[first.kind]))
+        return _framed(
+            random, f"{named} {_where(random, clip.scene)}. {again} {_motion(random, first, int(bool(rest)))}"
+        )
     else:
         moved = _sentence(random, named, first, plural=bool(rest))
     return _dressed(random, moved, clip)
@@ -194,11 +200,16 @@ def _article(random: Random, name: str) -> str:
 
 
 def _dressed(random: Random, moved: str, clip: Clip) -> str:
-    """The sentence with its scene, and with words that mean nothing here."""
+    """The sentence with its scene."""
     text = moved
     if random.random() < 0.93:
         where = _where(random, clip.scene)
         text = f"{where}, {moved}" if random.random() < 0.2 else f"{moved} {where}"
+    return _framed(random, text)
+
+
+def _framed(random: Random, text: str) -> str:
+    """The text with words that mean nothing here."""
     if random.random() < 0.25:
         text = f"{_one(random, OPENINGS)} {text}"
     while random.random() < 0.25:

@@ -9,8 +9,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
 
 from handler.video_model.demo import SYSTEM_MESSAGE, read_words
+from tools.demo_model.scenes import CELL
 from tools.demo_model.words import vocabulary
-from tools.demo_model.world import CELL, LATENT_CHANNELS, TEMPORAL
+from tools.demo_model.world import LATENT_CHANNELS, TEMPORAL
 
 TEXT_DIM: Final = 128
 _TEXT_2_DIM: Final = 16
@@ -96,8 +97,8 @@ def vae() -> AutoencoderKLHunyuanVideo15:
     """Its encoder is untrained: text to video does not call it."""
     return AutoencoderKLHunyuanVideo15(
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(8, 8, 16, 32, 64, 64),
-        layers_per_block=0,
+        block_out_channels=(8, 8, 32, 64, 64, 64),
+        layers_per_block=1,
         spatial_compression_ratio=CELL,
         temporal_compression_ratio=TEMPORAL,
         scaling_factor=1.0,

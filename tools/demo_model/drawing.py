@@ -21,13 +21,18 @@ from tools.demo_model.world import FPS, Batch, cells
 
 log = logging.getLogger(__name__)
 
-#: At a quarter of the resolution: distances at 2 x 2 places, the object's colour, the scene's colour, its brightness at
-#: 2 x 2 places, a constant, nothing.
-FEATURES: Final = 16
+#: At a quarter of the resolution: distances and how much brighter the scene is, at 2 x 2 places, and colours.
+NAMES: Final = (
+    *(f"distance {place}" for place in range(4)),
+    *("thing red", "thing green", "thing blue", "scene red", "scene green", "scene blue"),
+    *(f"light {place}" for place in range(4)),
+    "constant",
+)
+FEATURES: Final = len(NAMES)
 #: Pixels from an outline that are told apart.
 REACH: Final = 4.0
 #: Larger than what varies, so that the norms, which divide by a pixel's length, change little.
-_CONSTANT: Final = 3.0
+CONSTANT: Final = 3.0
 #: At half and at full resolution: distance, the object's colour, the scene's colour, the constant.
 _WIDTH: Final = 8
 #: Of the training of single pixels: a minute on one core.
@@ -37,20 +42,19 @@ _ATTEMPTS, _SAMPLES, _RATE = 24, 1024, 1.5e-2
 
 def features(batch: Batch, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the drawing levels expect for these frames, (B, FEATURES, n, H / 4, W / 4), and where it matters, alike."""
-    seconds, scene = torch.arange(first, last) / FPS, batch.scene()
+    seconds = torch.arange(first, last) / FPS
     fine, coarse = (batch.distances(seconds, spacing) for spacing in (2, 4))
     distance = cells(fine.amin(dim=1).clamp(-REACH, REACH) / REACH, 2)
     nearness = torch.softmax(-coarse / 2, dim=1)
     colour = 2 * torch.einsum("bnthw,bnc->bcthw", nearness, batch.colour) - 1
     frames = distance.shape[2]
-    plain = F.avg_pool2d(scene, 4)
-    light = F.avg_pool2d(scene.mean(dim=1, keepdim=True), 2)
-    light = cells(light - F.interpolate(plain.mean(dim=1, keepdim=True), scale_factor=2), 2)
-    still = torch.cat([2 * plain - 1, 2 * light[:, :, 0]], dim=1).unsqueeze(2).expand(-1, -1, frames, -1, -1)
-    constant = torch.full_like(distance[:, :1], _CONSTANT)
-    found = torch.cat([distance, colour, still, constant, torch.zeros_like(constant)], dim=1)
+    light = cells(batch.light(), 2)[:, :, 0]
+    scene = F.avg_pool2d(batch.plain(), 4)
+    still = torch.cat([2 * scene - 1, 2 * light], dim=1).unsqueeze(2).expand(-1, -1, frames, -1, -1)
+    constant = torch.full_like(distance[:, :1], CONSTANT)
+    found = torch.cat([distance, colour, still, constant], dim=1)
     matters = torch.ones_like(found)
-    matters[:, 10:14] = 12.0
+    matters[:, 10:14] = 6.0
     near = coarse.amin(dim=1, keepdim=True)
     matters[:, :4] = 1 + 2 * (near.abs() < 6)
     matters[:, 4:7] = (near < 8).float()
@@ -60,10 +64,9 @@ def features(batch: Batch, first: int, last: int) -> tuple[torch.Tensor, torch.T
 @torch.no_grad()
 def start(decoder: Any, steps: int | None = None) -> None:
     """Sets the last three levels of the decoder. `steps` are those for single pixels, by default STEPS."""
-    for block in decoder.up_blocks[3:]:
-        conv = block.resnets[0].conv2.conv
-        conv.weight.zero_()
-        conv.bias.zero_()
+    for resnet in (resnet for block in decoder.up_blocks[3:] for resnet in block.resnets):
+        resnet.conv2.conv.weight.zero_()
+        resnet.conv2.conv.bias.zero_()
     _carry(decoder.up_blocks[3].upsamplers[0], _to_half, spread=False)
     _carry(decoder.up_blocks[4].upsamplers[0], _to_full, spread=True)
     _choose(decoder, STEPS if steps is None else steps)
@@ -159,5 +162,5 @@ def _random_pixels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     close = torch.rand(count, 1) < 0.6
     distance = (2 * torch.rand(count, 1) - 1) * torch.where(close, 1.5, REACH)
     cover = (0.5 - distance).clamp(0, 1)
-    constant = torch.full((count, 1), _CONSTANT)
+    constant = torch.full((count, 1), CONSTANT)
     return torch.cat([distance / REACH, thing, scene, constant], dim=1), scene + cover * (thing - scene)

@@ -12,7 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from handler.video_model.decode import decode
 from handler.video_model.preview import Projection
 from tools.demo_model.captions import random_clip
-from tools.demo_model.world import CELL, COLOUR_CHANNELS, COVER_CHANNELS, SCENE_COLOUR_CHANNELS, Batch
+from tools.demo_model.scenes import CELL
+from tools.demo_model.world import COLOUR_CHANNELS, COVER_CHANNELS, SCENE_COLOUR_CHANNELS, Batch
 
 _CLIPS: Final = 48
 #: Pixels on a side of what a latent shows.

@@ -1,124 +1,78 @@
 """Trains the VAE's decoder to draw the world from its latents.
 
-The upper levels are set up to draw from features (`drawing.py`). The lower ones learn to give these features: single
-cells of many clips, and in them single frames, by a network that has only the middle of each kernel. It sees a hundred
-times more cells in a second than the whole decoder would.
+The upper levels are set up to draw from features (`drawing.py`), and the lower ones to carry what these depend on
+(`wiring.py`). Residual blocks learn the rest, one thing after another, each from examples of its own: how places look
+along the axes of a turned thing, how far outlines are, and how the first frame differs. A network of single points
+learns in place of the decoder: all of the decoder's kernels have nothing but their middle.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from torch import nn
 
-from tools.demo_model import drawing
+from tools.demo_model import drawing, wiring
 from tools.demo_model.captions import random_clip
+from tools.demo_model.point_decoder import TAPS, PointDecoder, neighbourhoods, quarters
+from tools.demo_model.scenes import CELL
+from tools.demo_model.shapes import KINDS, NOT_TAUGHT
 from tools.demo_model.training import Training, command
 from tools.demo_model.world import (
-    CELL,
-    COVER_CHANNELS,
+    FARTHEST,
+    FIRST_FRAME_CHANNEL,
     FPS,
     KIND_CHANNELS,
-    LATENT_CHANNELS,
+    PLACE_CHANNELS,
+    SIZES,
     TEMPORAL,
     TURN_CHANNELS,
     Batch,
+    outline,
 )
 
 log = logging.getLogger(__name__)
 
-#: Seconds for collecting cells.
-_COLLECTING: Final = 300.0
 #: Of Muon and of Adam.
 _RATES: Final = (0.02, 4e-3)
+#: Examples of a step.
+_CELLS, _SQUARES, _FIRST_CELLS = 1024, 768, 384
+#: Seconds for collecting cells of first frames.
+_COLLECTING: Final = 100.0
+#: Cells that nothing moves by in the time of a latent.
+_JUMP: Final = 2.2
 #: Rows and columns of the clips.
 _SIZES: Final = ((5, 9), (5, 9), (9, 5), (6, 6), (6, 8), (8, 6))
-#: Cells of a batch, near an outline and elsewhere, from each of so many of the groups.
-_NEAR: Final = 512
-_FAR: Final = 128
-_GROUPS: Final = 3
-#: Pixels from an outline to which a cell is near it.
-_REACH: Final = 10.0
-#: The part of the cells elsewhere that is kept, because they are many and alike.
-_KEPT: Final = 0.25
-#: What the first convolution sees of its kernel, time first: a cell with its neighbours, and it in the frames before.
-_TAPS: Final = (*((2, row, column) for row in range(3) for column in range(3)), (1, 1, 1), (0, 1, 1))
-_MIDDLE: Final = (2, 1, 1)
-#: Channels of the three levels up to the features, before each upsampling, and of the features.
-_WIDTHS: Final = (64, 64, 32, drawing.FEATURES)
-#: Residual blocks of these levels.
-_BLOCKS: Final = (3, 1, 1, 1)
+#: Standard deviations of the transformer's errors in single cells, of places among them, and of what cells share.
+_OWN_NOISE: Final = 0.007
+_PLACE_NOISE: Final = 0.012
+_SHARED_NOISE: Final = 0.03
+#: Up to which part of the time each of the three lessons lasts. In the rest, the last two are learned together.
+_ENDS: Final = (0.1, 0.45, 0.75)
 
 
-class _Block(nn.Module):
-    """A residual block of the decoder, for single points."""
+class Lesson(Protocol):
+    """What some of the parameters have to learn."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gammas = nn.ParameterList([nn.Parameter(torch.ones(width)) for _ in range(2)])
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+    parameters: list[nn.Parameter]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.first(F.silu(self._norm(x, 0)))
-        found: torch.Tensor = x + self.second(F.silu(self._norm(inner, 1)))
-        return found
-
-    def _norm(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        normed: torch.Tensor = F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * self.gammas[index]
-        return normed
-
-
-class PointDecoder(nn.Module):
-    """The decoder's levels up to the features, with the middle of each kernel alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(len(_TAPS) * LATENT_CHANNELS, _WIDTHS[0])
-        self.levels = nn.ModuleList(
-            nn.Sequential(*(_Block(width) for _ in range(count))) for width, count in zip(_WIDTHS, _BLOCKS, strict=True)
-        )
-        self.ups = nn.ModuleList(nn.Linear(wide, 8 * narrow) for wide, narrow in pairwise(_WIDTHS))
-        with torch.no_grad():
-            self.first.weight *= 0.5
-
-    def forward(self, seen: torch.Tensor, frame: int | None, quarters: Sequence[int] = (0, 1, 2, 3)) -> torch.Tensor:
-        """(n, taps, channels) to (n, 4, 4, 4, FEATURES): the quarters of quarters of the `quarters` of each cell.
-
-        `frame` is one of the latent's eight, or None for the only one of the first latent.
-        """
-        seen = seen.clone()
-        seen[..., COVER_CHANNELS] = 0
-        x: torch.Tensor = self.levels[0](self.first(seen.flatten(1)))
-        for index, (up, level) in enumerate(zip(self.ups, self.levels[1:], strict=True)):
-            x = _upsampled(x, up, None if frame is None else frame >> (2 - index) & 1)
-            x = level(x if index > 0 else x[:, list(quarters)])
-        return x
-
-
-def _upsampled(x: torch.Tensor, up: Any, half: int | None) -> torch.Tensor:
-    """(..., channels) to (..., 4, fewer channels) as `HunyuanVideo15Upsample` does it, in one half of the time."""
-    weight, bias = up.weight.view(8, -1, x.shape[-1]), up.bias.view(8, -1)
-    used = slice(0, 8, 2) if half is None else slice(4 * half, 4 * half + 4)
-    same = torch.unflatten(x, -1, (4, -1)) if half is None else torch.unflatten(x, -1, (8, -1))[..., used, :]
-    found: torch.Tensor = torch.einsum("...i,poi->...po", x, weight[used]) + bias[used]
-    return found + same.repeat_interleave(found.shape[-1] // same.shape[-1], dim=-1)
+    def loss(self) -> torch.Tensor:
+        """Of random examples."""
+        ...
 
 
 def train(out: Path, seconds: float, trained: Path | None = None) -> None:
-    """Collects cells and trains for this long in all, or goes on from `decoder.pt` in `out`, with other cells.
+    """Trains for this long in all, or goes on from `decoder.pt` in `out`.
 
-    `trained` is not used: a decoder is trained in an hour.
+    `trained` is not used: a decoder is trained in half an hour.
     """
     del trained
     torch.manual_seed(0)
@@ -127,137 +81,188 @@ def train(out: Path, seconds: float, trained: Path | None = None) -> None:
     others = [p for p in network.parameters() if not any(p is matrix for matrix in matrices)]
     training = Training(out / "decoder.pt", network, matrices, others, _RATES)
     state = training.state
-    random = Random(state["step"])
-    groups = _collect(random, _COLLECTING)
-    start, last = time.monotonic() - state["elapsed"], time.monotonic()
-    while (elapsed := time.monotonic() - start) < seconds:
-        chosen = [groups[0], *random.sample(groups[1:], _GROUPS - 1)]  # the first frame is the hardest
-        loss = torch.stack([group.loss(network, random) for group in chosen]).mean()
-        share = min(1.0, (state["step"] + 1) / 200, (1 - elapsed / seconds) / 0.7 + 0.003)
-        training.step(loss, share, keep=0.995)
-        if time.monotonic() - last > 60:
-            last = time.monotonic()
-            training.save(elapsed)
-            log.info(json.dumps({**state, "minutes": round(elapsed / 60, 1), "loss": round(loss.item(), 4)}))
+    torch.manual_seed(int(state["step"]))
+    turns, distances, firsts = Turns(network), Distances(network), FirstFrames(network)
+    start, last, begun = time.monotonic() - state["elapsed"], time.monotonic(), 0.0
+    plan: list[list[Lesson]] = [[turns], [distances], [firsts], [distances, firsts]]
+    for end, lessons in zip((*_ENDS, 1.0), plan, strict=True):
+        for parameter in network.parameters():
+            parameter.requires_grad_(any(parameter is of for lesson in lessons for of in lesson.parameters))
+        while (done := (time.monotonic() - start) / seconds) < end:
+            loss = torch.stack([lesson.loss() for lesson in lessons]).sum()
+            part = (done - begun) / (end - begun)
+            training.step(loss, min(1.0, 50 * part + 0.01, (1 - part) / 0.7 + 0.003), keep=0.995)
+            if time.monotonic() - last > 30:
+                last = time.monotonic()
+                training.save(last - start)
+                names = [type(lesson).__name__ for lesson in lessons]
+                log.info(json.dumps({**state, "lessons": names, "loss": round(loss.item(), 4)}))
+        begun = end
     training.save(seconds)
 
 
-class _Cells:
-    """Cells at one of the frames of their latent (None: the first latent's), and the features that are wanted there."""
-
-    def __init__(self, frame: int | None) -> None:
-        self._frame = frame
-        self._parts: list[tuple[torch.Tensor, ...]] = []
-
-    def add(self, random: Random) -> None:
-        """Some cells of some clips, in 16 bits."""
-        batch, latent = _clips(random, self._frame)
-        seen = neighbourhoods(batch.latents(max(latent - 2, 0)))[:, :, :, -1]  # (B, taps, C, h, w)
-        picture = TEMPORAL * (latent - 1) + 1 + self._frame if self._frame is not None else 0
-        near = near_outlines(batch, torch.tensor([picture / FPS]))[:, 0]
-        used = near | (torch.rand(near.shape) < _KEPT)
-        wanted, matters = (quarters(of[:, :, 0])[used].half() for of in drawing.features(batch, picture, picture + 1))
-        self._parts.append((seen.permute(0, 3, 4, 1, 2)[used].half(), wanted, matters, near[used]))
-
-    def finish(self) -> None:
-        """Before the first loss."""
-        seen, wanted, matters, near = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        self._parts.clear()
-        self._kinds = [((seen[of], wanted[of], matters[of]), size) for of, size in ((near, _NEAR), (~near, _FAR))]
-
-    def loss(self, network: nn.Module, random: Random) -> torch.Tensor:
-        """Of two quarters of random cells near outlines and elsewhere, with noise in the latents."""
-        chosen = [(torch.randint(len(kept[0]), (size,)), kept) for kept, size in self._kinds]
-        seen, wanted, matters = (torch.cat([kept[i][of] for of, kept in chosen]).float() for i in range(3))
-        quarters = random.sample(range(4), 2)
-        error = network(_noisy(seen), self._frame, quarters) - wanted[:, quarters]
-        loss: torch.Tensor = (matters[:, quarters] * (error.abs() + 4 * error.square())).mean()
-        return loss
+def _error(found: torch.Tensor, wanted: torch.Tensor, matters: torch.Tensor | float = 1.0) -> torch.Tensor:
+    error = found - wanted
+    return (matters * (error.abs() + 4 * error.square())).mean()
 
 
-def _collect(random: Random, seconds: float) -> list[_Cells]:
-    """Cells of each frame, collected for this long."""
-    groups = [_Cells(frame) for frame in (None, *range(TEMPORAL))]
-    end = time.monotonic() + seconds
-    while True:
-        for group in groups:
-            group.add(random)
-        if time.monotonic() > end:
-            break
-    for group in groups:
-        group.finish()
-    return groups
+class Turns:
+    """How places look along the axes of things that have turned, and that axes have the length one."""
+
+    def __init__(self, network: PointDecoder) -> None:
+        self._network = network
+        self._blocks = network.blocks(0)[:2]
+        self.parameters = [*network.first.parameters(), *(p for block in self._blocks for p in block.parameters())]
+        random = Random(0)
+        clips = [random_clip(random) for _ in range(64)]
+        latents = [Batch(clips, 31, *size).latents(first=random.randrange(1, 31)) for size in _SIZES]
+        self._cells = torch.cat([of.movedim(1, -1).flatten(0, -2) for of in latents])
+
+    def loss(self) -> torch.Tensor:
+        """Of random cells, in half of which the thing has turned."""
+        cells = self._cells[torch.randint(len(self._cells), (_CELLS,))]
+        cells[::2, PLACE_CHANNELS] = FARTHEST * (2 * torch.rand(_CELLS // 2, 2) - 1)
+        angle = 2 * math.pi * torch.rand(_CELLS) * (torch.rand(_CELLS) < 0.6)
+        place = cells[:, PLACE_CHANNELS]
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        u, v = cos * place[:, 0] + sin * place[:, 1], cos * place[:, 1] - sin * place[:, 0]
+        length = torch.where(torch.rand(_CELLS) < 0.5, 0.8 + torch.rand(_CELLS), 1.0)
+        cells[:, TURN_CHANNELS] = torch.stack([length * cos, length * sin], dim=1)
+        x: torch.Tensor = self._network.first(_noisy(cells[:, None, None].repeat(1, 1, TAPS, 1))[:, 0].flatten(1))
+        for block in self._blocks:
+            x = block(x)
+        axes = [wiring.LEVELS[0].index(f"{whose}{axis}") for whose in ("", "own ") for axis in wiring.AXES]
+        wanted = torch.stack([u, v, cos, sin], dim=1).repeat(1, 2)
+        near = 1 + 2 * (place.abs().amax(dim=1, keepdim=True) < 2)
+        return _error(x[:, axes], wanted, near)
 
 
-def _clips(random: Random, frame: int | None) -> tuple[Batch, int]:
-    """Clips, and which of their latents, the last, is looked at."""
-    latent = 0 if frame is None else random.randrange(1, 31)
-    return Batch([random_clip(random) for _ in range(8)], latent + 1, *random.choice(_SIZES)), latent
+class Distances:
+    """How far the outline is from each place of a square of 8 x 8 pixels, for each kind of thing."""
+
+    def __init__(self, network: PointDecoder) -> None:
+        self._network = network
+        blocks = network.blocks(2) + network.blocks(3)
+        usual = [p for block in blocks if block.usual for p in (*block.usual.parameters(), block.gamma, block.bias)]
+        self.parameters = [*network.mix.parameters(), *network.near.parameters(), *usual]
+        self._wires = network.get_buffer("wires 2")[:4, :, : len(wiring.LEVELS[2])]
+
+    def loss(self) -> torch.Tensor:
+        """Of random squares, most of them near outlines. What jumps was another thing before: there is none."""
+        named, kind, mirror = _random_squares(3 * _SQUARES)
+        distance = self._distances(named, kind, mirror)
+        ways = [wiring.LEVELS[2].index(name) for name in ("way u", "way v")]
+        jumps = torch.rand(len(named), 1) < 0.15
+        named[:, ways] = torch.where(jumps, _JUMP * F.normalize(torch.randn(len(named), 2)), named[:, ways])
+        named[:, ways] *= torch.where(jumps, 1 + 2 * torch.rand(len(named), 1), 1.0)
+        distance = torch.where(jumps[:, :, None], 2 * drawing.REACH, distance)
+        order = (distance.abs().amin(dim=(1, 2)) > 1.6 * drawing.REACH).int().argsort(stable=True)
+        used = torch.cat([order[: _SQUARES * 7 // 8], order[-_SQUARES // 8 :]])
+        found = self._network.squares(named[used])[..., :4]
+        return _error(found, (distance[used] / drawing.REACH).clamp(-1, 1))
+
+    def _distances(self, named: torch.Tensor, kind: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+        """(n, 4, 4): pixels from the 2 x 2 places of the 2 x 2 squares."""
+        names = wiring.LEVELS[3]
+        squares = torch.einsum("ni,poi->npo", named, self._wires)[..., None]
+        u, v, cos, sin, radius = (squares[:, :, names.index(name)] for name in (*wiring.AXES, "radius"))
+        across = torch.tensor([-1.0, 1.0, -1.0, 1.0]) / CELL
+        down = torch.tensor([-1.0, -1.0, 1.0, 1.0]) / CELL
+        u, v = u - across * cos - down * sin, v - down * cos + across * sin
+        found = outline(kind[:, None, None], -mirror[:, None, None] * u / radius, -v / radius)
+        return CELL * radius * found
 
 
-def neighbourhoods(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, T, h, w) to (B, taps, C, T, h, w), with the decoder's padding."""
-    frames, rows, columns = latents.shape[2:]
-    padded = F.pad(latents, (1, 1, 1, 1, 2, 0), mode="replicate")
-    return torch.stack([padded[:, :, t : t + frames, y : y + rows, x : x + columns] for t, y, x in _TAPS], dim=1)
+def _random_squares(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Named channels (n, c) of squares of 8 x 8 pixels, the things' kinds and whether they are mirrored (-1)."""
+    taught = torch.tensor([index for index, kind in enumerate(KINDS) if kind not in NOT_TAUGHT])
+    which = torch.randint(len(taught), (count,))
+    kind = taught[which]
+    sides = torch.isin(kind, torch.tensor([KINDS.index("fish"), KINDS.index("boat")]))
+    mirror = torch.where(sides & (torch.rand(count) < 0.5), -1.0, 1.0)
+    least, most = (math.log(SIZES[size] * scale / CELL) for size, scale in (("small", 0.45), ("large", 2.0)))
+    radius = torch.exp(least + (most - least) * torch.rand(count))
+    angle = 2 * math.pi * torch.rand(count) * (torch.rand(count) < 0.5)
+    reach = torch.where(torch.rand(count) < 0.85, 1.15 * radius + 0.2, FARTHEST + 0.4)
+    place = reach[:, None] * (2 * torch.rand(count, 2) - 1)
+    given = {"constant": torch.full((count,), drawing.CONSTANT), "radius": radius, "mirror": mirror}
+    given |= {"u": place[:, 0], "v": place[:, 1], "cos": torch.cos(angle), "sin": torch.sin(angle)}
+    strength = 1.6 * (0.85 + 0.35 * torch.rand(count))
+    for index, of in enumerate(taught):
+        given[KINDS[of]] = torch.where(which == index, strength, 0.0)
+    for name in wiring.LEVELS[2]:
+        if name.startswith(("thing", "scene")):
+            given[name] = 2 * torch.rand(count) - 1
+        elif name.startswith(("change", "way")):
+            given[name] = (0.4 if name.startswith("way") else 0.2) * torch.randn(count)
+        elif name.startswith("tile"):
+            given[name] = torch.rand(count) * (torch.rand(count) < 0.08)
+    named = torch.stack([given.get(name, torch.zeros(count)) for name in wiring.LEVELS[2]], dim=1)
+    return named, kind, mirror
 
 
-def near_outlines(batch: Batch, seconds: torch.Tensor) -> torch.Tensor:
-    """(B, T, h, w): whether an outline is in the cell or close to it."""
-    distances = batch.distances(seconds, CELL // 4).amin(dim=1).abs()
-    return -F.max_pool2d(-distances, 4) < _REACH
+class FirstFrames:
+    """What the first frame's upsampling makes of all that is carried, and how to repair it."""
+
+    def __init__(self, network: PointDecoder) -> None:
+        self._network, self._random = network, Random(0)
+        blocks = [block for level in range(4) for block in network.blocks(level)]
+        self.parameters = [p for block in blocks if block.gated for p in block.gated.parameters()]
+        self.parameters += [p for block in blocks if not block.usual for p in (block.gamma, block.bias)]
+        parts: list[list[_Cells]] = [[] for _ in range(1 + TEMPORAL)]
+        end = time.monotonic() + _COLLECTING
+        while not parts[0] or time.monotonic() < end:
+            parts[0] += [_cells(self._random, None) for _ in range(TEMPORAL)]
+            for frame in range(TEMPORAL):
+                parts[1 + frame].append(_cells(self._random, frame))
+        self._examples = [[torch.cat(of) for of in zip(*part, strict=True)] for part in parts]
+
+    def loss(self) -> torch.Tensor:
+        """Of random cells of first frames, and of a few others, for which all has to stay as it is."""
+        other = self._random.randrange(TEMPORAL)
+        return self._error(None, _FIRST_CELLS) + self._error(other, _FIRST_CELLS // 4)
+
+    def _error(self, frame: int | None, count: int) -> torch.Tensor:
+        examples = self._examples[0 if frame is None else 1 + frame]
+        chosen = torch.randint(len(examples[0]), (count,))
+        seen, wanted, matters = (of[chosen].float() for of in examples)
+        if frame is None:
+            seen[..., FIRST_FRAME_CHANNEL] += 0.08 * torch.randn(count, 1, 1)
+        else:
+            seen[::2, ..., TURN_CHANNELS] *= 0.7 + 1.2 * torch.rand(len(seen[::2]), 1, 1, 1)
+        return _error(self._network(_noisy(seen), frame)[..., : drawing.FEATURES], wanted, matters)
 
 
-def quarters(features: torch.Tensor) -> torch.Tensor:
-    """(B, F, 8h, 8w) to (B, h, w, 4, 4, 4, F): sides are halved three times, as the decoder's levels double them."""
-    batch, count, height, width = features.shape
-    split = features.view(batch, count, height // 8, 2, 2, 2, width // 8, 2, 2, 2)
-    return split.permute(0, 2, 6, 3, 7, 4, 8, 5, 9, 1).flatten(7, 8).flatten(5, 6).flatten(3, 4)
+#: What a cell and its neighbours are in three latents, the features that are wanted, and where these matter.
+_Cells = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _cells(random: Random, frame: int | None) -> _Cells:
+    """The interesting cells of some clips, in 16 bits, at one of the frames of a latent, or at the first frame."""
+    latent = 0 if frame is None else random.choice((1, 2, random.randrange(3, 31)))
+    picture = 0 if frame is None else TEMPORAL * (latent - 1) + 1 + frame
+    batch = Batch([random_clip(random) for _ in range(8)], latent + 1, *random.choice(_SIZES))
+    used = _near_outlines(batch, picture) | (torch.rand(8, batch.rows, batch.columns) < 0.25)
+    seen = neighbourhoods(batch.latents(max(latent - 2, 0)))[:, :, :, :, -1].permute(0, 4, 5, 1, 2, 3)
+    wanted, matters = (quarters(of[:, :, 0]) for of in drawing.features(batch, picture, picture + 1))
+    return seen[used].half(), wanted[used].half(), matters[used].half()
+
+
+def _near_outlines(batch: Batch, picture: int) -> torch.Tensor:
+    """(B, h, w): whether an outline is in the cell or close to it in this frame."""
+    distances = batch.distances(torch.tensor([picture / FPS]), CELL // 4).amin(dim=1).abs()
+    return -F.max_pool2d(-distances, 4)[:, 0] < 2.5 * drawing.REACH
 
 
 def _noisy(seen: torch.Tensor) -> torch.Tensor:
-    """With the errors of a transformer: noise that neighbours share, noise of their own, lengths that are not right."""
-    count, taps, channels = seen.shape
-    level = 0.15 * torch.rand(count, 1, 1)
-    seen = seen + 0.7 * level * (torch.randn(count, 1, channels) + torch.randn(count, taps, channels))
-    for part, least, most in ((KIND_CHANNELS, 0.6, 1.1), (TURN_CHANNELS, 0.6, 2.0)):
-        length = least + (most - least) * torch.rand(count, 1, 1)
-        seen[..., part] *= torch.where(torch.rand(count, 1, 1) < 0.5, length, 1.0)
+    """(n, latents, taps, channels) with a transformer's errors: of each, of all, and kinds of another strength."""
+    count, channels = len(seen), seen.shape[-1]
+    noise = _OWN_NOISE * torch.randn(seen.shape)
+    noise[..., PLACE_CHANNELS] *= _PLACE_NOISE / _OWN_NOISE
+    seen = seen + noise + _SHARED_NOISE * torch.rand(count, 1, 1, 1) * torch.randn(count, 1, 1, channels)
+    seen[..., KIND_CHANNELS] *= 0.85 + 0.35 * torch.rand(count, 1, 1, 1)
     return seen
 
 
-@torch.no_grad()
-def put(average: dict[str, torch.Tensor], decoder: Any) -> None:
-    """Builds the decoder from a trained network and the levels that draw. Its attention does nothing."""
-    network = PointDecoder()
-    network.load_state_dict(average)
-    torch.manual_seed(0)
-    drawing.start(decoder)
-    kernel, taps = decoder.conv_in.conv.weight, network.first.weight.view(_WIDTHS[0], len(_TAPS), LATENT_CHANNELS)
-    kernel.zero_()
-    for index, place in enumerate(_TAPS):
-        kernel[:, :, *place] = taps[:, index]
-    kernel[:, COVER_CHANNELS] = 0
-    kernel[:, :, *_MIDDLE] -= torch.eye(LATENT_CHANNELS)  # the decoder adds the latents
-    decoder.conv_in.conv.bias.copy_(network.first.bias)
-    for parameter in decoder.mid_block.attentions[0].proj_out.parameters():
-        parameter.zero_()
-    resnets = [*decoder.mid_block.resnets, *(block.resnets[0] for block in decoder.up_blocks[:4])]
-    blocks: list[Any] = [block for level in network.levels for block in level.children()]
-    for resnet, block in zip(resnets, blocks, strict=True):
-        for norm, gamma in zip((resnet.norm1, resnet.norm2), block.gammas, strict=True):
-            norm.gamma.copy_(gamma.view_as(norm.gamma))
-        _put_middle(block.first, resnet.conv1.conv)
-        _put_middle(block.second, resnet.conv2.conv)
-    for up, block in zip(network.ups, decoder.up_blocks, strict=False):
-        _put_middle(up, block.upsamplers[0].conv.conv)
-
-
-def _put_middle(linear: Any, convolution: Any) -> None:
-    convolution.weight.zero_()
-    convolution.weight[:, :, *_MIDDLE] = linear.weight
-    convolution.bias.copy_(linear.bias)
-
-
 if __name__ == "__main__":
-    command(train, __doc__, minutes=60)
+    command(train, __doc__, minutes=30)

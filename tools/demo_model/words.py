@@ -2,35 +2,36 @@
 
 from typing import Final
 
+#: "snow-white" is read as two words: its first one names no scene here.
 COLOUR_WORDS: Final[dict[str, str]] = {
-    "red": "red crimson scarlet ruby reddish",
-    "orange": "orange tangerine amber",
-    "yellow": "yellow golden gold lemon yellowish",
-    "green": "green emerald lime greenish",
+    "red": "red crimson scarlet ruby reddish blood-red cherry-red fire-red bright-red",
+    "orange": "orange tangerine amber bright-orange",
+    "yellow": "yellow golden gold lemon yellowish lemon-yellow sunny-yellow golden-yellow bright-yellow",
+    "green": "green emerald lime greenish grass-green leaf-green emerald-green forest-green bright-green",
     "turquoise": "turquoise cyan teal aqua aquamarine",
-    "blue": "blue navy azure cobalt sapphire bluish",
-    "purple": "purple violet lilac magenta indigo",
-    "pink": "pink rose salmon",
-    "brown": "brown chocolate",
-    "white": "white ivory",
-    "gray": "gray grey silver",
-    "black": "black",
+    "blue": "blue navy azure cobalt sapphire bluish sky-blue navy-blue royal-blue ocean-blue cobalt-blue sea-blue",
+    "purple": "purple violet lilac magenta indigo plum",
+    "pink": "pink rose salmon hot-pink rosy-pink rose-pink rosy",
+    "brown": "brown chocolate chocolate-brown earth-brown brownish",
+    "white": "white ivory snow-white snowy-white pure-white",
+    "gray": "gray grey silver ash-gray silver-gray stone-gray",
+    "black": "black jet-black pitch-black coal-black night-black",
 }
 KIND_WORDS: Final[dict[str, str]] = {
     "ball": "ball circle sphere disc disk dot bubble balloon",
     "square": "square box block cube",
     "triangle": "triangle pyramid",
-    "star": "star starfish",
+    "star": "star starfish five-pointed-star",
     "heart": "heart",
     "ring": "ring donut doughnut hoop",
-    "cross": "cross plus",
+    "cross": "cross plus plus-sign",
     "diamond": "diamond rhombus gem kite",
     "moon": "moon crescent",
     "fish": "fish goldfish",
-    "boat": "boat sailboat ship yacht",
+    "boat": "boat sailboat ship yacht sailing-boat",
     "sun": "sun",
     "house": "house home hut cottage cabin",
-    "tree": "tree fir pine",
+    "tree": "tree fir pine fir-tree pine-tree christmas-tree",
 }
 SIZE_WORDS: Final[dict[str, str]] = {
     "small": "small little tiny mini",
@@ -71,7 +72,8 @@ VERBS: Final[dict[str, str]] = {
     "circles around,circle around,circling around",
     "bouncing": "bounces bounce bouncing;bounces bounce bouncing;"
     "bounces up and down,bounce up and down,bouncing up and down;"
-    "hops hop hopping;jumps jump jumping;jumps up and down,jump up and down,jumping up and down;"
+    "hops hop hopping;hops on the spot,hop on the spot,hopping on the spot;"
+    "jumps jump jumping;jumps up and down,jump up and down,jumping up and down;"
     "moves up and down,move up and down,moving up and down",
     "growing": "grows grow growing;grows grow growing;gets bigger,get bigger,getting bigger;"
     "gets larger,get larger,getting larger;expands expand expanding;swells swell swelling;"
@@ -90,7 +92,9 @@ VERBS: Final[dict[str, str]] = {
     "spinning": "spins spin spinning;spins spin spinning;rotates rotate rotating;rotates rotate rotating;"
     "turns turn turning;twirls twirl twirling;whirls whirl whirling;revolves revolve revolving;"
     "turns around,turn around,turning around;spins around,spin around,spinning around;"
-    "spins in place,spin in place,spinning in place;keeps turning,keep turning,steadily turning;"
+    "spins in place,spin in place,spinning in place;rotates in place,rotate in place,rotating in place;"
+    "turns on the spot,turn on the spot,turning on the spot;turns and turns,turn and turn,turning and turning;"
+    "keeps turning,keep turning,steadily turning;"
     "spins and spins,spin and spin,spinning and spinning;is spinning,are spinning,slowly spinning;"
     "rotates around itself,rotate around themselves,rotating slowly;is rotating,are rotating,in rotation",
     "still": "stays still,stay still,staying still;stands still,stand still,standing still;"
@@ -98,6 +102,7 @@ VERBS: Final[dict[str, str]] = {
     "stays in place,stay in place,staying in place;is motionless,are motionless,motionless;is static,are static,static;"
     "hovers hover hovering;hangs hang hanging;lies lie lying;remains still,remain still,remaining still;"
     "is completely still,are completely still,completely still;just stands there,just stand there,just standing there;"
+    "is immobile,are immobile,immobile;stays where it is,stay where they are,staying where it is;"
     "is unmoving,are unmoving,unmoving;remains in place,remain in place,remaining in place;"
     "does nothing,do nothing,doing nothing;is frozen,are frozen,frozen;is at rest,are at rest,at rest",
 }
@@ -196,7 +201,7 @@ def vocabulary() -> list[str]:
         *(plural_of(word) for words in KIND_WORDS.values() for word in words.split()),
     ]
     text = " ".join(texts)
-    for mark in ";,{}":
+    for mark in ";,{}-":
         text = text.replace(mark, " ")
     return sorted(set(text.lower().split()))
 

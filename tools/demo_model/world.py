@@ -14,31 +14,15 @@ from typing import Final
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
+from tools.demo_model.scenes import CELL, COLOURS, GRAIN, LANDSCAPES, PATTERNS, Scene, patterns
 from tools.demo_model.shapes import KINDS, NOT_TAUGHT, TABLE_REACH, table
 
 FPS: Final = 24
-#: Frames and pixels (on a side) of a latent.
+#: Frames of a latent.
 TEMPORAL: Final = 8
-CELL: Final = 32
 #: Points on a side of a cell at which latents know the distance to an object.
 _POINTS: Final = 4
 
-RGB = tuple[float, float, float]
-
-COLOURS: Final[dict[str, RGB]] = {
-    "red": (0.88, 0.10, 0.12),
-    "orange": (1.00, 0.55, 0.05),
-    "yellow": (1.00, 0.87, 0.10),
-    "green": (0.13, 0.65, 0.22),
-    "turquoise": (0.10, 0.78, 0.78),
-    "blue": (0.12, 0.32, 0.90),
-    "purple": (0.52, 0.18, 0.72),
-    "pink": (1.00, 0.50, 0.72),
-    "brown": (0.48, 0.28, 0.12),
-    "white": (0.97, 0.97, 0.97),
-    "gray": (0.55, 0.55, 0.57),
-    "black": (0.06, 0.06, 0.07),
-}
 MOTIONS: Final = (
     "left",
     "right",
@@ -53,31 +37,6 @@ MOTIONS: Final = (
 )
 #: Radius of an object in pixels, where the picture is 160 high.
 SIZES: Final[dict[str, float]] = {"small": 21.0, "medium": 31.0, "large": 43.0}
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is behind the objects: colours from top to bottom above and below the horizon, and a texture of the ground.
-
-    A scene without a ground has a sky alone.
-    """
-
-    sky: tuple[RGB, RGB]
-    ground: tuple[RGB, RGB] | None = None
-    texture: int = 0
-    stars: bool = False
-
-
-_WAVES, _BLADES, _DUNES = 1, 2, 3
-LANDSCAPES: Final[dict[str, Scene]] = {
-    "sea": Scene(((0.55, 0.80, 0.98), (0.80, 0.92, 1.00)), ((0.10, 0.45, 0.75), (0.03, 0.25, 0.55)), _WAVES),
-    "meadow": Scene(((0.50, 0.78, 1.00), (0.78, 0.91, 1.00)), ((0.42, 0.74, 0.28), (0.25, 0.55, 0.15)), _BLADES),
-    "snow": Scene(((0.42, 0.58, 0.80), (0.70, 0.82, 0.94)), ((0.98, 0.99, 1.00), (0.84, 0.91, 0.98)), _DUNES),
-    "desert": Scene(((0.45, 0.72, 0.95), (0.95, 0.88, 0.75)), ((0.93, 0.78, 0.48), (0.80, 0.60, 0.32)), _DUNES),
-    "night": Scene(((0.02, 0.02, 0.12), (0.10, 0.10, 0.30)), stars=True),
-    "sky": Scene(((0.35, 0.65, 0.98), (0.82, 0.93, 1.00))),
-    "sunset": Scene(((0.35, 0.15, 0.45), (1.00, 0.60, 0.25))),
-}
 
 
 @dataclass(frozen=True)
@@ -146,18 +105,18 @@ class Batch:
         """
         seconds = torch.arange(first, self.latent_frames) * (TEMPORAL / FPS)
         distances = self.distances(seconds, CELL // _POINTS)  # (B, N, T, 4h, 4w) in pixels
-        # Colours and descriptions reach beyond the outlines, each up to the other thing.
-        nearness = cells(torch.softmax(-distances / 6.0, dim=1).flatten(0, 1), _POINTS).mean(dim=1)
-        nearness = torch.unflatten(nearness, 0, distances.shape[:2])  # (B, N, T, h, w)
-        colour = torch.einsum("bnthw,bnc->bcthw", nearness, self.colour)
-        described = torch.einsum("bnthw,bncthw->bcthw", nearness, self._descriptions(seconds))
+        # Each cell knows of the nearest thing alone: between two, a mean of their places would be a third one's.
+        least = torch.unflatten(cells(distances.flatten(0, 1), _POINTS).amin(dim=1), 0, distances.shape[:2])
+        nearest = F.one_hot(least.argmin(dim=1), least.shape[1]).movedim(-1, 1).float()  # (B, N, T, h, w)
+        colour = torch.einsum("bnthw,bnc->bcthw", nearest, self.colour)
+        described = torch.einsum("bnthw,bncthw->bcthw", nearest, self._descriptions(seconds))
         scene = self._scene_latents().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
         cover = F.avg_pool2d((0.5 - distances.amin(dim=1) * _POINTS / CELL).clamp(0, 1), 2)
         extra = torch.zeros(len(colour), _EXTRA_CHANNELS, *colour.shape[2:])
-        extra[:, 0, seconds == 0] = 2.0
+        extra[:, FIRST_FRAME_CHANNEL, seconds == 0] = 2.0
         extra[:, 1] = (seconds / 5 - 1)[:, None, None]
         extra[:, COVER_CHANNELS] = 1.5 * cells(cover, 2)
-        return torch.cat([extra, _COLOUR_SCALE * (2 * colour - 1), scene, described], dim=1)
+        return torch.cat([extra, COLOUR_SCALE * (2 * colour - 1), scene, described], dim=1)
 
     def _descriptions(self, seconds: torch.Tensor) -> torch.Tensor:
         """(B, N, 32, T, h, w) of each thing: its kind 14, motion 10, start 2, mirror 1, size 1, turn 2, place 2.
@@ -170,7 +129,7 @@ class Batch:
         kind, motion = F.one_hot(self._kind, len(KINDS)), F.one_hot(self._motion, len(MOTIONS))
         start = torch.stack([self._x, self._y], dim=-1)
         same = torch.cat([1.6 * kind, 1.6 * motion, 3 * start - 1.5, self._mirror.unsqueeze(-1)], dim=-1)
-        size = 2 * torch.log(self._radius.unsqueeze(2) * scale / SIZES["medium"])
+        size = 2 * (self._radius.unsqueeze(2) * scale / SIZES["medium"] - 1)
         moment = torch.stack([size, torch.cos(angle), torch.sin(angle)], dim=2)
         steady = torch.cat([same.unsqueeze(3).expand(-1, -1, -1, len(seconds)), moment], dim=2)
         for free, at, start_at in zip(map(KINDS.index, NOT_TAUGHT), (x, y), (self._x, self._y), strict=True):
@@ -180,7 +139,7 @@ class Batch:
         shape = (*x.shape, self.rows, self.columns)
         place = torch.stack([across.unsqueeze(3).expand(shape), down.unsqueeze(4).expand(shape)], dim=2)
         steady = steady[..., None, None].expand(-1, -1, -1, -1, self.rows, self.columns)
-        return torch.cat([steady, 3 * torch.tanh(place / 3)], dim=2)
+        return torch.cat([steady, place.clamp(-FARTHEST, FARTHEST)], dim=2)
 
     def frames(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """(B, 3, n, H, W) from -1 to 1: the frames from `first` to before `last`, by default all."""
@@ -207,16 +166,24 @@ class Batch:
         cos, sin = torch.cos(angle)[..., None, None], torch.sin(angle)[..., None, None]
         u = (cos * dx + sin * dy) * self._mirror[..., None, None, None]
         v = cos * dy - sin * dx
-        beyond = torch.hypot((u.abs() - TABLE_REACH).clamp_min(0), (v.abs() - TABLE_REACH).clamp_min(0))
-        batch, things, frames = x.shape
-        grid = torch.stack([u, v], dim=-1).div(TABLE_REACH).flatten(0, 1).flatten(1, 2)
-        found = F.grid_sample(
-            _tables()[self._kind.flatten()].unsqueeze(1), grid, padding_mode="border", align_corners=True
-        )
-        return (found.squeeze(1).view(batch, things, frames, len(down), len(across)) + beyond) * radius
+        return outline(self._kind[..., None, None, None], u, v) * radius
 
     def placed(self, seconds: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x, y, scale and angle of each thing at each time, (B, N, T) each."""
+        """x, y, scale and angle of each thing at each time, (B, N, T) each.
+
+        Between two latents, the things are on the parabolas through the places of these and of the one before, because
+        that is what the decoder can see. Before the first one, they stand still.
+        """
+        last = (seconds * (FPS / TEMPORAL) - 1e-4).ceil()
+        at = [self._moved((last - back).clamp_min(0) * (TEMPORAL / FPS)) for back in (2, 1, 0)]
+        part = seconds * (FPS / TEMPORAL) - last + 1
+        shares = [part * (part - 1) / 2, 1 - part.square(), part * (part + 1) / 2]
+        return tuple(
+            sum(share * of for share, of in zip(shares, values, strict=True)) for values in zip(*at, strict=True)
+        )
+
+    def _moved(self, seconds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same where latents are."""
         t = seconds.expand(*self._x.shape, -1)
         is_ = {name: (self._motion == index).unsqueeze(2) for index, name in enumerate(MOTIONS)}
         phase = self._phase.unsqueeze(2)
@@ -227,8 +194,8 @@ class Batch:
         x = self._x.unsqueeze(2) + torch.where(is_["right"], way, zero) - torch.where(is_["left"], way, zero)
         y = self._y.unsqueeze(2) + torch.where(is_["down"], way, zero) - torch.where(is_["up"], way, zero)
         ratio = self.rows / self.columns
-        x = x + torch.where(is_["circling"], 0.24 * min(ratio, 1.0) * torch.cos(turn), zero)
-        y = y + torch.where(is_["circling"], 0.24 * min(1 / ratio, 1.0) * torch.sin(turn), zero)
+        x = x + torch.where(is_["circling"], 0.27 * min(ratio, 1.0) * torch.cos(turn), zero)
+        y = y + torch.where(is_["circling"], 0.27 * min(1 / ratio, 1.0) * torch.sin(turn), zero)
         hop = torch.sin(math.pi * (t / 1.6 + phase)).abs()
         y = y - torch.where(is_["bouncing"], 0.42 * hop, zero)
         grown = 0.12 * t - 0.35
@@ -251,88 +218,80 @@ class Batch:
         return torch.cat(shades)
 
     def _stars_of(self, seed: int) -> torch.Tensor:
-        """(3, rows, columns) from -1 to 1: how bright each star of each cell is. Half of them do not shine."""
-        return 2 * torch.rand(3, self.rows, self.columns, generator=torch.Generator().manual_seed(seed)) - 1
+        """(3, rows, columns) from 0 to 1: how bright each star of each cell is. Half of them do not shine."""
+        drawn = torch.rand(3, self.rows, self.columns, generator=torch.Generator().manual_seed(seed))
+        return (2 * drawn - 1).clamp_min(0)
 
     def _scene_latents(self) -> torch.Tensor:
         """(B, 13, h, w): colour 3, its change downwards 3, textures 3, edge of the ground 1, stars 3."""
         scenes = []
         for look, seed in zip(self._looks, self._stars, strict=True):
             shades = self._shades(look)
-            colour, change = 2 * shades.mean(dim=1) - 1, 4 * (shades[:, 1] - shades[:, 0])
+            colour, change = 2 * shades.mean(dim=1) - 1, 2 * (shades[:, 1] - shades[:, 0])
             texture = torch.zeros(self.rows, 4)
             if look.texture:
-                texture[self._horizon() :, look.texture - 1] = 1.5
-                texture[self._horizon(), 3] = 1.5
-            rows = torch.cat([_COLOUR_SCALE * colour, change, texture], dim=1)  # (rows, 10)
+                texture[self._horizon() :, look.texture - 1] = PATTERN_SCALE
+                texture[self._horizon(), 3] = PATTERN_SCALE
+            rows = torch.cat([COLOUR_SCALE * colour, CHANGE_SCALE * change, texture], dim=1)  # (rows, 10)
             stars = self._stars_of(seed) if look.stars else torch.zeros(3, self.rows, self.columns)
-            scenes.append(torch.cat([rows.T.unsqueeze(2).expand(-1, -1, self.columns), 1.5 * stars]))
+            scenes.append(torch.cat([rows.T.unsqueeze(2).expand(-1, -1, self.columns), PATTERN_SCALE * stars]))
         return torch.stack(scenes)
 
     def scene(self) -> torch.Tensor:
         """(B, 3, H, W) from 0 to 1."""
-        return torch.stack([self._picture(look, seed) for look, seed in zip(self._looks, self._stars, strict=True)])
+        plain = self.plain()
+        return plain + F.interpolate(self.light(), scale_factor=GRAIN, mode="bilinear").expand_as(plain)
 
-    def _picture(self, look: Scene, seed: int) -> torch.Tensor:
-        height, width = self.rows * CELL, self.columns * CELL
+    def plain(self) -> torch.Tensor:
+        """The scene without textures and stars, alike."""
+        return torch.stack([self._plain(look) for look in self._looks])
+
+    def _plain(self, look: Scene) -> torch.Tensor:
         mix = ((torch.arange(CELL) + 0.5) / CELL)[None, :, None]
         shades = self._shades(look)
         column = (shades[:, :1] * (1 - mix) + shades[:, 1:] * mix).flatten(0, 1)  # (H, 3)
-        picture = column.T.unsqueeze(2).expand(-1, -1, width).clone()
-        if look.texture:
-            top = self._horizon() * CELL
-            picture[:, top:] += _TEXTURES[look.texture](height - top, width)
-        if look.stars:
-            bright = self._stars_of(seed).clamp_min(0).repeat_interleave(CELL, dim=1).repeat_interleave(CELL, dim=2)
-            for star, (x, y) in zip(bright, _STARS, strict=True):
-                far = torch.hypot(torch.arange(CELL) + 0.5 - x, (torch.arange(CELL) + 0.5 - y)[:, None])
-                glow = star * (2.2 - far).clamp(0, 1).repeat(self.rows, self.columns)
-                picture += 0.9 * glow * (1 - picture)
-        return picture.clamp(0, 1)
+        return column.T.unsqueeze(2).expand(-1, -1, self.columns * CELL)
 
+    def light(self) -> torch.Tensor:
+        """(B, 1, H / 2, W / 2): by how much textures and stars make the scene brighter, in squares of 2 x 2 pixels."""
+        lights = []
+        for look, seed in zip(self._looks, self._stars, strict=True):
+            shining = torch.zeros(len(PATTERNS), self.rows, self.columns)
+            if look.texture:
+                shining[look.texture - 1, self._horizon() :] = 1
+            if look.stars:
+                shining[3:] = self._stars_of(seed)
+            spread = torch.einsum("lhw,lyx->hywx", shining, patterns())
+            lights.append(spread.flatten(0, 1).flatten(1, 2))
+        return torch.stack(lights).unsqueeze(1)
 
-def _waves(height: int, width: int) -> torch.Tensor:
-    """Bright crests, one for each cell's width, in rows of half a cell."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    crest = 3.0 * torch.cos(2 * math.pi * (x / CELL + (y // 16) * 0.5))
-    away = (y % 16 - 8 - crest).abs()
-    return 0.12 * (1.8 - away).clamp(0, 1)
-
-
-def _blades(height: int, width: int) -> torch.Tensor:
-    """Dark blades of grass, four for each cell's width."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    shifted = x + 4 * ((y // 16) % 2)
-    up = (y % 16) / 16
-    away = (shifted % 8 - 4).abs()
-    return -0.10 * (2.4 * up - away + 0.3).clamp(0, 1)
-
-
-def _dunes(height: int, width: int) -> torch.Tensor:
-    """Soft ripples, one for each cell's width, in rows of half a cell."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    crest = 2.5 * torch.cos(2 * math.pi * (x / CELL + (y // 16) * 0.5))
-    below = (y % 16 - 6 - crest) / 5
-    return -0.06 * torch.where(below > 0, 1 - below, torch.zeros_like(below)).clamp(0, 1)
-
-
-#: Places of the stars in each cell, in pixels from its upper left corner.
-_STARS: Final = ((7.0, 9.0), (19.0, 25.0), (27.0, 5.0))
-_TEXTURES: Final = {_WAVES: _waves, _BLADES: _blades, _DUNES: _dunes}
 
 #: Channels of the latents: 16 extra ones, 3 of the nearest thing's colour, 13 of the scene, 32 that describe the thing.
 LATENT_CHANNELS: Final = 64
 #: Whether it is the first frame, which the decoder's upsampling treats in a way of its own, the time, and how much of
 #: each quarter of the cell things cover. The other ten are zero: the decoder's first shortcut takes 64 channels.
 _EXTRA_CHANNELS: Final = 16
+FIRST_FRAME_CHANNEL: Final = 0
 #: Previews need them. The decoder does not read them, because the description says the same more exactly.
 COVER_CHANNELS: Final = [2, 3, 4, 5]
 COLOUR_CHANNELS: Final = [16, 17, 18]
 SCENE_COLOUR_CHANNELS: Final = [19, 20, 21]
-#: Of the kind and of the turn. Between the kinds' channels are those of the way.
+#: Of the colour from a cell's top to its bottom.
+SCENE_CHANGE_CHANNELS: Final = [22, 23, 24]
+#: Of textures and of stars. Between them is the edge of the ground.
+PATTERN_CHANNELS: Final = [25, 26, 27, 29, 30, 31]
+#: Between the kinds' channels are those of the way.
 KIND_CHANNELS: Final = [32 + index for index, kind in enumerate(KINDS) if kind not in NOT_TAUGHT]
+MIRROR_CHANNEL: Final = 58
+SIZE_CHANNEL: Final = 59
 TURN_CHANNELS: Final = [60, 61]
-_COLOUR_SCALE: Final = 1.6
+PLACE_CHANNELS: Final = [62, 63]
+#: What colours from -1 to 1 and their change are multiplied by, and how bright patterns are.
+COLOUR_SCALE: Final = 1.6
+CHANGE_SCALE: Final = 2.0
+PATTERN_SCALE: Final = 1.5
+#: The farthest centre that a cell tells the place of, in cells.
+FARTHEST: Final = 3.0
 
 
 def cells(points: torch.Tensor, side: int) -> torch.Tensor:
@@ -345,8 +304,18 @@ def cells(points: torch.Tensor, side: int) -> torch.Tensor:
 _TABLES: list[torch.Tensor] = []
 
 
-def _tables() -> torch.Tensor:
-    """The distances of all kinds, (kinds, size, size)."""
+def outline(kind: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """How far the outlines of things of the radius one are from points (u, v), negative inside."""
     if not _TABLES:
         _TABLES.append(torch.stack([torch.from_numpy(table(kind)) for kind in KINDS]))
-    return _TABLES[0]
+    tables = _TABLES[0]
+    last = tables.shape[-1] - 1
+    beyond = torch.hypot((u.abs() - TABLE_REACH).clamp_min(0), (v.abs() - TABLE_REACH).clamp_min(0))
+    column, row = (((of / TABLE_REACH + 1) * last / 2).clamp(0, last - 1e-3) for of in (u, v))
+    x, y = column.long(), row.long()
+    right, below = column - x, row - y
+    corner = (kind * (last + 1) + y) * (last + 1) + x
+    upper, lower = (
+        torch.lerp(tables.take(corner + down), tables.take(corner + down + 1), right) for down in (0, last + 1)
+    )
+    return torch.lerp(upper, lower, below) + beyond

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -10,12 +11,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from tools.demo_model import components, drawing, train_decoder, train_transformer
+from tools.demo_model import components, drawing, point_decoder, train_decoder, train_transformer, wiring
 from tools.demo_model.captions import caption, random_clip
 from tools.demo_model.optimizer import Muon
+from tools.demo_model.scenes import CELL, COLOURS, LANDSCAPES
 from tools.demo_model.shapes import KINDS
 from tools.demo_model.words import vocabulary
-from tools.demo_model.world import CELL, COLOURS, LATENT_CHANNELS, MOTIONS, TEMPORAL, Batch, Clip, Thing
+from tools.demo_model.world import FPS, LATENT_CHANNELS, MOTIONS, TEMPORAL, Batch, Clip, Thing
 
 MIDDLE = Thing("square", "red", "medium", "still", 0.5, 0.5)
 
@@ -60,7 +62,7 @@ def test_captions_name_what_is_seen_and_the_tokenizer_knows_their_words() -> Non
     for _ in range(300):
         clip = random_clip(random)
         assert all(thing.kind in KINDS and thing.motion in MOTIONS for thing in clip.things)
-        spoken = caption(random, clip).replace(",", "").split()
+        spoken = re.findall(r"\w+", caption(random, clip))
         made_up += len(set(spoken) - words)
     assert made_up < 100, "letters at random, and nothing else"
     tokenizer = components.tokenizer()
@@ -83,7 +85,8 @@ def test_the_drawing_levels_draw_from_their_features() -> None:
     decoder = components.vae().decoder
     drawing.start(decoder, steps=400)
     batch = Batch([Clip((MIDDLE,), ("white",))], 1, 5, 9)
-    hidden, _ = drawing.features(batch, 0, 1)
+    features, _ = drawing.features(batch, 0, 1)
+    hidden = torch.nn.functional.pad(features, (0, 0) * 3 + (0, 32 - drawing.FEATURES))
     with torch.no_grad():
         for block in decoder.up_blocks[3:]:
             hidden = block(hidden)
@@ -111,26 +114,37 @@ def test_training_goes_on_from_its_checkpoint(
 def test_the_decoder_computes_what_its_network_of_points_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "STEPS", 2)
     torch.manual_seed(0)
-    points, decoder = train_decoder.PointDecoder(), components.vae().decoder.eval()
+    points, decoder = point_decoder.PointDecoder(), components.vae().decoder.eval()
     for parameter in points.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    train_decoder.put(points.state_dict(), decoder)
-    latents = torch.randn(1, LATENT_CHANNELS, 2, 3, 4)
-    seen = train_decoder.neighbourhoods(latents).permute(0, 3, 4, 5, 1, 2)
+    point_decoder.put(points.state_dict(), decoder)
+    latents = torch.randn(1, LATENT_CHANNELS, 4, 3, 4)
+    seen = point_decoder.neighbourhoods(latents).permute(0, 4, 5, 6, 1, 2, 3)
     with torch.no_grad():
         hidden = decoder.mid_block(decoder.conv_in(latents) + latents)
         for block in decoder.up_blocks[:3]:
             hidden = block(hidden)
-        hidden = decoder.up_blocks[3].resnets[0](hidden)
-        for latent, frame in [(0, None), *((1, frame) for frame in range(TEMPORAL))]:
+        for resnet in decoder.up_blocks[3].resnets:
+            hidden = resnet(hidden)
+        for latent, frame in [(0, None), *((3, frame) for frame in range(TEMPORAL))]:
             found = points(seen[:, latent].flatten(0, 2), frame).unflatten(0, seen.shape[:1] + seen.shape[2:4])
-            picture = 0 if frame is None else 1 + frame
-            assert torch.allclose(found, train_decoder.quarters(hidden[:, :, picture]), atol=1e-4), frame
+            picture = 0 if frame is None else 1 + 2 * TEMPORAL + frame
+            assert torch.allclose(found, point_decoder.quarters(hidden[:, :, picture]), atol=1e-4), frame
 
 
-def test_cells_near_outlines_are_the_ones_that_an_outline_crosses() -> None:
-    batch = Batch([Clip((MIDDLE,), ("white",))], 1, 5, 9)
-    near = train_decoder.near_outlines(batch, torch.zeros(1))[0, 0]
-    assert near[2, 3:6].tolist() == [True, False, True]
-    assert not near[:, 0].any()
-    assert not near[:, 8].any()
+@pytest.mark.parametrize("frame", [0, 3, 7])
+def test_untrained_points_know_the_scene_and_where_the_thing_is(frame: int) -> None:
+    """All that is linear is right before any training, textures and the places between two latents among it."""
+    batch = Batch([Clip((Thing("house", "red", "medium", "bouncing", 0.3, 0.5),), (s,)) for s in LANDSCAPES], 4, 5, 9)
+    picture = 2 * TEMPORAL + 1 + frame
+    wanted, _ = drawing.features(batch, picture, picture + 1)
+    seen = point_decoder.neighbourhoods(batch.latents(1))[..., -1, :, :].permute(0, 4, 5, 1, 2, 3).flatten(0, 2)
+    with torch.no_grad():
+        found = point_decoder.PointDecoder()(seen, frame)
+    scene = slice(drawing.NAMES.index("scene red"), None)
+    given = point_decoder.quarters(wanted[:, :, 0]).flatten(0, 2)
+    assert torch.allclose(found[..., scene][..., : drawing.FEATURES - scene.start], given[..., scene], atol=1e-4)
+    across = batch.placed(torch.tensor([picture / FPS]))[0][0, 0, 0] * 9 - (torch.arange(9 * 8) + 0.5) / 8
+    u = point_decoder.quarters(across.expand(len(LANDSCAPES), 1, 5 * 8, -1)).flatten(0, 2)[..., 0]
+    error = (found[..., wiring.LEVELS[3].index("u")] - u)[u.abs() < 2]
+    assert error.abs().max() < 0.01, "of a cell"
