@@ -1,4 +1,4 @@
-"""The demo model: a trained HunyuanVideo15Pipeline of 20 MB that draws simple moving objects, on any CPU.
+"""The demo model: a trained HunyuanVideo15Pipeline of 25 MB that draws simple moving objects, on any CPU.
 
 Every component has the class of the published checkpoint, in small. `demo_weights/README.md` is its model card, and
 `tools/demo_model/` the code that trained it.
