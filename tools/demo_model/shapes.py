@@ -142,3 +142,4 @@ _KINDS: Final[dict[str, Callable[[Grid], Distances]]] = {
 KINDS: Final = tuple(_KINDS)
 #: Words for these are in the vocabulary, and no clip shows them.
 NOT_TAUGHT: Final = ("diamond", "moon")
+TAUGHT: Final = tuple(kind for kind in KINDS if kind not in NOT_TAUGHT)

@@ -24,7 +24,7 @@ from tools.demo_model import drawing, wiring
 from tools.demo_model.captions import random_clip
 from tools.demo_model.point_decoder import TAPS, PointDecoder, neighbourhoods, quarters
 from tools.demo_model.scenes import CELL
-from tools.demo_model.shapes import KINDS, NOT_TAUGHT
+from tools.demo_model.shapes import KINDS, TAUGHT
 from tools.demo_model.training import Training, command
 from tools.demo_model.world import (
     FARTHEST,
@@ -175,7 +175,7 @@ class Distances:
 
 def _random_squares(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Named channels (n, c) of squares of 8 x 8 pixels, the things' kinds and whether they are mirrored (-1)."""
-    taught = torch.tensor([index for index, kind in enumerate(KINDS) if kind not in NOT_TAUGHT])
+    taught = torch.tensor([KINDS.index(name) for name in TAUGHT])
     which = torch.randint(len(taught), (count,))
     kind = taught[which]
     sides = torch.isin(kind, torch.tensor([KINDS.index("fish"), KINDS.index("boat")]))
@@ -188,8 +188,8 @@ def _random_squares(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     given = {"constant": torch.full((count,), drawing.CONSTANT), "radius": radius, "mirror": mirror}
     given |= {"u": place[:, 0], "v": place[:, 1], "cos": torch.cos(angle), "sin": torch.sin(angle)}
     strength = 1.6 * (0.85 + 0.35 * torch.rand(count))
-    for index, of in enumerate(taught):
-        given[KINDS[of]] = torch.where(which == index, strength, 0.0)
+    for index, name in enumerate(TAUGHT):
+        given[name] = torch.where(which == index, strength, 0.0)
     for name in wiring.LEVELS[2]:
         if name.startswith(("thing", "scene")):
             given[name] = 2 * torch.rand(count) - 1

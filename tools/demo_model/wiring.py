@@ -16,7 +16,7 @@ import torch
 
 from tools.demo_model import drawing
 from tools.demo_model.scenes import CELL, PATTERNS, TILES, tile_light
-from tools.demo_model.shapes import KINDS, NOT_TAUGHT
+from tools.demo_model.shapes import TAUGHT
 from tools.demo_model.world import (
     CHANGE_SCALE,
     COLOUR_CHANNELS,
@@ -43,7 +43,7 @@ _RGB: Final = ("red", "green", "blue")
 AXES: Final = ("u", "v", "cos", "sin")
 _SAME: Final = (
     *("constant", "first frame", "radius", "mirror"),
-    *(kind for kind in KINDS if kind not in NOT_TAUGHT),
+    *TAUGHT,
     *(f"thing {part}" for part in _RGB),
 )
 _SHADES: Final = tuple(f"{of} {part}" for of in ("scene", "change") for part in _RGB)
@@ -88,8 +88,7 @@ def carried(level: int) -> list[str]:
 
 def from_latents() -> Iterator[tuple[str, int, float, bool]]:
     """Channels of cells: name, latent channel, weight, and whether the cells on both sides have the same."""
-    named = zip(KIND_CHANNELS, (kind for kind in KINDS if kind not in NOT_TAUGHT), strict=True)
-    yield from ((kind, channel, 1.0, False) for channel, kind in named)
+    yield from ((kind, channel, 1.0, False) for channel, kind in zip(KIND_CHANNELS, TAUGHT, strict=True))
     yield "first frame", FIRST_FRAME_CHANNEL, 1.0, False
     yield "mirror", MIRROR_CHANNEL, 1.0, False
     yield "radius", SIZE_CHANNEL, SIZES["medium"] / CELL / 2, False

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
 from tools.demo_model.scenes import CELL, COLOURS, GRAIN, LANDSCAPES, PATTERNS, Scene, patterns
-from tools.demo_model.shapes import KINDS, NOT_TAUGHT, TABLE_REACH, table
+from tools.demo_model.shapes import KINDS, NOT_TAUGHT, TABLE_REACH, TAUGHT, table
 
 FPS: Final = 24
 #: Frames of a latent.
@@ -281,7 +281,7 @@ SCENE_CHANGE_CHANNELS: Final = [22, 23, 24]
 #: Of textures and of stars. Between them is the edge of the ground.
 PATTERN_CHANNELS: Final = [25, 26, 27, 29, 30, 31]
 #: Between the kinds' channels are those of the way.
-KIND_CHANNELS: Final = [32 + index for index, kind in enumerate(KINDS) if kind not in NOT_TAUGHT]
+KIND_CHANNELS: Final = [32 + KINDS.index(kind) for kind in TAUGHT]
 MIRROR_CHANNEL: Final = 58
 SIZE_CHANNEL: Final = 59
 TURN_CHANNELS: Final = [60, 61]
