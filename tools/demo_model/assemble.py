@@ -24,7 +24,11 @@ _GUIDED: Final = 0.25
 
 
 def assemble(trained: Path, directory: Path) -> None:
-    """Writes the averaged weights of `decoder.pt` and `transformer.pt` in `trained`."""
+    """Writes the averaged weights of `decoder.pt` and `transformer.pt` in `trained`.
+
+    Raises:
+        ValueError: a weight is too large for 16 bits.
+    """
     tokenizer = components.tokenizer()
     text_encoder = components.text_encoder(len(tokenizer), tokenizer.eos_token_id)
     transformer, vae = components.transformer(), components.vae()
@@ -45,6 +49,10 @@ def assemble(trained: Path, directory: Path) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=sampling.shift),
         guider=ClassifierFreeGuidance(guidance_scale=sampling.guidance_scale, stop=_GUIDED),
     )
+    for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
+        for name, weight in part.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} is too large for 16 bits")
     pipeline.save_pretrained(directory)
     projection.write(directory / PROJECTION.name)
     for name, prefix in _UNTRAINED.items():

@@ -114,11 +114,11 @@ def _house(grid: Grid) -> Distances:
 
 def _tree(grid: Grid) -> Distances:
     """A fir."""
-    trunk = _polygon(grid, [(-0.14, 0.5), (0.14, 0.5), (0.14, 1.0), (-0.14, 1.0)])
+    trunk = _polygon(grid, [(-0.16, 0.5), (0.16, 0.5), (0.16, 1.05), (-0.16, 1.05)])
     crown = [
-        _polygon(grid, [(0.0, -1.0), (0.5, -0.2), (-0.5, -0.2)]),
-        _polygon(grid, [(0.0, -0.6), (0.68, 0.25), (-0.68, 0.25)]),
-        _polygon(grid, [(0.0, -0.15), (0.85, 0.7), (-0.85, 0.7)]),
+        _polygon(grid, [(0.0, -1.05), (0.5, -0.3), (-0.5, -0.3)]),
+        _polygon(grid, [(0.0, -0.5), (0.68, 0.15), (-0.68, 0.15)]),
+        _polygon(grid, [(0.0, -0.05), (0.85, 0.62), (-0.85, 0.62)]),
     ]
     return _union(trunk, *crown)
 

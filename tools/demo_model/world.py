@@ -113,7 +113,7 @@ class Batch:
         scene = self._scene_latents().unsqueeze(2).expand(-1, -1, len(seconds), -1, -1)
         cover = F.avg_pool2d((0.5 - distances.amin(dim=1) * _POINTS / CELL).clamp(0, 1), 2)
         extra = torch.zeros(len(colour), _EXTRA_CHANNELS, *colour.shape[2:])
-        extra[:, FIRST_FRAME_CHANNEL, seconds == 0] = 2.0
+        extra[:, FIRST_FRAME_CHANNEL, seconds == 0] = FIRST_FRAME_FLAG
         extra[:, 1] = (seconds / 5 - 1)[:, None, None]
         extra[:, COVER_CHANNELS] = 1.5 * cells(cover, 2)
         return torch.cat([extra, COLOUR_SCALE * (2 * colour - 1), scene, described], dim=1)
@@ -272,6 +272,7 @@ LATENT_CHANNELS: Final = 64
 #: each quarter of the cell things cover. The other ten are zero: the decoder's first shortcut takes 64 channels.
 _EXTRA_CHANNELS: Final = 16
 FIRST_FRAME_CHANNEL: Final = 0
+FIRST_FRAME_FLAG: Final = 2.0
 #: Previews need them. The decoder does not read them, because the description says the same more exactly.
 COVER_CHANNELS: Final = [2, 3, 4, 5]
 COLOUR_CHANNELS: Final = [16, 17, 18]
