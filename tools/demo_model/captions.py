@@ -38,7 +38,7 @@ def _one(random: Random, options: str) -> str:
 def random_clip(random: Random, kinds: Sequence[str] = TAUGHT) -> Clip:
     """One object, or two in a third of the clips."""
     scene = _scene(random)
-    first = random.choice((*MOTIONS, "spinning", "circling", "shrinking"))  # the hardest to learn
+    first = random.choice((*MOTIONS, "spinning", "circling", "shrinking"))  # the hardest
     colours = [colour for colour in COLOURS if colour not in _hidden_by(scene)]
     if random.random() > 0.34:
         size = random.choice(("small", "medium", "medium", "large"))
