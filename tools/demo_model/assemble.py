@@ -17,7 +17,8 @@ from tools.demo_model import components, point_decoder, preview
 
 #: Weights that were not trained, so a byte for each is enough: those of the glyph projection, whose inner width is
 #: fixed, are zero, and the VAE's encoder is not used.
-_UNTRAINED: Final = {"transformer": "context_embedder_2.", "vae": "encoder."}
+_ZEROS: Final = "context_embedder_2."
+_UNTRAINED: Final = {"transformer": _ZEROS, "vae": "encoder."}
 #: The part of the steps with guidance. In the first ones it decides what is seen; later it multiplies errors, which are
 #: blotches on plain colours. Source: https://arxiv.org/abs/2404.07724.
 _GUIDED: Final = 0.25
@@ -27,7 +28,7 @@ def assemble(trained: Path, directory: Path) -> None:
     """Writes the averaged weights of `decoder.pt` and `transformer.pt` in `trained`.
 
     Raises:
-        ValueError: a weight is too large for 16 bits.
+        ValueError: a weight is too large for 16 bits, or the glyph projection was trained.
     """
     tokenizer = components.tokenizer()
     text_encoder = components.text_encoder(len(tokenizer), tokenizer.eos_token_id)
@@ -63,6 +64,8 @@ def _shrink(path: Path, prefix: str) -> None:
     weights = load_file(path)
     for name, weight in weights.items():
         if name.startswith(prefix):
+            if prefix == _ZEROS and weight.any():
+                raise ValueError(f"{name} was trained")
             weights[name] = weight.to(torch.float8_e4m3fn)
     save_file(weights, path, {"format": "pt"})
 

@@ -6,6 +6,7 @@ both sides, and the one after it, which sees two latents before.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any, Final
 
 import torch
@@ -161,7 +162,6 @@ def put(average: dict[str, torch.Tensor], decoder: Any) -> None:
     """Builds the decoder from a trained network and the levels that draw. Its attention does nothing."""
     network = PointDecoder()
     network.load_state_dict(average)
-    torch.manual_seed(0)
     drawing.start(decoder, first_frame.SCALES[-1])
     kernel = decoder.conv_in.conv.weight
     kernel.zero_()
@@ -179,8 +179,8 @@ def put(average: dict[str, torch.Tensor], decoder: Any) -> None:
         )
     ):
         blocks = learned.get(level, []) + ([first_frame.copies()] if level == 0 else [])
-        for index, resnet in enumerate(resnets):
-            _put_block(blocks[index] if index < len(blocks) else None, resnet, first_frame.SCALES[level])
+        for resnet, weights in zip_longest(resnets, blocks):
+            _put_block(weights, resnet, first_frame.SCALES[level])
     for level in range(3):
         weight, bias = network.upsampling(level)
         scale = first_frame.SCALES[level + 1]

@@ -18,7 +18,7 @@ from tools.demo_model.optimizer import Muon
 from tools.demo_model.scenes import CELL, COLOURS, LANDSCAPES
 from tools.demo_model.shapes import KINDS
 from tools.demo_model.words import vocabulary
-from tools.demo_model.world import FPS, LATENT_CHANNELS, MOTIONS, TEMPORAL, Batch, Clip, Thing, cells
+from tools.demo_model.world import COVER_CHANNELS, FPS, LATENT_CHANNELS, MOTIONS, TEMPORAL, Batch, Clip, Thing, cells
 
 MIDDLE = Thing("square", "red", "medium", "still", 0.5, 0.5)
 
@@ -132,11 +132,11 @@ def decoder_of(points: point_decoder.PointDecoder) -> Any:
 
 @torch.no_grad()
 def levels(decoder: Any, latents: torch.Tensor) -> list[torch.Tensor]:
-    """What the decoder has at squares of 8 x 8 pixels and of 4 x 4, as large as a network of points has it."""
-    hidden = decoder.mid_block(decoder.conv_in(latents) + latents)
+    """What the decoder has at cells and at squares of 8 x 8 pixels and of 4 x 4, as large as the points have it."""
+    cells = hidden = decoder.mid_block(decoder.conv_in(latents) + latents)
     for block in decoder.up_blocks[:2]:
         hidden = block(hidden)
-    found = [hidden / first_frame.SCALES[2]]
+    found = [cells, hidden / first_frame.SCALES[2]]
     hidden = decoder.up_blocks[2](hidden)
     for resnet in decoder.up_blocks[3].resnets:
         hidden = resnet(hidden)
@@ -150,14 +150,20 @@ def test_the_decoder_computes_what_its_network_of_points_computes() -> None:
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     latents = Batch([random_clip(Random(5))], 3, 3, 4).latents()
-    squares, halved = levels(decoder_of(points), latents)
+    cells, squares, halved = levels(decoder_of(points), latents)
+    read = latents.clone()
+    read[:, COVER_CHANNELS] = 0
+    sides = torch.cat([read[..., :1], read, read[..., -1:]], dim=-1).unfold(-1, point_decoder.TAPS, 1)  # B C T h w taps
+    with torch.no_grad():
+        found = points.levels["0"](points.first(sides.permute(0, 2, 3, 4, 5, 1).flatten(4)))
+    assert torch.allclose(found, cells.permute(0, 2, 3, 4, 1), atol=1e-4)
     for frame in range(squares.shape[2]):
         given = squares[0, :, frame].permute(1, 2, 0)
         with torch.no_grad():
             found = points.squares(given.flatten(0, 1), is_first=frame == 0).view(*given.shape[:2], 4, -1)
         rows, columns = given.shape[:2]
         expected = halved[0, :, max(2 * frame - 1, 0)].reshape(-1, rows, 2, columns, 2).permute(1, 3, 2, 4, 0)
-        assert torch.allclose(found, expected.flatten(2, 3), atol=1e-3), frame
+        assert torch.allclose(found, expected.flatten(2, 3), atol=1e-4), frame
         if frame:
             assert torch.allclose(points.mixed_into(given.flatten(0, 1)), given.flatten(0, 1), atol=1e-3)
 
@@ -169,15 +175,16 @@ def test_an_untrained_decoder_knows_the_scene_and_where_the_thing_is(scene: str)
     In the first frame, textures are mixed up within squares of 8 x 8 pixels.
     """
     batch = Batch([Clip((Thing("house", "red", "medium", "bouncing", 0.3, 0.5),), (scene,))], 4, 5, 9)
-    _, found = levels(decoder_of(point_decoder.PointDecoder()), batch.latents())
-    for picture in (0, 2 * TEMPORAL + 4, 3 * TEMPORAL):
+    *_, found = levels(decoder_of(point_decoder.PointDecoder()), batch.latents())
+    for picture in (0, *(2 * TEMPORAL + 1 + frame for frame in (0, 3, 7))):
         given = features(batch, picture)
-        lights = ["light 0", "light 3"] if picture else []
-        for name in ("scene red", "scene green", "scene blue", "constant", *lights):
-            channel = drawing.NAMES.index(name)
+        for channel in range(drawing.NAMES.index("scene red"), drawing.FEATURES):
+            name = drawing.NAMES[channel]
+            if picture == 0 and name.startswith("light"):
+                continue
             error = (found[:, channel, picture] - given[:, channel]).abs().max()
             largest = drawing.CONSTANT if name == "constant" else 1.0
-            assert error < (0.001 if picture else 0.07) * largest, (name, picture)
+            assert error < (0.07 * largest if picture == 0 else 3e-4), (name, picture)
         u = batch.placed(torch.tensor([picture / FPS]))[0][0, 0, 0] * 9 - (torch.arange(9 * 8) + 0.5) / 8
         errors = (found[0, wiring.LEVELS[3].index("u"), picture] - u)[:, u.abs() < 2]
-        assert errors.abs().max() < (0.02 if picture else 0.1), "of a cell"
+        assert errors.abs().max() < (0.01 if picture else 0.1), "of a cell"
