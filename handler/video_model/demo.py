@@ -16,7 +16,7 @@ from contract.job import MAX_PROMPT_LENGTH
 from handler.video_model.catalog import Checkpoint, Sampling
 
 #: Renders 288x160 for 16:9: of the sizes with at most 48 latents of 32 x 32 pixels, the nearest one.
-CHECKPOINT: Final = Checkpoint("demo", 222, Sampling(num_inference_steps=12, shift=1.2, guidance_scale=5.0))
+CHECKPOINT: Final = Checkpoint("demo", 222, Sampling(num_inference_steps=12, shift=1.2, guidance_scale=3.0))
 
 WEIGHTS: Final = Path(__file__).parent / "demo_weights"
 #: The file of a checkpoint that makes previews, see `preview.py`; `tools/demo_model/assemble.py` measures it.

@@ -19,9 +19,9 @@ from tools.demo_model import components, point_decoder, preview
 #: fixed, are zero, and the VAE's encoder is not used.
 _ZEROS: Final = "context_embedder_2."
 _UNTRAINED: Final = {"transformer": _ZEROS, "vae": "encoder."}
-#: The part of the steps with guidance. In the first ones it decides what is seen; later it multiplies errors, which are
-#: blotches on plain colours. Source: https://arxiv.org/abs/2404.07724.
-_GUIDED: Final = 0.25
+#: The part of the steps with guidance. In the first ones it decides what is seen and how it moves; later it multiplies
+#: errors, which are blotches on plain colours. Source: https://arxiv.org/abs/2404.07724.
+_GUIDED: Final = 0.5
 
 
 def assemble(trained: Path, directory: Path) -> None:

@@ -36,26 +36,26 @@ def _one(random: Random, options: str) -> str:
 
 
 def random_clip(random: Random, kinds: Sequence[str] = TAUGHT) -> Clip:
-    """One object, or two in a third of the clips."""
+    """One object, or two in four of ten clips."""
     scene = _scene(random)
     first = random.choice((*MOTIONS, "spinning", "circling", "shrinking"))  # the hardest
     colours = [colour for colour in COLOURS if colour not in _hidden_by(scene)]
-    if random.random() > 0.34:
+    if random.random() > 0.4:
         size = random.choice(("small", "medium", "medium", "large"))
         thing = _placed(random, random.choice(kinds), random.choice(colours), size, first, None)
         return Clip((thing,), scene, random.getrandbits(30))
     # Things that move sideways get a height each, others a place from left to right each.
     sideways = first in ("left", "right")
     second = first
-    if random.random() < 0.35:
+    if random.random() < 0.42:
         rest = ("spinning", "still", "growing", "shrinking")
         second = random.choice((("left", "right") if sideways else ("up", "down", "bouncing")) + rest)
-    sizes = ("small", "small", "medium")
+    sizes = ("small", "small", "medium") if sideways else ("small", "small", "medium", "medium", "large")
     kind, colour, size = random.choice(kinds), random.choice(colours), random.choice(sizes)
     places = [0.27, 0.73]
     random.shuffle(places)
     one = _placed(random, kind, colour, size, first, (places[0], sideways))
-    if random.random() < 0.3 and second == first:
+    if random.random() < 0.4 and second == first:
         two = _placed(random, kind, colour, size, second, (places[1], sideways))
     else:
         others = [other for other in colours if other != colour]
@@ -97,10 +97,10 @@ def _placed(random: Random, kind: str, colour: str, size: str, motion: str, lane
     elif motion == "bouncing":
         y = random.uniform(0.74, 0.80)
     elif motion == "circling":
-        x, y = (random.uniform(0.4, 0.6), y) if lane is None else (x, y)
+        x, y = (random.uniform(0.4, 0.6), random.uniform(0.44, 0.56)) if lane is None else (x, y)
     mirrored = motion == "left" if motion in ("left", "right") else random.random() < 0.5
     jitter = random.uniform(0.94, 1.06)
-    return Thing(kind, colour, size, motion, x, y, random.random(), jitter, mirrored and kind in ("fish", "boat"))
+    return Thing(kind, colour, size, motion, x, y, jitter, mirrored and kind in ("fish", "boat"))
 
 
 def caption(random: Random, clip: Clip) -> str:
@@ -127,8 +127,9 @@ def caption(random: Random, clip: Clip) -> str:
         moved = _one(random, " and ; and ; while ; as ").join(parts)
     elif silent:
         moved = named
-    elif random.random() < 0.06:  # "a red ball at sea. it rises"
-        again = ("they" if rest else _one(random, "it;it;it;the {}")).format(_word(random, KIND_WORDS[first.kind]))
+    elif random.random() < 0.08:  # "a red ball at sea. it rises"
+        names = (_word(random, KIND_WORDS[first.kind]), _name(random, first))
+        again = "they" if rest else _one(random, "it;it;the {0};the {1};a {1}").format(*names)
         return _framed(
             random, f"{named} {_where(random, clip.scene)}. {again} {_motion(random, first, int(bool(rest)))}"
         )

@@ -42,6 +42,9 @@ _SIZES: Final = (((5, 9), 0.7), ((9, 5), 0.1), ((6, 6), 0.1), ((6, 8), 0.05), ((
 _SMALL_SIZES: Final = (((3, 4), 0.35), ((3, 5), 0.25), ((4, 6), 0.2), ((4, 3), 0.2))
 #: Captions that are left out, which is how the model learns what guidance compares with.
 _DROPPED: Final = 0.1
+#: Of the others, those that belong to other clips. A model that can trust its captions follows them without guidance;
+#: this one learns to doubt them, as models of the web's captions do.
+_MISTAKEN: Final = 0.5
 #: Of Muon and of Adam.
 _RATES: Final = (0.015, 1.5e-3)
 #: Every other timestep leans towards noise, where kinds, places and colours are decided. The others hardly do.
@@ -129,7 +132,8 @@ class Examples:
         taken: list[tuple[Clip, list[int]]] = []
         while not taken:
             clip = random_clip(self._random)
-            text = "" if self._random.random() < _DROPPED else caption(self._random, clip)
+            captioned = random_clip(self._random) if self._random.random() < _MISTAKEN else clip
+            text = "" if self._random.random() < _DROPPED else caption(self._random, captioned)
             if text and self._random.random() < 0.3:
                 text += "."
             ids = self._trainee.ids(text)

@@ -49,7 +49,6 @@ class Thing:
     motion: str
     x: float
     y: float
-    phase: float = 0.0
     scale: float = 1.0  # of its size
     mirrored: bool = False
 
@@ -91,7 +90,6 @@ class Batch:
         self._radius = column(lambda thing: SIZES[thing.size] * thing.scale, 10.0)
         self._motion = column(lambda thing: MOTIONS.index(thing.motion)).long()
         self._x, self._y = column(lambda thing: thing.x, -9.0), column(lambda thing: thing.y, -9.0)
-        self._phase = column(lambda thing: thing.phase)
         self._mirror = column(lambda thing: -1.0 if thing.mirrored else 1.0, 1.0)
         self.colour = torch.tensor(
             [[COLOURS[of[i].colour] if i < len(of) else (0, 0, 0) for i in range(slots)] for of in self._things],
@@ -186,17 +184,16 @@ class Batch:
         """The same where latents are."""
         t = seconds.expand(*self._x.shape, -1)
         is_ = {name: (self._motion == index).unsqueeze(2) for index, name in enumerate(MOTIONS)}
-        phase = self._phase.unsqueeze(2)
-        turn = 2 * math.pi * (t / 5 + phase)
+        turn = 2 * math.pi * t / 5
         zero = torch.zeros_like(t)
         # Fast at first and then slower: clear in a second, and still in the picture after ten.
         way = 0.66 * (1 - torch.exp(-t / 4.5))
         x = self._x.unsqueeze(2) + torch.where(is_["right"], way, zero) - torch.where(is_["left"], way, zero)
         y = self._y.unsqueeze(2) + torch.where(is_["down"], way, zero) - torch.where(is_["up"], way, zero)
         ratio = self.rows / self.columns
-        x = x + torch.where(is_["circling"], 0.27 * min(ratio, 1.0) * torch.cos(turn), zero)
-        y = y + torch.where(is_["circling"], 0.27 * min(1 / ratio, 1.0) * torch.sin(turn), zero)
-        hop = torch.sin(math.pi * (t / 1.6 + phase)).abs()
+        x = x + torch.where(is_["circling"], 0.27 * min(ratio, 1.0) * torch.sin(turn), zero)
+        y = y - torch.where(is_["circling"], 0.27 * min(1 / ratio, 1.0) * torch.cos(turn), zero)
+        hop = torch.sin(math.pi * t / 1.6).abs()
         y = y - torch.where(is_["bouncing"], 0.42 * hop, zero)
         grown = 0.12 * t - 0.35
         scale = 1 + torch.where(is_["growing"], grown, zero) - torch.where(is_["shrinking"], 0.08 * t - 0.3, zero)

@@ -310,7 +310,7 @@ def test_no_mask_reaches_the_attention_kernel(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = load_model(WorkerSettings(model_path="demo"))
     render(model, steps=5, chunks=1)
-    assert len(masks) == (2 * 1 + 4) * 6, "the first of five steps has guidance; six blocks"
+    assert len(masks) == (2 * 2 + 3) * 6, "the first two of five steps have guidance; six blocks"
     assert set(masks) == {None}
 
 

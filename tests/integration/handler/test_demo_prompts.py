@@ -22,7 +22,7 @@ from tests.support.drawn_clips import FPS as DRAWN_FPS
 from tests.support.drawn_clips import Drawn, clip
 from tests.support.mp4 import decoded
 from tools.demo_model.evaluation.prompts import AskedObject, Prompt
-from tools.demo_model.evaluation.scores import judge
+from tools.demo_model.evaluation.scores import judge, share_right
 from tools.demo_model.evaluation.seen import Seen, look_at
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,13 +60,17 @@ class Video:
 
 
 @pytest.fixture(scope="module")
-def videos() -> list[Video]:
-    model = load_model(WorkerSettings(model_path="demo"))
+def model() -> VideoModel:
+    return load_model(WorkerSettings(model_path="demo"))
+
+
+@pytest.fixture(scope="module")
+def videos(model: VideoModel) -> list[Video]:
     return [watched(prompt, render(model, prompt, SEED + index)) for index, prompt in enumerate(PROMPTS)]
 
 
-def render(model: VideoModel, prompt: Prompt, seed: int) -> Frames:
-    job = JobInput(prompt=prompt.text, duration=SECONDS)
+def render(model: VideoModel, prompt: Prompt, seed: int, guidance_scale: float | None = None) -> Frames:
+    job = JobInput(prompt=prompt.text, duration=SECONDS, guidance_scale=guidance_scale)
     return np.concatenate(list(model.render(job, seed=seed, on_progress=lambda *_: None, cancelled=Event())))
 
 
@@ -102,6 +106,13 @@ def test_the_videos_show_what_the_prompts_ask_for(videos: list[Video], aspect: s
         if not judged[video.prompt.text].get(aspect, True)
     ]
     assert sum(right) >= 6 / 8 * len(right), wrong
+
+
+def test_without_guidance_the_videos_follow_their_prompts_less(model: VideoModel, videos: list[Video]) -> None:
+    some = videos[:4]
+    free = [render(model, video.prompt, SEED + index, guidance_scale=1) for index, video in enumerate(some)]
+    guided = share_right(judge(video.prompt, video.seen) for video in some)
+    assert share_right(judge(video.prompt, look_at(of, FPS)) for video, of in zip(some, free, strict=True)) < guided
 
 
 def test_another_prompt_changes_the_picture(videos: list[Video]) -> None:

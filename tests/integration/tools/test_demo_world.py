@@ -48,6 +48,34 @@ def test_a_motion_goes_where_it_says(motion: str, dx: int, dy: int) -> None:
     assert (x2 - x1, y2 - y1) == pytest.approx((0.24 * dx, 0.24 * dy), abs=0.02)
 
 
+def test_a_circle_starts_at_its_top_and_takes_five_seconds() -> None:
+    clip = Clip((Thing("ball", "red", "small", "circling", 0.5, 0.5),), ("white",))
+    x, y = zip(*(centre(clip, frame) for frame in (0, 32, 60, 88, 120)), strict=True)
+    assert y == pytest.approx((0.23, 0.5, 0.77, 0.5, 0.23), abs=0.06)
+    assert x == pytest.approx((0.5, 0.65, 0.5, 0.35, 0.5), abs=0.04)
+
+
+def test_half_of_the_captions_belong_to_other_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[Clip] = []
+    shown: list[Clip] = []
+
+    def caption_of(_: Random, clip: Clip) -> str:
+        named.append(clip)
+        return "a ball"
+
+    def batch_of(clips: list[Clip], *_: int) -> Batch:
+        shown.extend(clips)
+        return Batch(clips[:1], 1, 3, 4)
+
+    monkeypatch.setattr(train_transformer, "caption", caption_of)
+    monkeypatch.setattr(train_transformer, "Batch", batch_of)
+    examples = train_transformer.Examples(train_transformer.Trainee(), seed=1)
+    while len(shown) < 1000:
+        examples.batch(frames=6)
+    own = sum(clip in named for clip in shown)
+    assert own / len(shown) == pytest.approx(0.9 * 0.5, abs=0.05), "one in ten has none"
+
+
 def test_latents_of_a_moment_depend_on_that_moment_alone() -> None:
     """So images and clips have latents of one kind, and the decoder finds the frames between two of them."""
     clip = Clip((Thing("star", "green", "medium", "right", 0.2, 0.5),), ("night",), stars=7)
