@@ -29,6 +29,9 @@ from tools.demo_model.words import (
 from tools.demo_model.world import MOTIONS, Clip, Thing
 
 _THEM: Final = {True: ("it", "which"), False: ("they", "which")}
+_SIDEWAYS: Final = ("left", "right")
+#: Motions that need the picture's whole height.
+_TALL: Final = ("up", "down", "bouncing", "circling")
 
 
 def _one(random: Random, options: str) -> str:
@@ -36,32 +39,36 @@ def _one(random: Random, options: str) -> str:
 
 
 def random_clip(random: Random, kinds: Sequence[str] = TAUGHT) -> Clip:
-    """One object, or two in four of ten clips."""
+    """One object, or two in every other clip."""
     scene = _scene(random)
     first = random.choice((*MOTIONS, "spinning", "circling", "shrinking"))  # the hardest
     colours = [colour for colour in COLOURS if colour not in _hidden_by(scene)]
-    if random.random() > 0.4:
-        size = random.choice(("small", "medium", "medium", "large"))
-        thing = _placed(random, random.choice(kinds), random.choice(colours), size, first, None)
+    kind, colour = random.choice(kinds), random.choice(colours)
+    if random.random() < 0.5:
+        thing = _placed(random, kind, colour, random.choice(("small", "medium", "medium", "large")), first)
         return Clip((thing,), scene, random.getrandbits(30))
-    # Things that move sideways get a height each, others a place from left to right each.
-    sideways = first in ("left", "right")
-    second = first
-    if random.random() < 0.42:
-        rest = ("spinning", "still", "growing", "shrinking")
-        second = random.choice((("left", "right") if sideways else ("up", "down", "bouncing")) + rest)
+    second = first if random.random() < 0.45 else random.choice(MOTIONS)
+    sideways = first in _SIDEWAYS or second in _SIDEWAYS
     sizes = ("small", "small", "medium") if sideways else ("small", "small", "medium", "medium", "large")
-    kind, colour, size = random.choice(kinds), random.choice(colours), random.choice(sizes)
-    places = [0.27, 0.73]
-    random.shuffle(places)
-    one = _placed(random, kind, colour, size, first, (places[0], sideways))
-    if random.random() < 0.4 and second == first:
-        two = _placed(random, kind, colour, size, second, (places[1], sideways))
-    else:
-        others = [other for other in colours if other != colour]
-        kind = random.choice(kinds)
-        two = _placed(random, kind, random.choice(others), random.choice(sizes), second, (places[1], sideways))
-    return Clip((one, two), scene, random.getrandbits(30))
+    size = random.choice(sizes)
+    lanes = _lanes(random, first, second)
+    one = _placed(random, kind, colour, size, first, lanes[0])
+    if random.random() > 0.4 or second != first:
+        kind, size = random.choice(kinds), random.choice(sizes)
+        colour = random.choice([other for other in colours if other != colour])
+    return Clip((one, _placed(random, kind, colour, size, second, lanes[1])), scene, random.getrandbits(30))
+
+
+def _lanes(random: Random, first: str, second: str) -> list[tuple[float | None, float | None]]:
+    """The place from left to right, or the height, of each of two things that move in these ways and do not meet."""
+    lanes: list[tuple[float | None, float | None]]
+    movers = [motion for motion in (first, second) if motion in _SIDEWAYS]
+    if movers and (first in _TALL or second in _TALL):  # one goes away from the other
+        away, stays = (0.46, 0.78) if movers[0] == "left" else (0.54, 0.22)
+        return [(away if motion in _SIDEWAYS else stays, None) for motion in (first, second)]
+    lanes = [(None, 0.27), (None, 0.73)] if movers else [(0.27, None), (0.73, None)]
+    random.shuffle(lanes)
+    return lanes
 
 
 def _scene(random: Random) -> tuple[str, ...]:
@@ -79,13 +86,16 @@ def _hidden_by(scene: tuple[str, ...]) -> tuple[str, ...]:
     return of.get(scene[0], ()) if scene[0] in LANDSCAPES else scene
 
 
-def _placed(random: Random, kind: str, colour: str, size: str, motion: str, lane: tuple[float, bool] | None) -> Thing:
-    """A thing where its motion has room. `lane` is its height, or its place from left to right, among two things."""
+def _placed(
+    random: Random,
+    kind: str,
+    colour: str,
+    size: str,
+    motion: str,
+    lane: tuple[float | None, float | None] = (None, None),
+) -> Thing:
+    """A thing where its motion has room. `lane` is its place from left to right or its height, among two things."""
     x, y = random.uniform(0.25, 0.75), random.uniform(0.32, 0.68)
-    if lane is not None:
-        along, sideways = lane
-        along += random.uniform(-0.04, 0.04)
-        x, y = (x, along) if sideways else (along, y)
     if motion == "left":
         x = random.uniform(0.70, 0.86)
     elif motion == "right":
@@ -97,10 +107,12 @@ def _placed(random: Random, kind: str, colour: str, size: str, motion: str, lane
     elif motion == "bouncing":
         y = random.uniform(0.74, 0.80)
     elif motion == "circling":
-        x, y = (random.uniform(0.4, 0.6), random.uniform(0.44, 0.56)) if lane is None else (x, y)
-    mirrored = motion == "left" if motion in ("left", "right") else random.random() < 0.5
-    jitter = random.uniform(0.94, 1.06)
-    return Thing(kind, colour, size, motion, x, y, jitter, mirrored and kind in ("fish", "boat"))
+        x, y = random.uniform(0.4, 0.6), random.uniform(0.44, 0.56)
+    jitter = random.uniform(-0.04, 0.04)
+    x, y = (of if fixed is None else fixed + jitter for of, fixed in zip((x, y), lane, strict=True))
+    mirrored = motion == "left" if motion in _SIDEWAYS else random.random() < 0.5
+    scale = random.uniform(0.94, 1.06)
+    return Thing(kind, colour, size, motion, x, y, scale, mirrored and kind in ("fish", "boat"))
 
 
 def caption(random: Random, clip: Clip) -> str:
@@ -108,34 +120,50 @@ def caption(random: Random, clip: Clip) -> str:
     first, *rest = clip.things
     twins = bool(rest) and (rest[0].kind, rest[0].colour, rest[0].motion) == (first.kind, first.colour, first.motion)
     shared = not rest or rest[0].motion == first.motion
-    silent = shared and random.random() < 0.06
+    names = [_article(random, _name(random, thing)) for thing in clip.things]
     if twins:
         named = _one(random, "two;two;two;a pair of") + " " + _name(random, first, plural=True)
     else:
-        named = _article(random, _name(random, first))
-        if rest and shared:
-            named += _one(random, " and ; and ; and ; next to ; with ; beside ; together with ; alongside ") + _article(
-                random, _name(random, rest[0])
-            )
+        named = _one(random, " and ; and ; and ; next to ; with ; beside ; together with ; alongside ").join(names)
+    chance = random.random()
+    if chance < 0.14:  # "a red ball at sea. it rises"
+        parts = [f"{named} {_where(random, clip.scene)}.", _aside(random), _again(random, clip.things, shared=shared)]
+        return _framed(random, " ".join(parts))
     if not shared:
-        other = _article(random, _name(random, rest[0]))
-        form = 1 if random.random() < 0.5 else 2
-        parts = [
-            f"{named} {_motion(random, first, 0 if form == 1 else 2)}",
-            f"{other} {_motion(random, rest[0], 0 if form == 1 else 2)}",
-        ]
-        moved = _one(random, " and ; and ; while ; as ").join(parts)
-    elif silent:
-        moved = named
-    elif random.random() < 0.08:  # "a red ball at sea. it rises"
-        names = (_word(random, KIND_WORDS[first.kind]), _name(random, first))
-        again = "they" if rest else _one(random, "it;it;the {0};the {1};a {1}").format(*names)
-        return _framed(
-            random, f"{named} {_where(random, clip.scene)}. {again} {_motion(random, first, int(bool(rest)))}"
-        )
-    else:
-        moved = _sentence(random, named, first, plural=bool(rest))
-    return _dressed(random, moved, clip)
+        return _dressed(random, _each(random, names, clip.things), clip)
+    if chance < 0.2:
+        return _dressed(random, named, clip)
+    return _dressed(random, _sentence(random, named, first, plural=bool(rest)), clip)
+
+
+def _each(random: Random, names: Sequence[str], things: Sequence[Thing]) -> str:
+    """Two things with a motion each."""
+    be, form = random.choice((("", 0), ("", 0), ("", 2), (" is", 2)))
+    moved = [f"{name}{be} {_motion(random, thing, form)}" for name, thing in zip(names, things, strict=True)]
+    return _one(random, " and ; and ; while ; as ;. ;, ").join(moved)
+
+
+def _again(random: Random, things: Sequence[Thing], *, shared: bool) -> str:
+    """What the things of the sentence before do."""
+    first = things[0]
+    if not shared:
+        kinds = [_word(random, KIND_WORDS[thing.kind]) for thing in things]
+        if things[1].kind == first.kind or random.random() < 0.4:
+            kinds = [_name(random, thing) for thing in things]
+        return _each(random, [f"the {kind}" for kind in kinds], things)
+    if len(things) > 1:
+        return f"they {_motion(random, first, 1)}"
+    options = "it;it;the {0};the {1};a {1};a {1}"
+    name = _one(random, options).format(_word(random, KIND_WORDS[first.kind]), _name(random, first))
+    return f"{name} {_motion(random, first, 0)}"
+
+
+def _aside(random: Random) -> str:
+    """Words between two sentences, often none."""
+    words = _one(random, EXTRAS).split() if random.random() < 0.4 else []
+    while random.random() < 0.4:
+        words.append(_one(random, f"{FILLERS};it;it") if random.random() < 0.6 else _unknown(random))
+    return " ".join(words)
 
 
 def _sentence(random: Random, named: str, thing: Thing, *, plural: bool) -> str:
@@ -215,9 +243,12 @@ def _framed(random: Random, text: str) -> str:
     while random.random() < 0.15:
         words.insert(random.randint(0, len(words)), _one(random, FILLERS))
     while random.random() < 0.12:
-        letters = "".join(random.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(random.randint(2, 8)))
-        words.insert(random.randint(0, len(words)), letters)
+        words.insert(random.randint(0, len(words)), _unknown(random))
     return " ".join(words)
+
+
+def _unknown(random: Random) -> str:
+    return "".join(random.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(random.randint(2, 8)))
 
 
 def _where(random: Random, scene: tuple[str, ...]) -> str:

@@ -25,7 +25,7 @@ from tools.demo_model.captions import random_clip
 from tools.demo_model.point_decoder import TAPS, PointDecoder
 from tools.demo_model.scenes import CELL
 from tools.demo_model.shapes import KINDS, TAUGHT
-from tools.demo_model.training import Training, command
+from tools.demo_model.training import Training, options, started
 from tools.demo_model.world import (
     FARTHEST,
     FIRST_FRAME_FLAG,
@@ -68,12 +68,8 @@ class Lesson(Protocol):
         ...
 
 
-def train(out: Path, seconds: float, trained: Path | None = None) -> None:
-    """Trains for this long in all, or goes on from `decoder.pt` in `out`.
-
-    `trained` is not used: a decoder is trained in half an hour.
-    """
-    del trained
+def train(out: Path, seconds: float) -> None:
+    """Trains for this long in all, or goes on from `decoder.pt` in `out`."""
     torch.manual_seed(0)
     network = PointDecoder()
     matrices = [p for p in network.levels.parameters() if p.ndim == 2]
@@ -219,4 +215,5 @@ def _noisy(cells: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    command(train, __doc__, minutes=30)
+    chosen = started(options(__doc__, minutes=30))
+    train(chosen.out, 60 * chosen.minutes)

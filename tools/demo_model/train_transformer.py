@@ -22,7 +22,7 @@ from torch import nn
 from handler.video_model.demo import SYSTEM_MESSAGE
 from tools.demo_model import components
 from tools.demo_model.captions import caption, random_clip
-from tools.demo_model.training import Training, command
+from tools.demo_model.training import Training, options, started
 from tools.demo_model.world import LATENT_CHANNELS, Batch, Clip
 
 log = logging.getLogger(__name__)
@@ -228,4 +228,7 @@ def _without_mask(*arguments: Any, attn_mask: torch.Tensor, **named: Any) -> tor
 
 
 if __name__ == "__main__":
-    command(train, __doc__, minutes=120)
+    parser = options(__doc__, minutes=120)
+    parser.add_argument("--from", dest="trained", type=Path, help="weights of `assemble` to start from")
+    chosen = started(parser)
+    train(chosen.out, 60 * chosen.minutes, chosen.trained)

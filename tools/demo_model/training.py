@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -70,14 +70,18 @@ class Training:
         new.replace(self._path)
 
 
-def command(train: Callable[[Path, float, Path | None], None], description: str | None, minutes: float) -> None:
-    """Reads the options of a training and runs it."""
+def options(description: str | None, minutes: float) -> argparse.ArgumentParser:
+    """Of the command line of a training, for `started`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--out", type=Path, default=Path(".cache/demo-model"))
-    parser.add_argument("--from", dest="trained", type=Path, help="a checkpoint to start from")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    return parser
+
+
+def started(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of this process, with which its threads and its log are set up."""
+    found = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
-    train(options.out, 60 * options.minutes, options.trained)
+    torch.set_num_threads(found.threads)
+    return found

@@ -55,6 +55,21 @@ def test_a_circle_starts_at_its_top_and_takes_five_seconds() -> None:
     assert x == pytest.approx((0.5, 0.65, 0.5, 0.35, 0.5), abs=0.04)
 
 
+def test_two_things_do_not_meet() -> None:
+    random, seconds = Random(2), torch.arange(16) * (TEMPORAL / FPS)
+    clips = [clip for clip in (random_clip(random) for _ in range(250)) if len(clip.things) == 2]
+    assert len({tuple(thing.motion for thing in clip.things) for clip in clips}) > 40, "motions of many pairs"
+    for clip in clips:
+        first, second = Batch([clip], 16, 5, 9).distances(seconds, 4)[0] < 0
+        assert (first & second).flatten(1).sum(dim=1).max() < 4, clip
+
+
+def test_a_second_sentence_tells_each_motion_of_two_things() -> None:
+    things = (Thing("ball", "red", "medium", "left", 0.5, 0.3), Thing("boat", "green", "medium", "bouncing", 0.8, 0.7))
+    told = [caption(Random(seed), Clip(things, ("white",))) for seed in range(200)]
+    assert any(re.search(r"\. .*the .*ball .*left.* the .*boat .*bounc", each) for each in told)
+
+
 def test_half_of_the_captions_belong_to_other_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     named: set[Clip] = set()
     shown: list[Clip] = []
