@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Final
+from typing import Final, TypeAlias
 
 from tools.demo_model.scenes import COLOURS, LANDSCAPES
 from tools.demo_model.shapes import TAUGHT
@@ -32,6 +32,8 @@ _THEM: Final = {True: ("it", "which"), False: ("they", "which")}
 _SIDEWAYS: Final = ("left", "right")
 #: Motions that need the picture's whole height.
 _TALL: Final = ("up", "down", "bouncing", "circling")
+#: A thing's place from left to right and its height, or None where its motion decides.
+_Lane: TypeAlias = tuple[float | None, float | None]
 
 
 def _one(random: Random, options: str) -> str:
@@ -59,14 +61,13 @@ def random_clip(random: Random, kinds: Sequence[str] = TAUGHT) -> Clip:
     return Clip((one, _placed(random, kind, colour, size, second, lanes[1])), scene, random.getrandbits(30))
 
 
-def _lanes(random: Random, first: str, second: str) -> list[tuple[float | None, float | None]]:
-    """The place from left to right, or the height, of each of two things that move in these ways and do not meet."""
-    lanes: list[tuple[float | None, float | None]]
+def _lanes(random: Random, first: str, second: str) -> list[_Lane]:
+    """Of each of two things that move in these ways, so that they do not meet."""
     movers = [motion for motion in (first, second) if motion in _SIDEWAYS]
     if movers and (first in _TALL or second in _TALL):  # one goes away from the other
         away, stays = (0.46, 0.78) if movers[0] == "left" else (0.54, 0.22)
         return [(away if motion in _SIDEWAYS else stays, None) for motion in (first, second)]
-    lanes = [(None, 0.27), (None, 0.73)] if movers else [(0.27, None), (0.73, None)]
+    lanes: list[_Lane] = [(None, 0.27), (None, 0.73)] if movers else [(0.27, None), (0.73, None)]
     random.shuffle(lanes)
     return lanes
 
@@ -86,15 +87,8 @@ def _hidden_by(scene: tuple[str, ...]) -> tuple[str, ...]:
     return of.get(scene[0], ()) if scene[0] in LANDSCAPES else scene
 
 
-def _placed(
-    random: Random,
-    kind: str,
-    colour: str,
-    size: str,
-    motion: str,
-    lane: tuple[float | None, float | None] = (None, None),
-) -> Thing:
-    """A thing where its motion has room. `lane` is its place from left to right or its height, among two things."""
+def _placed(random: Random, kind: str, colour: str, size: str, motion: str, lane: _Lane = (None, None)) -> Thing:
+    """A thing where its motion has room, among two things in its lane."""
     x, y = random.uniform(0.25, 0.75), random.uniform(0.32, 0.68)
     if motion == "left":
         x = random.uniform(0.70, 0.86)
